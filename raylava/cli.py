@@ -1,0 +1,164 @@
+"""The commands: arguments in, one call out, errors told in one line.
+
+Exit status 0 when it worked, 1 when a run failed, 2 when what was given is wrong. Results go to standard output (one JSON
+object with --json), everything else to standard error.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from raylava.console import Console, quiet
+from raylava.errors import RunError, UserError, first_line
+from raylava.storage import cache_folder
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_STORAGE = "raylava-storage"
+
+Handler = Callable[[argparse.Namespace, Console], "Outcome"]
+
+
+class Outcome:
+    """What a command found: `data` for programs, `text` for people on standard output (None: all was already shown)."""
+
+    def __init__(self, data: dict[str, Any], text: str | None = None) -> None:
+        self.data, self.text = data, text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    log = cache_folder() / "logs" / f"{arguments.command}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}.log"
+    with quiet(log) as (out, console):
+        return _run(arguments, out, console)
+
+
+def _run(arguments: argparse.Namespace, out: IO[str], console: Console) -> int:
+    try:
+        outcome: Outcome = arguments.handler(arguments, console)
+    except UserError as error:
+        console.error(first_line(error))
+        return 2
+    except KeyboardInterrupt:
+        console.error("stopped; the same command goes on from what is finished")
+        return 130
+    except Exception as error:  # told in one line; the log file has the rest
+        logging.getLogger(__name__).info("the command failed", exc_info=error)
+        console.error(first_line(error))
+        console.say(f"[dim]all that was written on the way: {console.log}[/]")
+        return 1
+    if arguments.json:
+        out.write(json.dumps(outcome.data, ensure_ascii=False) + "\n")
+    elif outcome.text is not None:
+        out.write(outcome.text.rstrip("\n") + "\n")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--storage", metavar="URI", default=DEFAULT_STORAGE, help="where artifacts are kept (%(default)s)")
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser = _Parser(prog="raylava", description="LLaVA-Gemma on Ray: corpora in, a Hugging Face model and its scores out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=about, description=about)
+        added.set_defaults(handler=handler)
+        return added
+
+    demo = command("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
+    _takes_overrides(demo)
+    _takes_recipe(command("run", _run_recipe, "make every artifact of a recipe that is missing"))
+    _takes_recipe(command("check", _check, "validate a recipe without network, weights or cluster"))
+    show = command("show", _show, "print what made an artifact")
+    show.add_argument("artifact", metavar="PATH")
+    laboratory = command("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
+    laboratory.add_argument("folder", metavar="FOLDER")
+    chat = command("chat", _chat, "ask a model a question about a picture")
+    chat.add_argument("model", metavar="MODEL", help="a finetune artifact or any Hugging Face folder of a LLaVA")
+    chat.add_argument("--image", metavar="FILE")
+    chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    chat.add_argument("question")
+    return parser
+
+
+def _takes_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    _takes_overrides(parser)
+
+
+def _takes_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as finetune.lr=1e-5")
+
+
+def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.demo import demo
+
+    return Outcome(demo(arguments.storage, arguments.overrides, console))
+
+
+def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.recipe import load_recipe
+    from raylava.report import closing, summary
+    from raylava.stages import run
+    from raylava.storage import writable
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    artifacts = run(recipe, writable(arguments.storage), console)
+    closing(artifacts, console)
+    return Outcome(summary(artifacts))
+
+
+def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.model.backbones import check_known
+    from raylava.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_known(recipe.model.language, recipe.model.vision)
+    return Outcome(recipe.model_dump(mode="json"), f"{arguments.recipe}: good")
+
+
+def _show(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.artifacts import load
+
+    record = load(arguments.artifact).record
+    return Outcome(record, json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.demo import make_laboratory
+
+    made = make_laboratory(arguments.storage, console)
+    folder = Path(arguments.folder)
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; name a new folder")
+    folder.symlink_to(made.place.local_copy(), target_is_directory=True)
+    return Outcome({"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml")
+
+
+def _chat(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.evaluate.answer import chat_once
+
+    said = chat_once(arguments.model, arguments.image, arguments.question, arguments.max_new_tokens)
+    return Outcome({"question": arguments.question, "answer": said}, said)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

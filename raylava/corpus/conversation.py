@@ -1,0 +1,109 @@
+"""A conversation → token ids and the spans that the loss counts, from the template itself, never by measuring strings.
+
+Pure: imports neither Ray nor DeepSpeed. Raises BadRow with a reason for what can't be a training sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raylava.corpus.quarantine import BadRow, Reason
+from raylava.model.templates import IMAGE_TOKEN, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said. `speaker` is "human" or "gpt", as in LLaVA JSON."""
+
+    speaker: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`input_ids` holds one `<image>` id where each image stands; `supervised` are [start, stop) spans of it."""
+
+    input_ids: list[int]
+    supervised: list[tuple[int, int]]
+    images: int
+
+    def length(self, image_tokens: int) -> int:
+        """Tokens once each image token is expanded."""
+        return len(self.input_ids) + self.images * (image_tokens - 1)
+
+
+class Encoder:
+    """Writes conversations as token ids by a template. Control tokens go in by id; what people wrote stays text."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._begin = self._control(template.begin)
+        self._open = self._control(template.open)
+        self._close = self._control(template.close)
+        self._image = self._control(IMAGE_TOKEN)
+
+    def encode(self, turns: Sequence[Turn], images: int) -> Encoded:
+        """Token ids and supervised spans of alternating turns, human first, that show `images` pictures.
+
+        Supervised is each answer with its end-of-turn token and the newline after it. Raises BadRow.
+        """
+        check_turns(turns, images)
+        ids = [self._begin]
+        supervised: list[tuple[int, int]] = []
+        for human, answer in zip(turns[::2], turns[1::2], strict=True):
+            ids += self._question(human.text)
+            start = len(ids)
+            ids += [*self._text(answer.text.strip()), self._close, *self._text(self._template.gap)]
+            supervised.append((start, len(ids)))
+        return Encoded(ids, supervised, images)
+
+    def prompt(self, text: str, images: int) -> list[int]:
+        """The ids that a model sees before it answers one question about `images` pictures."""
+        return [self._begin, *self._question(f"{IMAGE_TOKEN}\n" * images + text)]
+
+    def _question(self, text: str) -> list[int]:
+        template = self._template
+        images = text.count(IMAGE_TOKEN)
+        words = template.human_text(text, 0)
+        ids = [self._open]
+        # The words are cut at control tokens only, so that ids equal those of the whole string at inference.
+        if images:
+            ids += self._text(template.user_header)
+            ids += [*[self._image, *self._text("\n")] * (images - 1), self._image, *self._text("\n" + words)]
+        else:
+            ids += self._text(template.user_header + words)
+        return [*ids, self._close, *self._text(template.gap), self._open, *self._text(template.model_header)]
+
+    def _text(self, text: str) -> list[int]:
+        """Ids of plain text; `<end_of_turn>` typed by a person is encoded as characters, not as the control token."""
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _control(self, token: str) -> int:
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(found, int) and found != self._tokenizer.unk_token_id, f"{token} is not in the tokenizer"
+        return found
+
+
+def check_turns(turns: Sequence[Turn], images: int) -> None:
+    """Raise BadRow unless turns alternate, human first, every question is answered and each image has its token."""
+    if not turns:
+        raise BadRow(Reason.NO_TURNS, "the conversation is empty")
+    for position, turn in enumerate(turns):
+        expected = ("human", "gpt")[position % 2]
+        if turn.speaker != expected:
+            raise BadRow(Reason.NOT_ALTERNATING, f"turn {position} is from {turn.speaker!r}, not {expected!r}")
+    if len(turns) % 2:
+        raise BadRow(Reason.NOT_ALTERNATING, "the last human turn has no answer")
+    if not any(answer.text.strip() for answer in turns[1::2]):
+        raise BadRow(Reason.NOTHING_SUPERVISED, "every answer is empty")
+    tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in turns[::2])
+    if tokens > images:
+        raise BadRow(Reason.TOKEN_WITHOUT_IMAGE, f"{tokens} image tokens for {images} images")
+    if tokens < images:
+        raise BadRow(Reason.IMAGE_WITHOUT_TOKEN, f"{images} images for {tokens} image tokens")
+    if any(IMAGE_TOKEN in turn.text for turn in turns[1::2]):
+        raise BadRow(Reason.TOKEN_WITHOUT_IMAGE, "an answer contains an image token")

@@ -1,0 +1,283 @@
+"""Source rows → Arrow blocks, by Ray Data.
+
+    annotations ──shards of rows (text only)──▶ Ray Data: one task a shard ──▶ one block, one quarantine part, one record
+
+A shard's task reads its rows and their pictures, encodes both, and publishes its block itself, so no pixel crosses the
+object store and memory holds only the blocks in flight. Shards are cut by row count alone: the same corpus gives the same
+bytes whatever the parallelism. A block is done when its record, written last, is there; a second run makes only the rest.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylava.console import Bar
+from raylava.corpus.blocks import (
+    LENGTHS,
+    MANIFEST,
+    QUARANTINE,
+    SCHEMA_VERSION,
+    BlockRecord,
+    Manifest,
+    Sample,
+    block_bytes,
+    concatenated,
+    count_reasons,
+    lengths_bytes,
+    lengths_of,
+    quarantine_bytes,
+    read_lengths,
+    read_quarantine,
+)
+from raylava.corpus.conversation import Encoder, check_turns
+from raylava.corpus.images import prepare_picture
+from raylava.corpus.quarantine import BadRow, Quarantined, Reason
+from raylava.corpus.sources import Row, Selection, image_place, parse_row, read_raw_rows, sample_id
+from raylava.errors import UserError
+from raylava.model.backbones import VisionSpec, load_tokenizer
+from raylava.model.templates import Template
+from raylava.recipe import Corpus, Language
+from raylava.storage import Place, place
+
+if TYPE_CHECKING:
+    import ray.data
+
+logger = logging.getLogger(__name__)
+
+_SHARDS = "rows"  # the staged rows; removed once the manifest stands
+_INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task needs to turn a shard into a block; small, and the same on every node."""
+
+    corpus: Corpus
+    annotations: str
+    images: str
+    language: Language
+    template: Template
+    vision: VisionSpec
+    output: str
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.corpus.include, self.corpus.exclude, self.corpus.limit)
+
+
+def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
+    """Make the blocks that are missing, then the manifest. `tokenizer` is its identity, for the manifest.
+
+    Raises UserError when the source isn't LLaVA JSON, or when more rows are set aside than `quarantine_limit` allows.
+    """
+    output = place(job.output)
+    rows_in, shards = _stage_rows(job, output)
+    done = [shard for shard in range(shards) if _record_place(output, shard).exists()]
+    pending = [shard for shard in range(shards) if shard not in set(done)]
+    tally = _Tally(job.corpus, rows_in, output)
+    for shard in done:
+        tally.add(_read_record(output, shard))
+    bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
+    for record in _run(job, pending):
+        tally.add(record)
+        bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
+    return _publish(job, output, shards, rows_in, tokenizer)
+
+
+def _stage_rows(job: Job, output: Place) -> tuple[int, int]:
+    """Cut the selected rows into shards of `rows_per_block`; returns (rows, shards). Does nothing the second time."""
+    index = output / _SHARDS / _INDEX
+    if index.exists():
+        about = json.loads(index.read_bytes())
+        return about["rows"], about["shards"]
+    rows = shards = 0
+    for shard, lines in enumerate(_shards(job)):
+        _shard_place(output, shard).write_bytes(b"\n".join(lines))
+        rows += len(lines)
+        shards += 1
+    if not rows:
+        raise UserError(f"{job.annotations}: no row is selected by include, exclude and limit; widen them")
+    index.write_bytes(json.dumps({"rows": rows, "shards": shards}).encode())
+    return rows, shards
+
+
+def _shards(job: Job) -> Iterator[list[bytes]]:
+    lines: list[bytes] = []
+    for number, raw in read_raw_rows(place(job.annotations), job.selection):
+        lines.append(json.dumps([number, raw]).encode())
+        if len(lines) == job.corpus.rows_per_block:
+            yield lines
+            lines = []
+    if lines:
+        yield lines
+
+
+def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
+    """The records of the pending shards, as Ray Data finishes them."""
+    if not pending:
+        return
+    import ray.data
+
+    shards: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    made = shards.map(_MakeBlock(job))
+    for row in made.iter_rows():
+        yield BlockRecord(**row)
+
+
+@dataclass(frozen=True)
+class _MakeBlock:
+    """The Ray Data function: a shard's number in, its block's record out."""
+
+    job: Job
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return asdict(make_block(self.job, int(row["shard"])))
+
+
+def make_block(job: Job, shard: int) -> BlockRecord:
+    """Read one shard's rows, and publish its block, its lengths, its quarantine part and, last, its record."""
+    output = place(job.output)
+    samples, quarantined = [], []
+    encoder = _encoder(job.language, job.template)
+    images = place(job.images)
+    for line in _shard_place(output, shard).read_bytes().splitlines():
+        number, raw = json.loads(line)
+        try:
+            samples.append(make_sample(parse_row(number, raw), encoder, images, job))
+        except BadRow as bad:
+            quarantined.append(
+                Quarantined(number, sample_id(number, raw), job.annotations.rsplit("/", 1)[-1], bad.reason, bad.detail)
+            )
+    return _write(output, shard, samples, quarantined)
+
+
+def make_sample(row: Row, encoder: Encoder, images: Place, job: Job) -> Sample:
+    """One row as a sample. Cheap checks come before pictures are read. Raises BadRow."""
+    check_turns(row.turns, len(row.images))
+    encoded = encoder.encode(row.turns, len(row.images))
+    length = encoded.length(job.vision.image_tokens)
+    if length > job.corpus.max_length:
+        raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={job.corpus.max_length}")
+    pictures = [
+        prepare_picture(
+            _read_picture(images, name), job.vision.pixels, job.corpus.fit, job.corpus.store, job.corpus.max_pixels
+        )
+        for name in row.images
+    ]
+    return Sample(row.sample_id, encoded.input_ids, encoded.supervised, pictures, length)
+
+
+def _read_picture(root: Place, name: str) -> bytes:
+    file = image_place(root, name)
+    if root.is_local:
+        _refuse_link_out(root, file, name)
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise BadRow(Reason.IMAGE_MISSING, name) from error
+    except PermissionError as error:
+        raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: permission denied") from error
+
+
+def _refuse_link_out(root: Place, file: Place, name: str) -> None:
+    from pathlib import Path
+
+    if not Path(file.path).resolve().is_relative_to(Path(root.path).resolve()):
+        raise BadRow(Reason.PATH_ESCAPES, f"{name} is a link out of the image folder")
+
+
+@functools.cache
+def _encoder(language: Language, template: Template) -> Encoder:
+    """Once a worker process: loading Gemma's tokenizer takes longer than encoding many rows."""
+    return Encoder(load_tokenizer(language), template)
+
+
+def _write(output: Place, shard: int, samples: list[Sample], quarantined: list[Quarantined]) -> BlockRecord:
+    path = f"blocks/block-{shard:05d}.arrow"
+    content = block_bytes(samples)
+    (output / path).write_bytes(content)
+    _lengths_place(output, shard).write_bytes(lengths_bytes(lengths_of(samples)))
+    _quarantine_place(output, shard).write_bytes(quarantine_bytes(quarantined))
+    record = BlockRecord(
+        path, len(samples), len(quarantined), len(content), hashlib.sha256(content).hexdigest()
+    )
+    _record_place(output, shard).write_bytes(json.dumps(asdict(record)).encode())
+    return record
+
+
+def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str) -> Manifest:
+    records = [_read_record(output, shard) for shard in range(shards)]
+    lengths = concatenated(read_lengths(_lengths_place(output, shard).read_bytes()) for shard in range(shards))
+    quarantine = [
+        row for shard in range(shards) for row in read_quarantine(_quarantine_place(output, shard).read_bytes())
+    ]
+    if not len(lengths):
+        raise UserError(f"{job.annotations}: every row was set aside; see {output / QUARANTINE}")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        tokenizer=tokenizer,
+        pixels=job.vision.identity(),
+        blocks=tuple(records),
+        rows_in=rows_in,
+        rows=len(lengths),
+        tokens=int(lengths.length.sum()),
+        supervised_tokens=int(lengths.supervised.sum()),
+        images=int(lengths.images.sum()),
+        quarantined=len(quarantine),
+        quarantine=count_reasons(quarantine),
+    )
+    assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"
+    (output / LENGTHS).write_bytes(lengths_bytes(lengths))
+    (output / QUARANTINE).write_bytes(quarantine_bytes(quarantine))
+    (output / MANIFEST).write_bytes(manifest.to_json())
+    (output / _SHARDS).delete()
+    return manifest
+
+
+class _Tally:
+    """Counts rows as blocks finish, and stops the run as soon as too many were set aside."""
+
+    def __init__(self, corpus: Corpus, rows_in: int, output: Place) -> None:
+        self._corpus, self._rows_in, self._output = corpus, rows_in, output
+        self.rows = self.quarantined = 0
+
+    def add(self, record: BlockRecord) -> None:
+        self.rows += record.rows + record.quarantined
+        self.quarantined += record.quarantined
+        check_quarantine(
+            {"rows_in": self._rows_in, "quarantined": self.quarantined}, self._corpus, self._output / _SHARDS
+        )
+
+
+def check_quarantine(metrics: dict[str, Any], corpus: Corpus, where: Place) -> None:
+    """Raise UserError when more rows were set aside than the recipe allows."""
+    quarantined, rows_in = metrics["quarantined"], metrics["rows_in"]
+    if quarantined > corpus.quarantine_limit * rows_in:
+        raise UserError(
+            f"{corpus.annotations}: {quarantined} of {rows_in} rows had to be set aside, more than quarantine_limit="
+            f"{corpus.quarantine_limit:g} allows; see {where}/quarantine*.csv, then mend the corpus or raise the limit"
+        )
+
+
+def _shard_place(output: Place, shard: int) -> Place:
+    return output / _SHARDS / f"shard-{shard:05d}.jsonl"
+
+
+def _lengths_place(output: Place, shard: int) -> Place:
+    return output / _SHARDS / f"lengths-{shard:05d}.arrow"
+
+
+def _quarantine_place(output: Place, shard: int) -> Place:
+    return output / _SHARDS / f"quarantine-{shard:05d}.csv"
+
+
+def _record_place(output: Place, shard: int) -> Place:
+    return output / _SHARDS / f"record-{shard:05d}.json"
+
+
+def _read_record(output: Place, shard: int) -> BlockRecord:
+    return BlockRecord(**json.loads(_record_place(output, shard).read_bytes()))

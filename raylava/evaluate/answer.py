@@ -1,0 +1,187 @@
+"""A model's answers, by Ray Data: actors that hold the model, batches of questions of like length, greedy decoding.
+
+The model is any Hugging Face folder of a LLaVA; it is asked as plain transformers would ask it. Scoring is score.py's.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raylava.console import Bar
+from raylava.corpus.images import decode
+from raylava.corpus.quarantine import BadRow, Reason
+from raylava.corpus.sources import image_place
+from raylava.errors import UserError
+from raylava.evaluate.questions import Question
+from raylava.recipe import Resources
+from raylava.storage import place
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put. `blank_pictures` shows the mean colour instead of each picture: the blind baseline."""
+
+    model: str
+    images: str
+    suffix: str = ""
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    blank_pictures: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; `text` is None, with the `problem`, when the question's picture could not be shown."""
+
+    question_id: str
+    prompt: str
+    text: str | None
+    problem: str | None = None
+
+
+def answer(questions: list[Question], asking: Asking, resources: Resources, bar: Bar) -> list[Answer]:
+    """One answer for each question, in the questions' order."""
+    import ray.data
+
+    order = sorted(range(len(questions)), key=lambda number: len(questions[number].text))
+    batches = [
+        {"numbers": order[start : start + asking.batch_size]} for start in range(0, len(order), asking.batch_size)
+    ]
+    rows = [{"batch": json.dumps([asdict(questions[n]) for n in batch["numbers"]]), **batch} for batch in batches]
+    answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Answerer,
+        fn_constructor_args=(asking, resources.cpus_per_worker, resources.gpus_per_worker > 0),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.workers, len(rows))),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+    )
+    found: dict[int, Answer] = {}
+    for row in answered.iter_rows():
+        found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
+        bar.update(len(found), len(questions))
+    return [found[number] for number in range(len(questions))]
+
+
+def answers_bytes(answers: list[Answer], model_id: str) -> bytes:
+    """LLaVA's official answers file: JSONL of question_id, prompt, text, answer_id, model_id, metadata."""
+    lines = [
+        {
+            "question_id": item.question_id,
+            "prompt": item.prompt,
+            "text": item.text if item.text is not None else "",
+            "answer_id": f"{model_id}-{number}",
+            "model_id": model_id,
+            "metadata": {"problem": item.problem} if item.problem else {},
+        }
+        for number, item in enumerate(answers)
+    ]
+    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+
+
+class _Answerer:
+    """The Ray Data actor: a model, and a batch of questions at a time."""
+
+    def __init__(self, asking: Asking, threads: int, on_gpu: bool) -> None:
+        torch.set_num_threads(threads)
+        self._asking = asking
+        self._chat = Chat(asking.model, torch.device("cuda" if on_gpu else "cpu"))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        questions = [Question(**item) for item in json.loads(row["batch"])]
+        shown = [self._picture(question) for question in questions]
+        askable = [number for number, picture in enumerate(shown) if not isinstance(picture, BadRow)]
+        prompts = [questions[number].text + self._asking.suffix for number in askable]
+        texts = self._chat.answer(prompts, [shown[n] for n in askable], self._asking.max_new_tokens)  # type: ignore[misc]
+        said = dict(zip(askable, texts, strict=True))
+        answers = [
+            Answer(
+                question.question_id,
+                question.text + self._asking.suffix,
+                said.get(number),
+                None if number in said else str(shown[number]),
+            )
+            for number, question in enumerate(questions)
+        ]
+        return {"numbers": row["numbers"], "answers": json.dumps([asdict(item) for item in answers])}
+
+    def _picture(self, question: Question) -> "Image | BadRow | None":
+        if question.image is None:
+            return None
+        try:
+            picture = decode(image_place(place(self._asking.images), question.image).read_bytes(), _MAX_PIXELS)
+        except FileNotFoundError:
+            return BadRow(Reason.IMAGE_MISSING, question.image)
+        except BadRow as bad:
+            return bad
+        return self._chat.blank(picture) if self._asking.blank_pictures else picture
+
+
+class Chat:
+    """A LLaVA folder, loaded as plain transformers loads it, that answers questions about pictures."""
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        folder = str(place(model).local_copy())
+        self._processor = AutoProcessor.from_pretrained(folder)
+        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
+
+    @torch.inference_mode()
+    def answer(self, questions: list[str], pictures: "list[Image | None]", max_new_tokens: int) -> list[str]:
+        """Greedy answers, one for each question; a picture is an RGB image or None for text alone."""
+        if not questions:
+            return []
+        prompts = [self._prompt(text, picture) for text, picture in zip(questions, pictures, strict=True)]
+        shown = [picture for picture in pictures if picture is not None]
+        inputs = self._processor(
+            text=prompts, images=shown or None, padding=True, add_special_tokens=False, return_tensors="pt"
+        ).to(self._model.device, self._model.dtype)
+        output = self._model.generate(**inputs, max_new_tokens=max_new_tokens)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _prompt(self, text: str, picture: "Image | None") -> str:
+        content = [{"type": "image"}] * (picture is not None) + [{"type": "text", "text": text}]
+        return self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def blank(self, picture: "Image") -> "Image":
+        """A picture of the same size in the backbone's mean colour."""
+        from PIL import Image
+
+        mean = tuple(int(channel * 255) for channel in self._processor.image_processor.image_mean)
+        return Image.new("RGB", picture.size, mean)
+
+
+def chat_once(model: str, image: str | None, question: str, max_new_tokens: int) -> str:
+    """One answer on this machine, for `raylava chat`. Raises UserError for a model or picture that can't be used."""
+    folder = place(model)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{model}: no model there (no config.json); give a finetune artifact or a Hugging Face folder")
+    picture = None
+    if image is not None:
+        try:
+            picture = decode(place(image).read_bytes(), _MAX_PIXELS)
+        except (FileNotFoundError, BadRow) as error:
+            raise UserError(f"--image {image}: {error}") from error
+    return Chat(model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).answer(
+        [question], [picture], max_new_tokens
+    )[0]
+
+
+def read_answers(content: bytes) -> Iterator[dict[str, Any]]:
+    """The lines of an answers file."""
+    for line in content.decode("utf-8").splitlines():
+        yield json.loads(line)

@@ -1,0 +1,87 @@
+"""Benchmark files → questions with references: JSONL of one question a line, or LLaVA JSON where each human turn is one."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raylava.corpus.quarantine import BadRow
+from raylava.corpus.sources import Selection, parse_row, read_raw_rows
+from raylava.errors import UserError
+from raylava.model.templates import IMAGE_TOKEN
+from raylava.recipe import Benchmark
+from raylava.storage import Place
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: `image` is a path below the benchmark's image folder, or None for text alone."""
+
+    question_id: str
+    image: str | None
+    text: str
+    category: str
+    reference: str
+
+
+def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
+    """All selected questions of a benchmark. Raises UserError when the file holds none or is neither format."""
+    selection = Selection(benchmark.include, benchmark.exclude)
+    if not file.exists():
+        raise UserError(f"evaluate.{benchmark.name}.questions: {file}: no such file")
+    read = _from_jsonl if file.name.endswith(".jsonl") else _from_llava
+    questions = [_in_category(question, benchmark) for question in read(file, selection)]
+    questions = questions[: benchmark.limit]
+    if not questions:
+        raise UserError(f"evaluate.{benchmark.name}: {file} holds no question that include and exclude select")
+    return questions
+
+
+def identity(questions: list[Question], pictures: dict[str, int]) -> str:
+    """SHA-256 over the questions with their references and the sizes of their pictures."""
+    facts = [asdict(question) | {"bytes": pictures.get(question.image or "")} for question in questions]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _from_jsonl(file: Place, selection: Selection) -> Iterator[Question]:
+    for number, line in enumerate(file.read_bytes().decode("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            if selection.takes(raw):
+                yield _jsonl_question(raw)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}:{number}: not a question ({error!r}); each line has question_id, text, answer, and may have "
+                "image and category"
+            ) from error
+
+
+def _jsonl_question(raw: dict[str, Any]) -> Question:
+    return Question(
+        str(raw["question_id"]), raw.get("image"), str(raw["text"]), str(raw.get("category", "all")), str(raw["answer"])
+    )
+
+
+def _from_llava(file: Place, selection: Selection) -> Iterator[Question]:
+    for number, raw in read_raw_rows(file, selection):
+        try:
+            row = parse_row(number, raw)
+        except BadRow as bad:
+            raise UserError(f"{file}: row {number} cannot be asked: {bad}") from bad
+        if len(row.images) > 1:
+            raise UserError(f"{file}: row {number} has {len(row.images)} pictures; a question takes one")
+        image = row.images[0] if row.images else None
+        for turn, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
+            text = human.text.replace(IMAGE_TOKEN, "").strip()
+            yield Question(f"{row.sample_id}-{turn}", image, text, "all", answer.text)
+
+
+def _in_category(question: Question, benchmark: Benchmark) -> Question:
+    for category, pattern in benchmark.categories.items():
+        if re.search(pattern, question.text):
+            return Question(question.question_id, question.image, question.text, category, question.reference)
+    return question

@@ -1,0 +1,86 @@
+"""The laboratory as one artifact: corpus and backbones, made once and kept for the next run.
+
+    <storage>/laboratory/<fingerprint>/corpus/{alignment.json, instruction.json, questions.jsonl, pictures/}
+                                       backbones/{gemma, clip, dinov2}
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from raylava.artifacts import Draft
+from raylava.console import Bar
+from raylava.micro.corpus import write_corpus
+from raylava.micro.language import LanguageSize
+from raylava.micro.vision import VisionSize
+from raylava.session import Progress
+from raylava.stages import Stage
+from raylava.storage import Place
+
+BACKBONES = ("gemma", "clip", "dinov2")
+
+
+@dataclass(frozen=True)
+class LaboratorySize:
+    """How much is drawn and how long the backbones are trained. The defaults suit `raylava demo`."""
+
+    alignment: int = 3200
+    instruction: int = 4800
+    heldout: int = 500
+    language: LanguageSize = field(default_factory=LanguageSize)
+    vision: VisionSize = field(default_factory=VisionSize)
+
+    @property
+    def steps(self) -> int:
+        """Training steps of all backbones."""
+        return self.language.steps + 2 * self.vision.steps
+
+
+def laboratory(storage: Place, size: LaboratorySize, seed: int) -> Stage:
+    """The stage that makes the laboratory."""
+    draft = Draft("laboratory", {"size": asdict(size), "seed": seed}, storage)
+
+    def build(bar: Bar) -> dict[str, Any]:
+        return _build(draft.place, size, seed, bar)
+
+    return Stage("laboratory", draft, {}, "steps", build)
+
+
+def _build(output: Place, size: LaboratorySize, seed: int, bar: Bar) -> dict[str, Any]:
+    progress = Progress.remote()  # type: ignore[attr-defined]
+    made = [_backbone.remote(name, output, size, seed, progress) for name in BACKBONES]
+    made.append(_corpus.remote(output, size, seed))
+    while made:
+        bar.update(ray.get(progress.count.remote()), size.steps)
+        ready, made = ray.wait(made, timeout=1.0)
+        ray.get(ready)
+    return {"pictures": size.alignment + size.instruction + size.heldout, "steps": size.steps}
+
+
+@ray.remote(num_cpus=1)
+def _corpus(output: Place, size: LaboratorySize, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder), seed, size.alignment, size.instruction, size.heldout)
+        (output / "corpus").upload_folder(Path(folder))
+
+
+@ray.remote(num_cpus=1)
+def _backbone(name: str, output: Place, size: LaboratorySize, seed: int, progress: Any) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        _builder(name, size)(Path(folder), seed, lambda: progress.add.remote(1))
+        (output / "backbones" / name).upload_folder(Path(folder))
+
+
+def _builder(name: str, size: LaboratorySize) -> Callable[[Path, int, Callable[[], None]], None]:
+    from raylava.micro import language, vision
+
+    if name == "gemma":
+        return lambda folder, seed, advance: language.build_language_model(folder, size.language, seed, advance)
+    build = {"clip": vision.build_clip, "dinov2": vision.build_dinov2}[name]
+    return lambda folder, seed, advance: build(folder, size.vision, seed, advance)

@@ -1,0 +1,204 @@
+"""Assemble LlavaForConditionalGeneration from two backbones; say what trains in which stage; compute the loss of a pack.
+
+Weights come from safetensors only, and never with remote code. Knows nothing of DeepSpeed or Ray.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raylava.errors import UserError
+from raylava.model.backbones import (
+    FEATURE_LAYER,
+    VISION_FAMILIES,
+    LanguageSpec,
+    VisionSpec,
+    backbone_path,
+    load_tokenizer,
+)
+from raylava.model.templates import IMAGE_TOKEN
+from raylava.recipe import Model
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+StageName = Literal["pretrain", "finetune"]
+CONNECTOR = "model.multi_modal_projector."  # the names of the connector's weights start so
+VISION_TOWER = "model.vision_tower."
+CONNECTOR_FILE = "connector.safetensors"
+
+_VOCABULARY_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
+
+
+@dataclass(frozen=True)
+class PackTensors:
+    """One pack, ready for the model: T tokens of several samples in one row, N pictures, S supervised tokens.
+
+    input_ids (1, T) int64, image tokens expanded; position_ids (1, T) int64, restarting at 0 with each sample;
+    pixel_values (N, 3, size, size); `keep` (S,) int64 positions whose next token is supervised; `labels` (S,) int64.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor
+    keep: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
+        """On the device, pixels in the model's floating type."""
+        return PackTensors(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.pixel_values.to(device, dtype, non_blocking=True),
+            self.keep.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+        )
+
+
+class PackLoss(nn.Module):
+    """LLaVA as training sees it: a pack in, the sum of the supervised tokens' cross-entropies out (a scalar, fp32).
+
+    Logits are computed at the kept positions only. Samples of a pack don't see each other: transformers masks them apart
+    where positions restart, provided that no attention mask is passed and no cache is used.
+    """
+
+    def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, labels: Tensor) -> Tensor:
+        logits = self.logits(input_ids, position_ids, pixel_values, keep)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor) -> Tensor:
+        """(S, vocabulary) logits at the kept positions."""
+        hidden = self.llava.model(
+            input_ids=input_ids, position_ids=position_ids, pixel_values=pixel_values, use_cache=False
+        ).last_hidden_state
+        return self.llava.lm_head(hidden[0, keep])
+
+
+def assemble(
+    model: Model, vision: VisionSpec, seed: int, dtype: torch.dtype, attention: str = "sdpa"
+) -> "LlavaForConditionalGeneration":
+    """Both backbones with their weights and a connector drawn from `seed`, or read from `model.connector.weights`."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    tokenizer = load_tokenizer(model.language)
+    tower = load_vision(model, vision, dtype, attention)
+    language = _load_language(model, dtype, attention)
+    _make_room(language, len(tokenizer))
+    config = _config(tower, language, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    with torch.device("meta"):  # only the frame: every part of it is replaced by a real one below
+        llava = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        llava.model.multi_modal_projector = LlavaMultiModalProjector(config).to(dtype)
+    llava.model.vision_tower = tower
+    llava.model.language_model = language.model
+    llava.lm_head = language.lm_head
+    llava.tie_weights()
+    if model.connector.weights:
+        load_connector(llava, model.connector.weights)
+    assert not any(parameter.is_meta for parameter in llava.parameters())
+    return llava
+
+
+def load_vision(model: Model, vision: VisionSpec, dtype: torch.dtype, attention: str = "sdpa") -> "PreTrainedModel":
+    """The vision tower with its weights."""
+    import transformers
+
+    model_class = getattr(transformers, VISION_FAMILIES[vision.family].model_class)
+    return model_class.from_pretrained(
+        backbone_path(model.vision.name),
+        revision=model.vision.revision,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+    )
+
+
+def _load_language(model: Model, dtype: torch.dtype, attention: str) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        backbone_path(model.language.name),
+        revision=model.language.revision,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+    )
+
+
+def _make_room(language: "PreTrainedModel", tokens: int) -> None:
+    """Add embedding rows for new tokens. They start at the mean of the old, so that none is likely to be generated."""
+    old = language.get_input_embeddings().weight.shape[0]
+    if tokens <= old:
+        return
+    language.resize_token_embeddings(tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False)
+    for table in {language.get_input_embeddings(), language.get_output_embeddings()}:
+        with torch.no_grad():
+            table.weight[old:] = table.weight[:old].float().mean(dim=0).to(table.weight.dtype)
+
+
+def _config(
+    tower: "PreTrainedModel", language: "PreTrainedModel", vision: VisionSpec, image_token_id: int
+) -> "LlavaConfig":
+    from transformers import LlavaConfig
+
+    return LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=image_token_id,
+        image_seq_length=vision.image_tokens,
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy=vision.select_strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+
+
+def choose_trainable(llava: "LlavaForConditionalGeneration", stage: StageName) -> None:
+    """Pretraining trains the connector; finetuning the connector and the language model; the vision tower stays frozen."""
+    for name, parameter in llava.named_parameters():
+        in_connector = name.startswith(CONNECTOR)
+        parameter.requires_grad_(in_connector or (stage == "finetune" and not name.startswith(VISION_TOWER)))
+
+
+def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:
+    """Names of the weights that train now."""
+    return {name for name, parameter in llava.named_parameters() if parameter.requires_grad}
+
+
+def load_connector(llava: "LlavaForConditionalGeneration", folder: str) -> None:
+    """Put a connector artifact's weights in place, strictly."""
+    connector = llava.model.multi_modal_projector
+    weights = load_file(_connector_file(folder))
+    connector.load_state_dict({name.removeprefix(CONNECTOR): value for name, value in weights.items()}, strict=True)
+
+
+def check_connector(folder: str, vision: VisionSpec, language: LanguageSpec) -> None:
+    """Raise UserError unless the connector artifact's widths fit both backbones."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(_connector_file(folder), framework="pt") as file:
+            inner, outer = (file.get_slice(f"{CONNECTOR}linear_{layer}.weight").get_shape() for layer in (1, 2))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.connector.weights={folder}: no raylava connector there ({error})") from error
+    if inner[1] != vision.width or outer[0] != language.width:
+        raise UserError(
+            f"model.connector.weights={folder}: it joins widths {inner[1]} → {outer[0]}, but {vision.name} is "
+            f"{vision.width} wide and {language.name} {language.width}; use a connector pretrained for this pair"
+        )
+
+
+def _connector_file(folder: str) -> Path:
+    from raylava.storage import place
+
+    return place(folder).local_copy() / CONNECTOR_FILE

@@ -1,0 +1,345 @@
+"""The recipe: everything that decides a result, as one typed object loaded from YAML with `key=value` overrides.
+
+Settings marked with `scale()` decide only how a result is reached (packs, ZeRO stage, workers, places); they never
+enter a fingerprint. Nothing here touches weights, network or cluster.
+"""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from raylava.errors import UserError
+
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def scale(default: Any, **constraints: Any) -> Any:
+    """A setting that never decides the result, only how it is reached: left out of fingerprints."""
+    return Field(default, json_schema_extra={"decides": False}, **constraints)
+
+
+def _decides(info: FieldInfo) -> bool:
+    extra = info.json_schema_extra
+    return not isinstance(extra, dict) or extra.get("decides") is not False
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and refusing keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide the result, JSON-able, for a fingerprint."""
+        return {
+            key: _content(getattr(self, key)) for key, info in type(self).model_fields.items() if _decides(info)
+        }
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.content()
+    if isinstance(value, list | tuple):
+        return [_content(item) for item in value]
+    return value
+
+
+class Language(Section):
+    """A language model: a hub id or a local folder. `family` is found in the folder or by a known id."""
+
+    name: str
+    revision: str = "main"
+    family: str | None = None
+
+
+class Vision(Section):
+    """A vision backbone: a hub id or a local folder. `image_size` (pixels a side) defaults to the backbone's own."""
+
+    name: str
+    revision: str = "main"
+    family: str | None = None
+    image_size: int | None = Field(None, ge=8, le=4096)
+
+
+class Connector(Section):
+    """Linear → GELU → Linear, from vision width to language width. `weights` starts it from a connector artifact."""
+
+    weights: str | None = None
+
+
+class Model(Section):
+    language: Language
+    vision: Vision
+    connector: Connector = Connector()
+
+
+class Storing(Section):
+    """How prepared pixels are kept in blocks. png and webp are lossless; `quality` counts for jpeg only."""
+
+    format: Literal["jpeg", "png", "webp"] = "jpeg"
+    quality: int = Field(95, ge=1, le=100)
+
+
+class Corpus(Section):
+    """LLaVA JSON and the folder its image paths start from. Patterns (`5/*`) choose rows by image path."""
+
+    annotations: str = scale(...)  # a place; what lies there enters the fingerprint by its SHA-256
+    images: str = scale("")
+    fit: Literal["pad", "crop"] = "pad"
+    max_length: int = Field(2048, ge=16, le=1 << 20)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    limit: int | None = Field(None, ge=1)
+    store: Storing = Storing()
+    max_pixels: int = Field(64_000_000, ge=1)
+    rows_per_block: int = Field(2048, ge=1, le=1 << 20)
+    quarantine_limit: _Fraction = scale(0.01)
+
+
+class Corpora(Section):
+    alignment: Corpus | None = None
+    instruction: Corpus
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO: what is sharded across workers, and what is kept in host memory."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError("offload_parameters needs ZeRO stage 3; set zero.stage=3 or offload_parameters=false")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO stage 1 to 3; set zero.stage=1 or offload_optimizer=false")
+        return self
+
+
+class Checkpoints(Section):
+    """How often training keeps what it has, and how many checkpoints stay."""
+
+    every_minutes: float = Field(15.0, gt=0)
+    keep: int = Field(2, ge=1)
+
+
+class Training(Section):
+    """One training stage. `global_batch` counts samples a step over all workers; `warmup` is a share of the steps."""
+
+    enabled: bool = True
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    global_batch: int = Field(128, ge=1)
+    lr: float = Field(2e-5, gt=0, le=1)
+    warmup: _Fraction = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    pack_tokens: int = scale(2048, ge=16)
+    zero: Zero = scale(Zero())
+    activation_checkpointing: bool = scale(False)
+    attention: Literal["sdpa", "eager"] = scale("sdpa")
+    checkpoints: Checkpoints = scale(Checkpoints())
+
+
+class Benchmark(Section):
+    """Held-out questions with reference answers: JSONL, or LLaVA JSON (each human turn becomes a question).
+
+    `categories` names a question type by a regular expression over the question; the first that matches counts.
+    `baselines` answers the same questions with blank pictures, or with the model as it was before training.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    questions: str = scale(...)
+    images: str = scale("")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    limit: int | None = Field(None, ge=1)
+    suffix: str = ""
+    categories: dict[str, str] = {}
+    score: Literal["exact_match"] = "exact_match"
+    max_new_tokens: int = Field(32, ge=1)
+    batch_size: int = scale(32, ge=1)
+    baselines: tuple[Literal["blank_pictures", "untrained"], ...] = ()
+
+
+class Resources(Section):
+    """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: int = Field(0, ge=0)
+
+
+def _known_folder(value: str) -> str:
+    return value.rstrip("/") if value not in ("", "/") else value
+
+
+class Recipe(Section):
+    """A whole experiment. `data` is where relative corpus and question paths start."""
+
+    name: str = scale(..., pattern=r"^[A-Za-z0-9_.-]+$")
+    data: Annotated[str, AfterValidator(_known_folder)] = scale("")
+    seed: int = Field(0, ge=0)
+    model: Model
+    corpora: Corpora
+    pretrain: Training = Training(global_batch=256, lr=1e-3)
+    finetune: Training = Training()
+    evaluate: tuple[Benchmark, ...] = ()
+    resources: Resources = scale(Resources())
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.pretrain.enabled and self.model.connector.weights is None and self.corpora.alignment is None:
+            raise ValueError(
+                "pretrain is enabled but corpora.alignment is missing; add it or set pretrain.enabled=false"
+            )
+        names = [benchmark.name for benchmark in self.evaluate]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluate names {names} must differ; give each benchmark its own name")
+        return self
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file, its parents (`extends:`) first, `key=value` overrides last.
+
+    Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
+    """
+    data = _read_with_parents(Path(path), seen=())
+    for override in overrides or []:
+        _apply(data, override)
+    return validate(data, where=path)
+
+
+def validate(data: dict[str, Any], where: str) -> Recipe:
+    """The recipe in a plain mapping. Raises UserError that names the key, the value and the fix."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from error
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends itself through {seen[-1].name}; remove one `extends:`")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merged(_read_with_parents(path.parent / str(parent), (*seen, resolved)), data)
+
+
+def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else in the child replaces the parent's."""
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; a number in the key is a position in a list; the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
+    try:
+        value = _number_or_same(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    *path, last = key.split(".")
+    target: Any = data
+    for depth, part in enumerate(path):
+        target = _enter(target, part, ".".join(path[: depth + 1]))
+    _put(target, last, value, key)
+
+
+def _number_or_same(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _enter(target: Any, part: str, key: str) -> Any:
+    if isinstance(target, list):
+        return target[_position(target, part, key)]
+    if target.get(part) is None:
+        target[part] = {}
+    inner = target[part]
+    if not isinstance(inner, dict | list):
+        raise UserError(f"{key} is a value ({inner!r}), it has no keys below it")
+    return inner
+
+
+def _put(target: Any, part: str, value: Any, key: str) -> None:
+    if isinstance(target, list):
+        target[_position(target, part, key)] = value
+    else:
+        target[part] = value
+
+
+def _position(target: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise UserError(f"{key}: {part!r} is not a position in a list of {len(target)}; count from 0")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line; the number of further ones, if any."""
+    details = error.errors()
+    problem = details[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(problem['loc'])}{more}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; add it to the recipe or give {key}=…{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
+    return f"{key}{shown}: {message}{more}" if key else f"{message}{more}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    known = [f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields]
+    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
+    here, _, last = wanted.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == here]
+    by_name = {key.rpartition(".")[2]: key for key in siblings}
+    close = difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)
+    match = by_name[close[0]] if close else next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)), None)
+    return f"; did you mean {match!r}?" if match else f"; known here: {', '.join(by_name)}"
+
+
+def _sections(section: type[Section], prefix: tuple[str, ...]) -> list[tuple[tuple[str, ...], type[Section]]]:
+    found = [(prefix, section)]
+    for name, info in section.model_fields.items():
+        for inner in _inner_sections(info.annotation):
+            found += _sections(inner, (*prefix, name))
+    return found
+
+
+def _inner_sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [inner for argument in typing.get_args(annotation) for inner in _inner_sections(argument)]

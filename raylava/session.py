@@ -1,0 +1,72 @@
+"""Join the Ray cluster that is there, or start one on this machine for the length of a command.
+
+Started here, its dashboard stays on loopback and its token authentication on; Ray's own output goes to its session folder.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from raylava.recipe import Resources
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def ray_session(resources: Resources) -> Iterator[None]:
+    """Ray for the length of a `with`: RAY_ADDRESS names a cluster to join, else this machine becomes one.
+
+    On this machine Ray is told of at least the CPUs that the recipe's workers ask for: a laptop with fewer shares them.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _hush()
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+        ray.init(num_cpus=cpus, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _hush() -> None:
+    """Ray Data's own progress bars would fight with ours. Both calls must come before datasets are made."""
+    import ray.data
+
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """How far remote work is: workers tell it, the driver asks it now and then."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: tuple[int, int, dict[str, float]] | None = None
+
+    def add(self, units: int) -> None:
+        """So many more units are done."""
+        self._count += units
+
+    def count(self) -> int:
+        """Units done."""
+        return self._count
+
+    def update(self, done: int, total: int, **figures: float) -> None:
+        """Where a sequential run stands."""
+        self._last = (done, total, figures)
+
+    def last(self) -> tuple[int, int, dict[str, float]] | None:
+        """The last `update`, or None before the first."""
+        return self._last

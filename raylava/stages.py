@@ -1,0 +1,323 @@
+"""A recipe → its stages → run what is missing.
+
+    prepare(alignment)   ─▶ pretrain ─▶ connector ┐
+    prepare(instruction) ─────────────────────────┴─▶ finetune ─▶ model ─▶ evaluate
+                                        untrained model (a baseline) ─▶ evaluate
+
+Resolving reads configuration files and annotations, and refuses what cannot work before any worker starts. What a stage
+does is in its own room.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raylava.artifacts import Artifact, Draft, lock
+from raylava.console import Bar, Console
+from raylava.corpus.prepare import Job as PrepareJob
+from raylava.corpus.prepare import check_quarantine, prepare
+from raylava.corpus.sources import Selection, referenced_images
+from raylava.errors import UserError
+from raylava.evaluate.answer import Asking, answer, answers_bytes
+from raylava.evaluate.questions import Question, identity, read_questions
+from raylava.evaluate.score import exact_match
+from raylava.model.backbones import (
+    LanguageSpec,
+    VisionSpec,
+    check_known,
+    load_tokenizer,
+    resolve_language,
+    resolve_vision,
+    tokenizer_identity,
+    weights_identity,
+)
+from raylava.recipe import Benchmark, Corpus, Recipe
+from raylava.session import ray_session
+from raylava.storage import Place, join, place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph: what makes its artifact, from which others. `label` names it among the recipe's stages."""
+
+    label: str
+    draft: Draft
+    inputs: dict[str, Draft]
+    unit: str
+    build: Callable[[Bar], dict[str, Any]]
+    verify: Callable[[dict[str, Any]], None] = lambda metrics: None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the recipe's names turned out to mean on this machine."""
+
+    vision: VisionSpec
+    language: LanguageSpec
+    tokenizer: str
+    vision_weights: dict[str, str]
+    language_weights: dict[str, str]
+
+
+def resolve(recipe: Recipe) -> Facts:
+    """Look the backbones up. Raises UserError, before any worker starts, for what is missing or doesn't fit."""
+    check_known(recipe.model.language, recipe.model.vision)
+    vision, language = resolve_vision(recipe.model.vision), resolve_language(recipe.model.language)
+    if recipe.model.connector.weights:
+        from raylava.model.llava import check_connector
+
+        check_connector(recipe.model.connector.weights, vision, language)
+    _check_lengths(recipe, vision)
+    return Facts(
+        vision,
+        language,
+        tokenizer_identity(load_tokenizer(recipe.model.language)),
+        weights_identity(recipe.model.vision.name, recipe.model.vision.revision),
+        weights_identity(recipe.model.language.name, recipe.model.language.revision),
+    )
+
+
+def _check_lengths(recipe: Recipe, vision: VisionSpec) -> None:
+    for name, corpus in (("alignment", recipe.corpora.alignment), ("instruction", recipe.corpora.instruction)):
+        if corpus is not None and corpus.max_length <= vision.image_tokens:
+            raise UserError(
+                f"corpora.{name}.max_length={corpus.max_length}: one picture alone takes {vision.image_tokens} tokens "
+                f"with {vision.name}; raise it"
+            )
+
+
+def stages_of(recipe: Recipe, storage: Place) -> list[Stage]:
+    """The recipe's stages, each after those it reads. Raises UserError for input that cannot work."""
+    return _Graph(recipe, storage, resolve(recipe)).stages()
+
+
+def run(recipe: Recipe, storage: Place, console: Console) -> dict[str, Artifact]:
+    """Make every artifact of the recipe that is missing; returns them by stage label."""
+    stages = stages_of(recipe, storage)
+    artifacts: dict[str, Artifact] = {}
+    missing = [stage for stage in stages if stage.draft.find() is None]
+    if not missing:
+        return {stage.label: _found(stage, console) for stage in stages}
+    with ray_session(recipe.resources):
+        for stage in stages:
+            artifacts[stage.label] = make(stage, console)
+    return artifacts
+
+
+def make(stage: Stage, console: Console) -> Artifact:
+    """The stage's artifact, built unless it is there. Two runs at once: one builds, the other waits for it."""
+    if stage.draft.find() is not None:
+        return _found(stage, console)
+    with lock(stage.draft.place, stage.label):
+        if stage.draft.find() is not None:  # another run finished it while we waited
+            return _found(stage, console)
+        started = time.monotonic()
+        with console.stage(stage.label, stage.unit) as bar:
+            metrics = stage.build(bar)
+        inputs = {role: draft.fingerprint for role, draft in stage.inputs.items()}
+        artifact = stage.draft.commit(metrics, inputs, time.monotonic() - started)
+    console.say(f"[green]✓[/] {stage.label:<28} made in {artifact.record['seconds']:.0f} s  [dim]{artifact.place}[/]")
+    return artifact
+
+
+def _found(stage: Stage, console: Console) -> Artifact:
+    artifact = stage.draft.find()
+    assert artifact is not None
+    stage.verify(artifact.metrics)
+    console.say(f"[green]✓[/] {stage.label:<28} found             [dim]{artifact.place}[/]")
+    return artifact
+
+
+class _Graph:
+    """Builds the stages of one recipe; each method makes one kind."""
+
+    def __init__(self, recipe: Recipe, storage: Place, facts: Facts) -> None:
+        self._recipe, self._storage, self._facts = recipe, storage, facts
+
+    def stages(self) -> list[Stage]:
+        recipe = self._recipe
+        found: list[Stage] = []
+        connector: Stage | None = None
+        if recipe.pretrain.enabled and recipe.model.connector.weights is None:
+            assert recipe.corpora.alignment is not None
+            alignment = self._prepare("alignment", recipe.corpora.alignment)
+            connector = self._pretrain(alignment)
+            found += [alignment, connector]
+        instruction = self._prepare("instruction", recipe.corpora.instruction)
+        model = self._finetune(instruction, connector)
+        found += [instruction, model]
+        return found + self._evaluations(model)
+
+    def _evaluations(self, model: Stage) -> list[Stage]:
+        found: list[Stage] = []
+        untrained: Stage | None = None
+        for benchmark in self._recipe.evaluate:
+            found.append(self._evaluate(benchmark, model, f"evaluate {benchmark.name}", blank=False))
+            if "blank_pictures" in benchmark.baselines:
+                found.append(self._evaluate(benchmark, model, f"evaluate {benchmark.name} (blank)", blank=True))
+            if "untrained" in benchmark.baselines:
+                if untrained is None:
+                    untrained = self._untrained()
+                    found.append(untrained)
+                found.append(self._evaluate(benchmark, untrained, f"evaluate {benchmark.name} (untrained)", blank=False))
+        return found
+
+    def _draft(self, stage: str, content: dict[str, Any]) -> Draft:
+        return Draft(stage, content, self._storage)
+
+    def _prepare(self, name: str, corpus: Corpus) -> Stage:
+        facts, recipe = self._facts, self._recipe
+        annotations = join(recipe.data, corpus.annotations)
+        images = join(recipe.data, corpus.images)
+        template = facts.language.template
+        content = {
+            "corpus": corpus.content(),
+            "source": corpus_identity(place(annotations), place(images), corpus),
+            "tokenizer": facts.tokenizer,
+            "template": dataclasses.asdict(template),
+            "vision": facts.vision.identity(),
+        }
+        draft = self._draft("prepare", content)
+        job = PrepareJob(
+            corpus, annotations, images, recipe.model.language, template, facts.vision, draft.place.uri
+        )
+
+        def build(bar: Bar) -> dict[str, Any]:
+            return prepare(job, facts.tokenizer, bar).figures()
+
+        return Stage(
+            f"prepare {name}", draft, {}, "rows", build, lambda metrics: check_quarantine(metrics, corpus, draft.place)
+        )
+
+    def _backbones(self) -> dict[str, Any]:
+        facts = self._facts
+        return {
+            "vision": facts.vision_weights,
+            "image": facts.vision.identity(),
+            "language": facts.language_weights,
+            "template": dataclasses.asdict(facts.language.template),
+        }
+
+    def _pretrain(self, alignment: Stage) -> Stage:
+        content = {
+            "backbones": self._backbones(),
+            "training": self._recipe.pretrain.content(),
+            "seed": self._recipe.seed,
+            "blocks": alignment.draft.fingerprint,
+        }
+        return self._training("pretrain", content, {"blocks": alignment.draft})
+
+    def _finetune(self, instruction: Stage, connector: Stage | None) -> Stage:
+        given = self._recipe.model.connector.weights
+        content = {
+            "backbones": self._backbones(),
+            "training": self._recipe.finetune.content(),
+            "seed": self._recipe.seed,
+            "blocks": instruction.draft.fingerprint,
+            "connector": connector.draft.fingerprint if connector else given and _connector_identity(given),
+            "fit": self._recipe.corpora.instruction.fit,
+        }
+        inputs = {"blocks": instruction.draft} | ({"connector": connector.draft} if connector else {})
+        return self._training("finetune", content, inputs)
+
+    def _training(self, stage: Any, content: dict[str, Any], inputs: dict[str, Draft]) -> Stage:
+        draft = self._draft(stage, content)
+        recipe, facts = self._recipe, self._facts
+        connector = inputs.get("connector")
+
+        def build(bar: Bar) -> dict[str, Any]:
+            from raylava.train.trainer import TrainJob, train
+
+            job = TrainJob(
+                stage=stage,
+                model=recipe.model,
+                vision=facts.vision,
+                language=facts.language,
+                training=recipe.pretrain if stage == "pretrain" else recipe.finetune,
+                seed=recipe.seed,
+                blocks=inputs["blocks"].place.uri,
+                connector=connector.place.uri if connector else None,
+                fit=recipe.corpora.instruction.fit,
+                output=draft.place.uri,
+            )
+            return train(job, recipe.resources, bar)
+
+        return Stage(stage, draft, inputs, "steps", build)
+
+    def _untrained(self) -> Stage:
+        """The model as it was before any training: both backbones and a random connector."""
+        recipe, facts = self._recipe, self._facts
+        fit = recipe.corpora.instruction.fit
+        content = {"backbones": self._backbones(), "seed": recipe.seed, "fit": fit}
+        draft = self._draft("untrained", content)
+
+        def build(bar: Bar) -> dict[str, Any]:
+            from raylava.model.untrained import publish_untrained
+
+            publish_untrained(recipe.model, facts.vision, facts.language, recipe.seed, fit, draft.place)
+            bar.update(1, 1)
+            return {}
+
+        return Stage("untrained", draft, {}, "models", build)
+
+    def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank: bool) -> Stage:
+        recipe = self._recipe
+        images = join(recipe.data, benchmark.images)
+        questions = read_questions(place(join(recipe.data, benchmark.questions)), benchmark)
+        pictures = _sizes(place(images), {question.image for question in questions if question.image})
+        content = {
+            "model": model.draft.fingerprint,
+            "questions": identity(questions, pictures),
+            "benchmark": benchmark.content(),
+            "blank_pictures": blank,
+        }
+        draft = self._draft("evaluate", content)
+        asking = Asking(
+            model.draft.place.uri, images, benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size, blank
+        )
+
+        def build(bar: Bar) -> dict[str, Any]:
+            return _answer_and_score(questions, asking, model.draft.fingerprint, draft.place, bar, recipe)
+
+        return Stage(label, draft, {"model": model.draft}, "questions", build)
+
+
+def _answer_and_score(
+    questions: list[Question], asking: Asking, model_id: str, output: Place, bar: Bar, recipe: Recipe
+) -> dict[str, Any]:
+    answers = answer(questions, asking, recipe.resources, bar)
+    scores = exact_match(questions, [item.text for item in answers])
+    (output / "answers.jsonl").write_bytes(answers_bytes(answers, model_id))
+    lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in questions]
+    (output / "questions.jsonl").write_bytes("".join(line + "\n" for line in lines).encode())
+    return dataclasses.asdict(scores)
+
+
+def corpus_identity(annotations: Place, images: Place, corpus: Corpus) -> dict[str, str]:
+    """What a corpus is, wherever it lies: its annotations' SHA-256, and its pictures' names and sizes.
+
+    Raises UserError when the annotations can't be read or the image folder is missing.
+    """
+    selection = Selection(corpus.include, corpus.exclude, corpus.limit)
+    names = referenced_images(annotations, selection)
+    if names and not images.is_folder():
+        raise UserError(f"{images}: no such image folder; set the corpus's images (or data=…)")
+    listing = json.dumps(sorted(_sizes(images, names).items()))
+    return {"annotations": annotations.sha256(), "images": hashlib.sha256(listing.encode()).hexdigest()}
+
+
+def _sizes(root: Place, names: set[str]) -> dict[str, int]:
+    return {name: size for name, size in root.files_below() if name in names} if names else {}
+
+
+def _connector_identity(folder: str) -> str:
+    from raylava.model.llava import CONNECTOR_FILE
+
+    return (place(folder) / CONNECTOR_FILE).sha256()

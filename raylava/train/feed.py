@@ -1,0 +1,146 @@
+"""The plan's packs → tensors, ahead of need: a background thread reads, decodes and lays out while the model computes.
+
+Which samples go where is plan.py's business; what is done with the tensors is engine.py's. Imports neither Ray nor DeepSpeed.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raylava.corpus.blocks import Blocks, Sample
+from raylava.corpus.images import Pixels, blank_pixels, decode_stored, normalise
+from raylava.model.backbones import VisionSpec
+from raylava.model.llava import PackTensors
+from raylava.train.plan import EpochPlan, Pack, Step, assign
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one rank does in one step. `supervised` and `tokens` count over all ranks."""
+
+    step: Step
+    packs: list[PackTensors]
+    supervised: int
+    tokens: int
+
+
+class Feed:
+    """Iterates over one rank's work from step `first` on, `ahead` steps in front of the consumer."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        plan: EpochPlan,
+        layout: "Layout",
+        rank: int,
+        world_size: int,
+        pack_tokens: int,
+        first: int = 0,
+        ahead: int = 2,
+    ) -> None:
+        self._blocks, self._plan, self._layout = blocks, plan, layout
+        self._rank, self._world_size, self._pack_tokens = rank, world_size, pack_tokens
+        self._first, self._ahead = first, ahead
+
+    def __iter__(self) -> Iterator[StepWork]:
+        ready: queue.Queue[StepWork | BaseException | None] = queue.Queue(self._ahead)
+        stopping = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(ready, stopping), name="feed", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopping.set()
+            while thread.is_alive():  # the producer may be waiting for room
+                _drain(ready)
+                thread.join(timeout=0.05)
+
+    def _produce(self, ready: "queue.Queue[StepWork | BaseException | None]", stopping: threading.Event) -> None:
+        try:
+            for step in self._plan.from_step(self._first):
+                if stopping.is_set():
+                    return
+                ready.put(self.work(step))
+            ready.put(None)
+        except BaseException as error:  # handed to the consumer, who raises it
+            ready.put(error)
+
+    def work(self, step: Step) -> StepWork:
+        """This rank's packs of one step, as tensors on the host."""
+        lengths = self._blocks.lengths
+        packs = assign(step.samples, lengths.length, self._world_size, self._pack_tokens)[self._rank]
+        return StepWork(
+            step,
+            [self._tensors(pack) for pack in packs],
+            supervised=int(lengths.supervised[step.samples].sum()),
+            tokens=int(lengths.length[step.samples].sum()),
+        )
+
+    def _tensors(self, pack: Pack) -> PackTensors:
+        return self._layout.tensors([self._blocks[number] for number in pack])
+
+
+def _drain(ready: "queue.Queue[StepWork | BaseException | None]") -> None:
+    while True:
+        try:
+            ready.get_nowait()
+        except queue.Empty:
+            return
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples lie in a pack's row, for one tokenizer and vision backbone."""
+
+    vision: VisionSpec
+    image_token_id: int
+    begin_token_id: int
+
+    def tensors(self, samples: list[Sample]) -> PackTensors:
+        """Several samples in one row, positions restarting with each; with a blank picture when none has one.
+
+        The blank picture is a sample of its own that nothing supervises, so every pack passes the vision tower and no
+        gradient comes of it.
+        """
+        pictures: list[Pixels] = [decode_stored(image) for sample in samples for image in sample.images]
+        rows = [self._expand(sample) for sample in samples]
+        if not pictures:
+            pictures = [blank_pixels(self.vision.pixels)]
+            rows.append(_ExpandedSample(self._blank_ids(), np.empty(0, dtype=np.int64)))
+        starts = np.cumsum([0, *(len(row.ids) for row in rows)])
+        ids = np.concatenate([row.ids for row in rows])
+        targets = np.concatenate([row.targets + start for row, start in zip(rows, starts, strict=False)])
+        return PackTensors(
+            input_ids=torch.from_numpy(ids)[None],
+            position_ids=torch.from_numpy(np.concatenate([np.arange(len(row.ids)) for row in rows]))[None],
+            pixel_values=torch.from_numpy(normalise(np.stack(pictures), self.vision.pixels)),
+            keep=torch.from_numpy(targets - 1),
+            labels=torch.from_numpy(ids[targets]),
+        )
+
+    def _expand(self, sample: Sample) -> "_ExpandedSample":
+        ids = np.asarray(sample.input_ids, dtype=np.int64)
+        repeats = np.where(ids == self.image_token_id, self.vision.image_tokens, 1)
+        new_place = np.concatenate([[0], np.cumsum(repeats)])
+        targets = [np.arange(new_place[start], new_place[stop]) for start, stop in sample.supervised]
+        expanded = np.repeat(ids, repeats)
+        assert len(expanded) == sample.length, f"{sample.sample_id}: {len(expanded)} tokens, the block says {sample.length}"
+        return _ExpandedSample(expanded, np.concatenate(targets))
+
+    def _blank_ids(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        return np.array([self.begin_token_id] + [self.image_token_id] * self.vision.image_tokens, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _ExpandedSample:
+    """`ids` with image tokens repeated; `targets` are the positions of supervised tokens in it (never 0: <bos> is first)."""
+
+    ids: "np.ndarray[tuple[int], np.dtype[np.int64]]"
+    targets: "np.ndarray[tuple[int], np.dtype[np.int64]]"

@@ -1,0 +1,134 @@
+"""The epoch plan: which samples form step k, packed how, on which rank. Pure functions of the recipe and the lengths.
+
+    step k  = samples permutation[k·B : (k+1)·B]       B = the global batch, in samples
+    assign  = step → per rank, packs of at most `pack_tokens`
+
+Which samples form a step depends on the seed, the epoch and B alone; world size and packing only decide who computes
+what. Every rank gets the same number of packs, so that collectives can't fall out of step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raylava.errors import UserError
+
+Pack = tuple[int, ...]  # sample numbers that share one row; empty when a rank has nothing left to compute
+
+_ATTENTION_TOKENS = 16_384  # cost(t) = t + t²/this: attention's share of a Gemma-2B layer reaches the rest at about there
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step `number` of the whole run, counted from 0, and its samples in the plan's order."""
+
+    number: int
+    epoch: int
+    samples: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The steps of a training run over `samples` samples. The last step of an epoch may be smaller than the batch."""
+
+    samples: int
+    global_batch: int
+    epochs: int
+    seed: int
+    max_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        total = self.steps_per_epoch * self.epochs
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+    def from_step(self, first: int) -> Iterator[Step]:
+        """The steps from number `first` on: the data cursor of a checkpoint is this one integer."""
+        order: npt.NDArray[np.int64] | None = None
+        for number in range(first, self.steps):
+            epoch, place = divmod(number, self.steps_per_epoch)
+            if order is None or place == 0:
+                order = permutation(self.samples, self.seed, epoch)
+            batch = order[place * self.global_batch : (place + 1) * self.global_batch]
+            yield Step(number, epoch, batch)
+
+
+def permutation(samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch: the same on every machine for the same seed and epoch."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    return generator.permutation(samples)
+
+
+def assign(
+    samples: Sequence[int] | npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], world_size: int, pack_tokens: int
+) -> list[list[Pack]]:
+    """For each rank, its packs of one step: every sample once, each pack within `pack_tokens`, as many packs for each.
+
+    `lengths` are those of all samples, in expanded tokens. Samples go to the cheapest rank, longest first, then into each
+    rank's packs first-fit-decreasing. Raises UserError for a sample longer than `pack_tokens`.
+    """
+    order = _longest_first(samples, lengths)
+    if order and lengths[order[0]] > pack_tokens:
+        raise UserError(
+            f"a sample of {lengths[order[0]]} tokens does not fit pack_tokens={pack_tokens}; "
+            "raise pack_tokens or lower the corpus's max_length"
+        )
+    ranks = _spread(order, lengths, world_size)
+    packed = [_first_fit(rank, lengths, pack_tokens) for rank in ranks]
+    most = max(len(packs) for packs in packed)
+    return [_padded(_split(packs, most), most) for packs in packed]
+
+
+def cost(length: int) -> float:
+    """What a sample costs, in tokens of a short sample: linear layers grow with t, attention with t²."""
+    return length + length * length / _ATTENTION_TOKENS
+
+
+def _longest_first(samples: Sequence[int] | npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[int]:
+    return sorted((int(sample) for sample in samples), key=lambda sample: (-int(lengths[sample]), sample))
+
+
+def _spread(order: list[int], lengths: npt.NDArray[np.int32], world_size: int) -> list[list[int]]:
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0.0] * world_size
+    for sample in order:
+        rank = load.index(min(load))
+        ranks[rank].append(sample)
+        load[rank] += cost(int(lengths[sample]))
+    return ranks
+
+
+def _first_fit(samples: list[int], lengths: npt.NDArray[np.int32], pack_tokens: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for sample in samples:
+        length = int(lengths[sample])
+        fitting = next((number for number, left in enumerate(room) if left >= length), None)
+        if fitting is None:
+            packs.append([sample])
+            room.append(pack_tokens - length)
+        else:
+            packs[fitting].append(sample)
+            room[fitting] -= length
+    return packs
+
+
+def _split(packs: list[list[int]], count: int) -> list[list[int]]:
+    """Cut the packs that hold the most samples in two until there are `count`, or none can be cut."""
+    packs = list(packs)
+    while len(packs) < count and any(len(pack) > 1 for pack in packs):
+        largest = max(range(len(packs)), key=lambda number: len(packs[number]))
+        pack = packs.pop(largest)
+        packs += [pack[::2], pack[1::2]]
+    return packs
+
+
+def _padded(packs: list[list[int]], count: int) -> list[Pack]:
+    return [tuple(pack) for pack in packs] + [()] * (count - len(packs))
