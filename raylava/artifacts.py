@@ -1,7 +1,7 @@
 """An artifact: a folder whose name is the fingerprint of what decides its content.
 
-`<storage>/<stage>/<fingerprint>/` is complete when its artifact.json, written last, is there; until then nobody reads it.
-Here: fingerprint, find, lock, commit. What a stage puts in the folder is the stage's business.
+`<storage>/<stage>/<fingerprint>/` is complete when its artifact.json, written last, is there; until then nobody reads
+it. Here: fingerprint, find, lock, commit. What a stage puts in the folder is the stage's business.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ STALE_AFTER_SECONDS = 60.0  # a holder on another host that has not been heard o
 
 
 def fingerprint(stage: str, content: Mapping[str, Any]) -> str:
-    """Hexadecimal SHA-256 (the first 16 of 64 digits) over the stage's name, the format and all that decides the result.
+    """Hexadecimal SHA-256 (the first 16 of 64 digits) over the stage's name, the format and all that decides the
+    result.
 
     `content` is JSON-able; key order does not matter. Nothing that leaves the result as it is may be in it.
     """
@@ -117,8 +118,7 @@ def lock(folder: Place, announce: str) -> Iterator[None]:
     holder = _Holder(file)
     waited = False
     while not file.create_exclusively(holder.ticket()):
-        if _abandoned(file):
-            file.delete()
+        if _take_over(file):
             continue
         if not waited:
             logger.warning("%s is being built by another run; waiting for it", announce)
@@ -173,11 +173,24 @@ class _Holder:
                 self._file.write_bytes(self.ticket())
 
 
-def _abandoned(file: Place) -> bool:
+def _take_over(file: Place) -> bool:
+    """Remove an abandoned lock; True when it is gone. Of several that wait, the one that creates the marker removes
+    it.
+    """
     try:
         about = json.loads(file.read_bytes())
     except FileNotFoundError:
-        return False  # just released: try again
+        return True  # released just now
+    if not _abandoned(about):
+        return False
+    identity = hashlib.sha256(about["identity"].encode()).hexdigest()[:16]
+    marker = Place(file.filesystem, f"{file.path}.{identity}", f"{file.uri}.{identity}")
+    if marker.create_exclusively(b"taken over"):
+        file.delete()
+    return True
+
+
+def _abandoned(about: dict[str, Any]) -> bool:
     if about["host"] == socket.gethostname():
         return not _alive(about["pid"], about["started"])
     return time.time() - about["heartbeat"] > STALE_AFTER_SECONDS

@@ -1,7 +1,7 @@
 """The commands: arguments in, one call out, errors told in one line.
 
-Exit status 0 when it worked, 1 when a run failed, 2 when what was given is wrong. Results go to standard output (one JSON
-object with --json), everything else to standard error.
+Exit status 0 when it worked, 1 when a run failed, 2 when what was given is wrong. Results go to standard output (one
+JSON object with --json), everything else to standard error.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from raylava.console import Console, quiet
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import UserError, first_line
 from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    log = cache_folder() / "logs" / f"{arguments.command}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}.log"
+    log = (
+        cache_folder()
+        / "logs"
+        / f"{arguments.command}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}.log"
+    )
     with quiet(log) as (out, console):
         return _run(arguments, out, console)
 
@@ -72,10 +76,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--storage", metavar="URI", default=DEFAULT_STORAGE, help="where artifacts are kept (%(default)s)")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--storage", metavar="URI", default=DEFAULT_STORAGE, help="where artifacts are kept (%(default)s)"
+    )
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser = _Parser(prog="raylava", description="LLaVA-Gemma on Ray: corpora in, a Hugging Face model and its scores out.")
+    parser = _Parser(
+        prog="raylava", description="LLaVA-Gemma on Ray: corpora in, a Hugging Face model and its scores out."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
@@ -105,7 +113,9 @@ def _takes_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _takes_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as finetune.lr=1e-5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as finetune.lr=1e-5"
+    )
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
@@ -150,7 +160,9 @@ def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:
     if folder.exists():
         raise UserError(f"{folder}: is there already; name a new folder")
     folder.symlink_to(made.place.local_copy(), target_is_directory=True)
-    return Outcome({"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml")
+    return Outcome(
+        {"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml"
+    )
 
 
 def _chat(arguments: argparse.Namespace, console: Console) -> Outcome:

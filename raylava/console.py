@@ -1,7 +1,7 @@
 """What a person sees: progress with rate and ETA on standard error, tables, one-line errors.
 
-Ray's and DeepSpeed's chatter goes to a log file: both write to the process's own descriptors 1 and 2, so these are pointed
-at the file and the person gets copies of the originals.
+Ray's and DeepSpeed's chatter goes to a log file: both write to the process's own descriptors 1 and 2, so these are
+pointed at the file and the person gets copies of the originals.
 """
 
 import logging

@@ -1,4 +1,6 @@
-"""`raylava demo`: the laboratory, then an ordinary recipe through the ordinary stages, then what a person wants to see."""
+"""`raylava demo`: the laboratory, then an ordinary recipe through the ordinary stages, then what a person wants to
+see.
+"""
 
 import base64
 import html
@@ -27,13 +29,13 @@ _SHOWN = 3
 _ANSWERS = "evaluate heldout"
 
 
-def demo(
-    storage: str, overrides: list[str], console: Console, size: LaboratorySize | None = None
-) -> dict[str, Any]:
+def demo(storage: str, overrides: list[str], console: Console, size: LaboratorySize | None = None) -> dict[str, Any]:
     """Run the demo; returns the JSON of its stages, the laboratory's included."""
     root = writable(storage)
     stage = laboratory(root, size or LaboratorySize(), SEED)
-    with nullcontext() if stage.draft.find() else ray_session(Resources(workers=2)):  # one Ray for both when both are new
+    with (
+        nullcontext() if stage.draft.find() else ray_session(Resources(workers=2))
+    ):  # one Ray for both when both are new
         made = make(stage, console)
         recipe = micro_recipe(made.place, overrides)
         artifacts = run(recipe, root, console)
@@ -72,14 +74,18 @@ def recipes_folder() -> Path:
 
 
 def write_sheet(evaluation: Artifact, pictures: Place, console: Console) -> Place:
-    """Three questions, of three types, with pictures and answers: told here, and as a self-contained page beside them."""
+    """Three questions, of three types, with pictures and answers: told here, and as a self-contained page beside
+    them.
+    """
     questions = [json.loads(line) for line in (evaluation.place / "questions.jsonl").read_bytes().splitlines()]
     answers = list(read_answers((evaluation.place / "answers.jsonl").read_bytes()))
     shown = list(zip(questions[:_SHOWN], answers[:_SHOWN], strict=True))
     console.say("")
     for question, answer in shown:
         mark = "[green]✓[/]" if normalise(answer["text"]) == normalise(question["reference"]) else "[red]✗[/]"
-        console.say(f"  {mark} [dim]{question['image']}[/]  {escape(question['text'])}  [bold]{escape(answer['text'])}[/]")
+        console.say(
+            f"  {mark} [dim]{question['image']}[/]  {escape(question['text'])}  [bold]{escape(answer['text'])}[/]"
+        )
     sheet = evaluation.place / SHEET
     sheet.write_bytes(_page([_card(question, answer, pictures) for question, answer in shown]).encode())
     return sheet

@@ -36,9 +36,7 @@ class Section(BaseModel):
 
     def content(self) -> dict[str, Any]:
         """The settings that decide the result, JSON-able, for a fingerprint."""
-        return {
-            key: _content(getattr(self, key)) for key, info in type(self).model_fields.items() if _decides(info)
-        }
+        return {key: _content(getattr(self, key)) for key, info in type(self).model_fields.items() if _decides(info)}
 
 
 def _content(value: Any) -> Any:
@@ -203,6 +201,13 @@ class Recipe(Section):
             raise ValueError(
                 "pretrain is enabled but corpora.alignment is missing; add it or set pretrain.enabled=false"
             )
+        for stage, corpus in (("pretrain", self.corpora.alignment), ("finetune", self.corpora.instruction)):
+            pack = getattr(self, stage).pack_tokens
+            if corpus is not None and corpus.max_length > pack:
+                raise ValueError(
+                    f"{stage}.pack_tokens={pack} is less than its corpus's max_length={corpus.max_length}; "
+                    f"raise {stage}.pack_tokens"
+                )
         names = [benchmark.name for benchmark in self.evaluate]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluate names {names} must differ; give each benchmark its own name")
@@ -235,7 +240,9 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones") from error
+        raise UserError(
+            f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -321,7 +328,9 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
-    known = [f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields]
+    known = [
+        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields
+    ]
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     here, _, last = wanted.rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == here]

@@ -1,6 +1,7 @@
 """Join the Ray cluster that is there, or start one on this machine for the length of a command.
 
-Started here, its dashboard stays on loopback and its token authentication on; Ray's own output goes to its session folder.
+Started here, its dashboard stays on loopback and its token authentication on; Ray's own output goes to its session
+folder.
 """
 
 import logging

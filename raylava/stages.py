@@ -166,7 +166,9 @@ class _Graph:
                 if untrained is None:
                     untrained = self._untrained()
                     found.append(untrained)
-                found.append(self._evaluate(benchmark, untrained, f"evaluate {benchmark.name} (untrained)", blank=False))
+                found.append(
+                    self._evaluate(benchmark, untrained, f"evaluate {benchmark.name} (untrained)", blank=False)
+                )
         return found
 
     def _draft(self, stage: str, content: dict[str, Any]) -> Draft:
@@ -185,9 +187,7 @@ class _Graph:
             "vision": facts.vision.identity(),
         }
         draft = self._draft("prepare", content)
-        job = PrepareJob(
-            corpus, annotations, images, recipe.model.language, template, facts.vision, draft.place.uri
-        )
+        job = PrepareJob(corpus, annotations, images, recipe.model.language, template, facts.vision, draft.place.uri)
 
         def build(bar: Bar) -> dict[str, Any]:
             return prepare(job, facts.tokenizer, bar).figures()
@@ -233,7 +233,8 @@ class _Graph:
         connector = inputs.get("connector")
 
         def build(bar: Bar) -> dict[str, Any]:
-            from raylava.train.trainer import TrainJob, train
+            from raylava.train.trainer import train
+            from raylava.train.worker import TrainJob
 
             job = TrainJob(
                 stage=stage,

@@ -46,7 +46,9 @@ QUARANTINE = "quarantine.csv"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a block. `images` are encoded pictures at the backbone's resolution; `length` counts expanded tokens."""
+    """One row of a block. `images` are encoded pictures at the backbone's resolution; `length` counts expanded
+    tokens.
+    """
 
     sample_id: str
     input_ids: list[int]
@@ -179,10 +181,12 @@ def _ipc(table: pa.Table) -> bytes:
 
 
 class Blocks:
-    """A prepared corpus on this node, read by sample number without a scan. Not thread-safe while a block is first opened."""
+    """A prepared corpus on this node, read by sample number without a scan. Not thread-safe while a block is first
+    opened.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
         self.lengths = read_lengths((folder / LENGTHS).read_bytes())
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
@@ -209,9 +213,11 @@ class Blocks:
     def _table(self, block: int) -> pa.Table:
         if block not in self._open:
             record = self.manifest.blocks[block]
-            mapped = pa.memory_map(str(self._folder / record.path))
+            mapped = pa.memory_map(str(self.folder / record.path))
             if hashlib.sha256(mapped.read_buffer()).hexdigest() != record.sha256:
-                raise RunError(f"{self._folder / record.path}: damaged (its SHA-256 is not the manifest's); prepare again")
+                raise RunError(
+                    f"{self.folder / record.path}: damaged (its SHA-256 is not the manifest's); prepare again"
+                )
             mapped.seek(0)
             self._open[block] = pa.ipc.open_file(mapped).read_all()
         return self._open[block]

@@ -84,7 +84,8 @@ class Encoder:
 
     def _control(self, token: str) -> int:
         found = self._tokenizer.convert_tokens_to_ids(token)
-        assert isinstance(found, int) and found != self._tokenizer.unk_token_id, f"{token} is not in the tokenizer"
+        assert isinstance(found, int)
+        assert found != self._tokenizer.unk_token_id, f"{token} is not in the tokenizer"
         return found
 
 

@@ -56,7 +56,8 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, rule: PixelRule, fit: str) -> Image.Image:
-    """`size` × `size` pixels: `pad` to a square in the mean colour, then resize; or `crop` the centre of the shortest side.
+    """`size` × `size` pixels: `pad` to a square in the mean colour, then resize; or `crop` the centre of the shortest
+    side.
 
     Bicubic by Pillow, the arithmetic of transformers' LlavaImageProcessorPil, which is the processor we publish.
     """

@@ -1,10 +1,11 @@
 """Source rows → Arrow blocks, by Ray Data.
 
-    annotations ──shards of rows (text only)──▶ Ray Data: one task a shard ──▶ one block, one quarantine part, one record
+    annotations ──shards of rows (text only)──▶ Ray Data: one task a shard ──▶ block, quarantine part, record
 
 A shard's task reads its rows and their pictures, encodes both, and publishes its block itself, so no pixel crosses the
-object store and memory holds only the blocks in flight. Shards are cut by row count alone: the same corpus gives the same
-bytes whatever the parallelism. A block is done when its record, written last, is there; a second run makes only the rest.
+object store and memory holds only the blocks in flight. Shards are cut by row count alone: the same corpus gives the
+same bytes whatever the parallelism. A block is done when its record, written last, is there; a second run makes only
+the rest.
 """
 
 import functools
@@ -44,7 +45,7 @@ from raylava.recipe import Corpus, Language
 from raylava.storage import Place, place
 
 if TYPE_CHECKING:
-    import ray.data
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,9 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
         return
     import ray.data
 
-    shards: ray.data.Dataset = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    shards: ray.data.Dataset = ray.data.from_items(
+        [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
+    )
     made = shards.map(_MakeBlock(job))
     for row in made.iter_rows():
         yield BlockRecord(**row)
@@ -177,10 +180,14 @@ def _read_picture(root: Place, name: str) -> bytes:
         _refuse_link_out(root, file, name)
     try:
         return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise BadRow(Reason.IMAGE_MISSING, name) from error
-    except PermissionError as error:
-        raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: permission denied") from error
+    except OSError as error:
+        if not root.exists():  # the folder itself is gone: that is no fault of this row
+            raise
+        if file.is_folder():
+            raise BadRow(Reason.IMAGE_MISSING, f"{name} is a folder") from error
+        raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: {error}"[:200]) from error
 
 
 def _refuse_link_out(root: Place, file: Place, name: str) -> None:
@@ -202,9 +209,7 @@ def _write(output: Place, shard: int, samples: list[Sample], quarantined: list[Q
     (output / path).write_bytes(content)
     _lengths_place(output, shard).write_bytes(lengths_bytes(lengths_of(samples)))
     _quarantine_place(output, shard).write_bytes(quarantine_bytes(quarantined))
-    record = BlockRecord(
-        path, len(samples), len(quarantined), len(content), hashlib.sha256(content).hexdigest()
-    )
+    record = BlockRecord(path, len(samples), len(quarantined), len(content), hashlib.sha256(content).hexdigest())
     _record_place(output, shard).write_bytes(json.dumps(asdict(record)).encode())
     return record
 

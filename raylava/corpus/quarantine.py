@@ -1,4 +1,6 @@
-"""Why a row can't become a training sample: the reasons, the exception that carries one, and the row that is kept of it."""
+"""Why a row can't become a training sample: the reasons, the exception that carries one, and the row that is kept of
+it.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,4 +1,5 @@
-"""LLaVA JSON → rows of one type, whatever the file looked like. Reads annotations only; pictures are read by prepare.py.
+"""LLaVA JSON → rows of one type, whatever the file looked like. Reads annotations only; pictures are read by
+prepare.py.
 
 A file that is not LLaVA JSON at all is the user's mistake (UserError); a row that is not one is set aside (BadRow).
 """
@@ -65,7 +66,9 @@ def _load_list(annotations: Place) -> list[Any]:
     try:
         content = annotations.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{annotations}: no such file; set the corpus's annotations (or data=…) to a LLaVA JSON") from error
+        raise UserError(
+            f"{annotations}: no such file; set the corpus's annotations (or data=…) to a LLaVA JSON"
+        ) from error
     except OSError as error:
         raise UserError(f"{annotations}: cannot be read ({error})") from error
     try:

@@ -134,7 +134,7 @@ class Chat:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
         folder = str(place(model).local_copy())
-        self._processor = AutoProcessor.from_pretrained(folder)
+        self._processor = AutoProcessor.from_pretrained(folder, backend="pil")
         self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
 
     @torch.inference_mode()
@@ -145,7 +145,12 @@ class Chat:
         prompts = [self._prompt(text, picture) for text, picture in zip(questions, pictures, strict=True)]
         shown = [picture for picture in pictures if picture is not None]
         inputs = self._processor(
-            text=prompts, images=shown or None, padding=True, add_special_tokens=False, return_tensors="pt"
+            text=prompts,
+            images=shown or None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
         ).to(self._model.device, self._model.dtype)
         output = self._model.generate(**inputs, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]

@@ -9,7 +9,9 @@ from raylava.evaluate.questions import Question
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match over `questions` questions. `majority` is what the best single constant answer a category would get."""
+    """Exact match over `questions` questions. `majority` is what the best single constant answer a category would
+    get.
+    """
 
     questions: int
     missing: int

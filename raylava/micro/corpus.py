@@ -1,4 +1,6 @@
-"""Scenes as files: pictures, an alignment corpus and an instruction corpus in LLaVA JSON, held-out questions in JSONL."""
+"""Scenes as files: pictures, an alignment corpus and an instruction corpus in LLaVA JSON, held-out questions in
+JSONL.
+"""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The laboratory as one artifact: corpus and backbones, made once and kept for the next run.
 
-    <storage>/laboratory/<fingerprint>/corpus/{alignment.json, instruction.json, questions.jsonl, pictures/}
-                                       backbones/{gemma, clip, dinov2}
+<storage>/laboratory/<fingerprint>/corpus/{alignment.json, instruction.json, questions.jsonl, pictures/}
+                                   backbones/{gemma, clip, dinov2}
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """A small Gemma: a tokenizer trained on what can be said of scenes, and a language model that reads and answers it.
 
-It is trained on text alone: a scene's description, in any order, then questions about it. It never sees a picture, so what
-it later says of one has come through the connector.
+It is trained on text alone: a scene's description, in any order, then questions about it. It never sees a picture, so
+what it later says of one has come through the connector.
 """
 
 import string
@@ -96,7 +96,8 @@ def _config(size: LanguageSize, tokenizer: GemmaTokenizer) -> GemmaConfig:
         num_key_value_heads=size.key_value_heads,
         head_dim=size.width // size.heads,
         max_position_embeddings=1024,
-        initializer_range=size.width**-0.5,  # Gemma's 0.02 leaves attention in so narrow a model flat for hundreds of steps
+        initializer_range=size.width
+        ** -0.5,  # Gemma's 0.02 leaves attention in so narrow a model flat for hundreds of steps
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -68,17 +68,17 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(1, len(PLACES) + 1))
     chosen = rng.choice(len(names), size=count, replace=False)
     places = sorted(rng.choice(len(PLACES), size=count, replace=False))
-    things = tuple(_thing(rng, *names[name], PLACES[place]) for name, place in zip(chosen, places, strict=True))
+    things = tuple(_thing(rng, names[name], PLACES[place]) for name, place in zip(chosen, places, strict=True))
     shade = int(rng.integers(215, 251))
     tint = rng.integers(-6, 7, size=3)
     return Scene(things, tuple(int(shade + t) for t in np.clip(tint, -200, 4)))  # type: ignore[arg-type]
 
 
-def _thing(rng: np.random.Generator, colour: str, shape: str, place: str) -> Thing:
+def _thing(rng: np.random.Generator, name: tuple[str, str], place: str) -> Thing:
     column = PICTURE_SIZE / len(PLACES)
     centre_x = column * (PLACES.index(place) + 0.5) + rng.uniform(-1.0, 1.0)
     centre_y = PICTURE_SIZE / 2 + rng.uniform(-12.0, 12.0)
-    return Thing(colour, shape, place, centre_x, centre_y, rng.uniform(6.0, 7.5))
+    return Thing(*name, place, centre_x, centre_y, rng.uniform(6.0, 7.5))
 
 
 def render(scene: Scene) -> Image.Image:

@@ -56,7 +56,9 @@ def build_clip(folder: Path, size: VisionSize, seed: int, advance: Callable[[], 
     def loss(pixels: Tensor, scenes: list[Scene]) -> Tensor:
         patches = heads["norm"](model(pixels).last_hidden_state[:, 1:]).flatten(0, 1)
         colours, shapes = _words_of_patches(scenes)
-        return nn.functional.cross_entropy(colour(patches), colours) + nn.functional.cross_entropy(shape(patches), shapes)
+        return nn.functional.cross_entropy(colour(patches), colours) + nn.functional.cross_entropy(
+            shape(patches), shapes
+        )
 
     _train(nn.ModuleList([model, heads]), loss, size, seed, advance)
     _write(model, folder, "CLIPImageProcessor")

@@ -216,7 +216,9 @@ def _hub_commit(name: str, revision: str) -> str:
         try:
             return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
         except OSError as error:
-            raise UserError(f"{name}@{revision}: the hub cannot be reached and no copy is cached; use a folder") from error
+            raise UserError(
+                f"{name}@{revision}: the hub cannot be reached and no copy is cached; use a folder"
+            ) from error
 
 
 def _config(name: str, revision: str, role: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Assemble LlavaForConditionalGeneration from two backbones; say what trains in which stage; compute the loss of a pack.
+"""Assemble LlavaForConditionalGeneration from two backbones; say what trains in which stage; compute the loss of a
+pack.
 
 Weights come from safetensors only, and never with remote code. Knows nothing of DeepSpeed or Ray.
 """
@@ -62,15 +63,17 @@ class PackTensors:
 class PackLoss(nn.Module):
     """LLaVA as training sees it: a pack in, the sum of the supervised tokens' cross-entropies out (a scalar, fp32).
 
-    Logits are computed at the kept positions only. Samples of a pack don't see each other: transformers masks them apart
-    where positions restart, provided that no attention mask is passed and no cache is used.
+    Logits are computed at the kept positions only. Samples of a pack don't see each other: transformers masks them
+    apart where positions restart, provided that no attention mask is passed and no cache is used.
     """
 
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
         self.llava = llava
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, labels: Tensor
+    ) -> Tensor:
         logits = self.logits(input_ids, position_ids, pixel_values, keep)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -164,7 +167,9 @@ def _config(
 
 
 def choose_trainable(llava: "LlavaForConditionalGeneration", stage: StageName) -> None:
-    """Pretraining trains the connector; finetuning the connector and the language model; the vision tower stays frozen."""
+    """Pretraining trains the connector; finetuning the connector and the language model; the vision tower stays
+    frozen.
+    """
     for name, parameter in llava.named_parameters():
         in_connector = name.startswith(CONNECTOR)
         parameter.requires_grad_(in_connector or (stage == "finetune" and not name.startswith(VISION_TOWER)))

@@ -29,7 +29,9 @@ def publish(
     fit: str,
     folder: Path,
 ) -> None:
-    """Write the model to a local folder. `weights` replace the module's own (they may be sharded); `fit` is pad or crop."""
+    """Write the model to a local folder. `weights` replace the module's own (they may be sharded); `fit` is pad or
+    crop.
+    """
     llava.generation_config = generation_config(tokenizer, language)
     llava.save_pretrained(folder, state_dict=weights)
     processor(tokenizer, vision, language, fit).save_pretrained(folder)
@@ -56,7 +58,9 @@ def processor(
 
     size = vision.pixels.size
     whole = {"height": size, "width": size}
-    # The Pillow class by name: the torchvision one, which transformers prefers where it is installed, resizes differently.
+    # Pillow's arithmetic, as in preparation. Where torchvision is installed, plain AutoProcessor takes its own
+    # variant, whose
+    # pixels differ a little, unless it is told backend="pil"; no file in the folder can say so (transformers 5.23).
     images = LlavaImageProcessorPil(
         do_pad=fit == "pad",
         do_resize=True,
@@ -66,13 +70,22 @@ def processor(
         image_mean=list(vision.pixels.mean),
         image_std=list(vision.pixels.std),
     )
-    tokenizer.padding_side = "left"
     return LlavaProcessor(
         images,
-        tokenizer,
+        _for_generation(tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=vision.select_strategy,
         num_additional_image_tokens=int(vision.has_cls),
         image_token=IMAGE_TOKEN,
         chat_template=language.template.jinja(),
     )
+
+
+def _for_generation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Pad on the left, as generation needs, and leave `<bos>` to the chat template, which writes it already."""
+    from tokenizers.processors import Sequence
+
+    tokenizer.padding_side = "left"
+    tokenizer.backend_tokenizer.post_processor = Sequence([])
+    tokenizer.init_kwargs |= {"padding_side": "left", "add_bos_token": False}
+    return tokenizer

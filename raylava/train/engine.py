@@ -1,7 +1,7 @@
 """DeepSpeed: build, step, save, load. Knows nothing of Ray, of blocks or of plans.
 
-A step takes any number of packs: their summed losses, divided by the supervised tokens of all ranks, are the step's loss.
-DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
+A step takes any number of packs: their summed losses, divided by the supervised tokens of all ranks, are the step's
+loss. DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
 """
 
 import json
@@ -33,7 +33,9 @@ _CURSOR = "cursor.json"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step over all ranks. `loss` is per supervised token; `gradient_norm` before clipping; `seconds` of this rank."""
+    """One step over all ranks. `loss` is per supervised token; `gradient_norm` before clipping; `seconds` of this
+    rank.
+    """
 
     loss: float
     gradient_norm: float
@@ -42,7 +44,9 @@ class StepResult:
 
 
 def learning_rate(step: int, steps: int, training: Training) -> float:
-    """The rate of step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the schedule down to zero."""
+    """The rate of step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the schedule down to
+    zero.
+    """
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return training.lr * (step + 1) / warmup

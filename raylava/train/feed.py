@@ -1,6 +1,7 @@
 """The plan's packs → tensors, ahead of need: a background thread reads, decodes and lays out while the model computes.
 
-Which samples go where is plan.py's business; what is done with the tensors is engine.py's. Imports neither Ray nor DeepSpeed.
+Which samples go where is plan.py's business; what is done with the tensors is engine.py's. Imports neither Ray nor
+DeepSpeed.
 """
 
 import queue
@@ -131,7 +132,9 @@ class Layout:
         new_place = np.concatenate([[0], np.cumsum(repeats)])
         targets = [np.arange(new_place[start], new_place[stop]) for start, stop in sample.supervised]
         expanded = np.repeat(ids, repeats)
-        assert len(expanded) == sample.length, f"{sample.sample_id}: {len(expanded)} tokens, the block says {sample.length}"
+        assert len(expanded) == sample.length, (
+            f"{sample.sample_id}: {len(expanded)} tokens, the block says {sample.length}"
+        )
         return _ExpandedSample(expanded, np.concatenate(targets))
 
     def _blank_ids(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
@@ -140,7 +143,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class _ExpandedSample:
-    """`ids` with image tokens repeated; `targets` are the positions of supervised tokens in it (never 0: <bos> is first)."""
+    """`ids` with image tokens repeated; `targets` are the positions of supervised tokens in it (never 0: <bos> is
+    first).
+    """
 
     ids: "np.ndarray[tuple[int], np.dtype[np.int64]]"
     targets: "np.ndarray[tuple[int], np.dtype[np.int64]]"

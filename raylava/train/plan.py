@@ -17,7 +17,9 @@ from raylava.errors import UserError
 
 Pack = tuple[int, ...]  # sample numbers that share one row; empty when a rank has nothing left to compute
 
-_ATTENTION_TOKENS = 16_384  # cost(t) = t + t²/this: attention's share of a Gemma-2B layer reaches the rest at about there
+_ATTENTION_TOKENS = (
+    16_384  # cost(t) = t + t²/this: attention's share of a Gemma-2B layer reaches the rest at about there
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def assign(
 ) -> list[list[Pack]]:
     """For each rank, its packs of one step: every sample once, each pack within `pack_tokens`, as many packs for each.
 
-    `lengths` are those of all samples, in expanded tokens. Samples go to the cheapest rank, longest first, then into each
-    rank's packs first-fit-decreasing. Raises UserError for a sample longer than `pack_tokens`.
+    `lengths` are those of all samples, in expanded tokens. Samples go to the cheapest rank, longest first, then into
+    each rank's packs first-fit-decreasing. Raises UserError for a sample longer than `pack_tokens`.
     """
     order = _longest_first(samples, lengths)
     if order and lengths[order[0]] > pack_tokens:

@@ -175,7 +175,9 @@ def _write_result(job: TrainJob, engine: Engine, ledger: _Ledger) -> None:
         if job.stage == "pretrain":
             _write_connector(weights, folder)
         else:
-            publish(engine.llava, weights, load_tokenizer(job.model.language), job.vision, job.language, job.fit, folder)
+            publish(
+                engine.llava, weights, load_tokenizer(job.model.language), job.vision, job.language, job.fit, folder
+            )
         (folder / LEDGER).write_text(ledger.text())
         place(job.output).upload_folder(folder)
     finally:

@@ -1,0 +1,77 @@
+"""What all tests share: one Ray for the session, and a laboratory so small that it is made in seconds."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raylava.artifacts import Artifact
+from raylava.console import Console
+from raylava.micro.laboratory import LaboratorySize, laboratory
+from raylava.micro.language import LanguageSize
+from raylava.micro.vision import VisionSize
+from raylava.model.backbones import LanguageSpec, VisionSpec, resolve_language, resolve_vision
+from raylava.recipe import Language, Model, Resources, Vision
+from raylava.session import ray_session
+from raylava.stages import make
+from raylava.storage import place
+
+TINY = LaboratorySize(
+    alignment=40,
+    instruction=48,
+    heldout=20,
+    language=LanguageSize(width=32, layers=2, heads=2, steps=2, batch=4),
+    vision=VisionSize(width=16, layers=2, heads=2, steps=2, batch=4),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray on this machine for all tests that need it; it ends with the session."""
+    with ray_session(Resources(workers=2)):
+        yield
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Iterator[Console]:
+    with (tmp_path / "console.txt").open("w") as stream:
+        yield Console(stream)
+
+
+@pytest.fixture(scope="session")
+def lab(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Corpus and hardly trained backbones of transformers' own classes."""
+    root = tmp_path_factory.mktemp("laboratory")
+    with (root / "console.txt").open("w") as stream:
+        return make(laboratory(place(root), TINY, seed=0), Console(stream))
+
+
+@pytest.fixture(scope="session")
+def micro_model(lab: Artifact) -> Model:
+    backbones = lab.place / "backbones"
+    return Model(language=Language(name=str(backbones / "gemma")), vision=Vision(name=str(backbones / "clip")))
+
+
+@pytest.fixture(scope="session")
+def vision(micro_model: Model) -> VisionSpec:
+    return resolve_vision(micro_model.vision)
+
+
+@pytest.fixture(scope="session")
+def language(micro_model: Model) -> LanguageSpec:
+    return resolve_language(micro_model.language)
+
+
+@pytest.fixture
+def corpus_copy(lab: Artifact, tmp_path: Path) -> Path:
+    """The laboratory's corpus in a folder that a test may damage."""
+    return Path(shutil.copytree((lab.place / "corpus").path, tmp_path / "corpus"))

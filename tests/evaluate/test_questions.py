@@ -1,0 +1,70 @@
+"""Question files as people have them: JSONL, or LLaVA JSON where each human turn is asked on its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raylava.errors import UserError
+from raylava.evaluate.questions import Question, identity, read_questions
+from raylava.recipe import Benchmark
+from raylava.storage import place
+
+BENCHMARK = Benchmark(name="b", questions="q", categories={"count": "^How many", "truth": "true"})
+
+
+def test_jsonl_questions(tmp_path: Path) -> None:
+    lines = [
+        {"question_id": 1, "image": "a.png", "text": "How many?", "answer": "two"},
+        {"question_id": "x", "text": "Hello", "category": "talk", "answer": "Hi"},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert read_questions(place(tmp_path / "q.jsonl"), BENCHMARK) == [
+        Question("1", "a.png", "How many?", "count", "two"),
+        Question("x", None, "Hello", "talk", "Hi"),
+    ]
+
+
+def test_each_human_turn_of_llava_json_is_a_question(tmp_path: Path) -> None:
+    talk = [
+        {"from": "human", "value": "<image>\nIs it true?"},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "How many cats?"},
+        {"from": "gpt", "value": "2"},
+    ]
+    rows = [{"id": "r", "image": f"{split}/a.png", "conversations": talk} for split in "05"]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    held_out = BENCHMARK.model_copy(update={"include": ("5/*",)})
+    assert read_questions(place(tmp_path / "q.json"), held_out) == [
+        Question("r#1-0", "5/a.png", "Is it true?", "truth", "yes"),
+        Question("r#1-1", "5/a.png", "How many cats?", "count", "2"),
+    ]
+    assert len(read_questions(place(tmp_path / "q.json"), BENCHMARK.model_copy(update={"limit": 3}))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("q.jsonl", '{"question_id": 1, "text": "a"}', "q.jsonl:1: not a question"),
+        ("q.jsonl", "nonsense", "q.jsonl:1: not a question"),
+        ("q.jsonl", "", "holds no question"),
+        ("q.json", '[{"conversations": []}]', "row 0 cannot be asked"),
+    ],
+)
+def test_a_file_that_cannot_be_asked_is_told_in_one_line(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_questions(place(tmp_path / name), BENCHMARK)
+
+
+def test_a_missing_file_is_told_by_its_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.b\.questions"):
+        read_questions(place(tmp_path / "none.jsonl"), BENCHMARK)
+
+
+def test_questions_are_identified_by_text_reference_and_picture() -> None:
+    question = Question("1", "a.png", "How many?", "count", "two")
+    same = identity([question], {"a.png": 10})
+    assert same == identity([question], {"a.png": 10, "other.png": 5})
+    assert same != identity([question], {"a.png": 11})
+    assert same != identity([Question("1", "a.png", "How many?", "count", "one")], {"a.png": 10})

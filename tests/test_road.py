@@ -1,0 +1,137 @@
+"""The whole road once, small: laboratory → blocks → connector → model → scores, found again by a second run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylava.artifacts import Artifact
+from raylava.cli import main
+from raylava.console import Console
+from raylava.corpus.blocks import Blocks
+from raylava.demo import SHEET, micro_recipe, write_sheet
+from raylava.recipe import Recipe
+from raylava.report import closing, summary
+from raylava.stages import run
+from raylava.storage import place
+from raylava.train.worker import LEDGER
+
+
+@pytest.fixture(scope="module")
+def recipe(lab: Artifact) -> Recipe:
+    return micro_recipe(
+        lab.place,
+        ["pretrain.global_batch=16", "finetune.global_batch=16", "finetune.epochs=1", "evaluate.0.batch_size=10"],
+    )
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def artifacts(recipe: Recipe, storage: Path) -> dict[str, Artifact]:
+    with (storage / "console.txt").open("w") as stream:
+        return run(recipe, place(storage), Console(stream))
+
+
+def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
+    assert list(artifacts) == [
+        "prepare alignment",
+        "pretrain",
+        "prepare instruction",
+        "finetune",
+        "evaluate heldout",
+        "evaluate heldout (blank)",
+        "untrained",
+        "evaluate heldout (untrained)",
+    ]
+    assert artifacts["finetune"].record["inputs"] == {
+        "blocks": artifacts["prepare instruction"].fingerprint,
+        "connector": artifacts["pretrain"].fingerprint,
+    }
+    assert artifacts["pretrain"].metrics["steps"] == 3
+    assert artifacts["evaluate heldout"].metrics["overall"]["questions"] == 20
+
+
+def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact]) -> None:
+    lines = [json.loads(line) for line in (artifacts["finetune"].place / LEDGER).read_bytes().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert sorted(sample for line in lines for sample in line["samples"]) == list(range(48))
+    assert {line["world_size"] for line in lines} == {2}
+    lengths = Blocks.at(artifacts["prepare instruction"].place).lengths
+    assert [line["supervised"] for line in lines] == [int(lengths.supervised[line["samples"]].sum()) for line in lines]
+
+
+def test_the_checkpoints_of_a_finished_stage_are_gone(artifacts: dict[str, Artifact]) -> None:
+    assert {child.name for child in artifacts["pretrain"].place.children()} == {
+        "artifact.json",
+        "connector.safetensors",
+        "steps.jsonl",
+    }
+
+
+def test_a_second_run_finds_everything_and_says_so_in_json(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))  # JSON is YAML
+    capfd.readouterr()
+    assert main(["run", str(file), "--storage", str(storage), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == json.loads(json.dumps(summary(artifacts)))
+    assert err.count("found") == len(artifacts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "made_again"),
+    [
+        ({"resources": {"workers": 1}}, set()),
+        ({"name": "other"}, set()),
+        ({"finetune": {"lr": 1e-4}}, {"finetune", "evaluate heldout", "evaluate heldout (blank)"}),
+        (
+            {"pretrain": {"enabled": False}},
+            {"finetune", "evaluate heldout", "evaluate heldout (blank)"},
+        ),
+        (
+            {"corpora": {"alignment": {"fit": "pad"}}},
+            {"prepare alignment", "pretrain", "finetune", "evaluate heldout", "evaluate heldout (blank)"},
+        ),
+    ],
+)
+def test_a_variant_shares_every_stage_that_it_has_in_common(
+    changes: dict[str, Any], made_again: set[str], recipe: Recipe, storage: Path, artifacts: dict[str, Artifact]
+) -> None:
+    from raylava.recipe import validate
+    from raylava.stages import stages_of
+
+    data = recipe.model_dump(mode="json")
+    _merge(data, changes)
+    stages = stages_of(validate(data, "variant"), place(storage))
+    assert {stage.label for stage in stages if stage.draft.find() is None} == made_again
+
+
+def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
+
+
+def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
+    artifacts: dict[str, Artifact], lab: Artifact, tmp_path: Path
+) -> None:
+    with (tmp_path / "shown.txt").open("w") as stream:
+        console = Console(stream)
+        sheet = write_sheet(artifacts["evaluate heldout"], lab.place / "corpus" / "pictures", console)
+        closing(artifacts, console)
+    text = (tmp_path / "shown.txt").read_text()
+    for word in ("blank pictures", "before training", "majority answer", "colour", "raylava chat"):
+        assert word in text
+    page = sheet.read_bytes().decode()
+    assert sheet.name == SHEET
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page, "the page is self-contained"

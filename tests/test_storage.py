@@ -1,0 +1,62 @@
+"""Any URI is a place; what is written there is whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from raylava.errors import UserError
+from raylava.storage import join, place, writable
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = place(tmp_path) / "record.json"
+    file.write_bytes(b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        file.write_bytes(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    assert file.read_bytes() == b"old"
+
+
+def test_a_file_is_created_exclusively_once(tmp_path: Path) -> None:
+    file = place(tmp_path) / "lock"
+    assert file.create_exclusively(b"first")
+    assert not file.create_exclusively(b"second")
+    assert file.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "whole"),
+    [
+        ("", "a.json", "a.json"),
+        ("data", "a.json", "data/a.json"),
+        ("s3://bucket/x/", "a.json", "s3://bucket/x/a.json"),
+        ("data", "/tmp/a.json", "/tmp/a.json"),
+        ("data", "s3://bucket/a.json", "s3://bucket/a.json"),
+        ("data", "", "data/"),
+    ],
+)
+def test_relative_names_start_from_the_root(root: str, name: str, whole: str) -> None:
+    assert join(root, name) == whole
+
+
+def test_a_scheme_nobody_serves_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="cannot use 'ftp://host/x'"):
+        place("ftp://host/x")
+
+
+def test_a_storage_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write there"):
+        writable(str(tmp_path / "file" / "storage"))
+
+
+def test_files_below_are_listed_by_relative_path_with_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two").write_bytes(b"22")
+    (tmp_path / "a").write_bytes(b"1")
+    assert list(place(tmp_path).files_below()) == [("a", 1), ("b/two", 2)]

@@ -1,0 +1,120 @@
+"""Which samples form a step depends on seed, epoch and global batch alone; packing and ranks only decide who computes
+what.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylava.errors import UserError
+from raylava.train.plan import EpochPlan, Pack, assign, cost, permutation
+
+PACK_TOKENS = 2048
+WORLD_SIZES = (1, 2, 3, 4, 8, 64)
+
+
+def llava_mix(count: int, seed: int = 0) -> np.ndarray:
+    """Lengths like LLaVA's instruction mix with 576 image tokens: most with a picture, some text alone, a long tail."""
+    rng = np.random.default_rng(seed)
+    with_image = 576 + np.clip(rng.lognormal(5.0, 0.7, count), 20, 1400).astype(int)
+    text_only = np.clip(rng.lognormal(6.0, 0.8, count), 20, 2048).astype(int)
+    return np.where(rng.random(count) < 0.94, with_image, text_only).astype(np.int32)
+
+
+LENGTHS = {
+    "all equal": np.full(640, 700, dtype=np.int32),
+    "llava mix": llava_mix(640),
+    "one giant": np.array([2048, *[30] * 639], dtype=np.int32),
+    "many tiny": np.full(640, 8, dtype=np.int32),
+    "text only": np.random.default_rng(1).integers(5, 400, 640).astype(np.int32),
+    "several images a sample": (576 * np.random.default_rng(2).integers(1, 4, 640) + 90).astype(np.int32),
+}
+
+
+def computed(ranks: list[list[Pack]]) -> list[int]:
+    return [sample for packs in ranks for pack in packs for sample in pack]
+
+
+def check_step(samples: Sequence[int], lengths: np.ndarray, ranks: list[list[Pack]], world_size: int) -> None:
+    assert sorted(computed(ranks)) == sorted(samples), "each sample exactly once"
+    assert len(ranks) == world_size
+    assert len({len(packs) for packs in ranks}) == 1, "every rank runs the same number of packs"
+    assert all(lengths[list(pack)].sum() <= PACK_TOKENS for packs in ranks for pack in packs)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("global_batch", [1, 16, 128])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_an_epoch_computes_every_sample_once_and_ranks_stay_in_step(
+    kind: str, global_batch: int, world_size: int
+) -> None:
+    lengths = LENGTHS[kind]
+    plan = EpochPlan(len(lengths), global_batch, epochs=1, seed=3)
+    seen: list[int] = []
+    for step in plan.from_step(0):
+        ranks = assign(step.samples, lengths, world_size, PACK_TOKENS)
+        check_step(list(step.samples), lengths, ranks, world_size)
+        seen += computed(ranks)
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, PACK_TOKENS), min_size=1, max_size=60),
+    st.sampled_from(WORLD_SIZES),
+)
+def test_any_lengths_are_packed_within_bounds(lengths: list[int], world_size: int) -> None:
+    array = np.array(lengths, dtype=np.int32)
+    samples = range(len(lengths))
+    check_step(samples, array, assign(samples, array, world_size, PACK_TOKENS), world_size)
+
+
+def test_ranks_of_a_llava_like_step_are_balanced_to_five_percent() -> None:
+    worst = 0.0
+    for seed in range(20):
+        lengths = llava_mix(128, seed)
+        ranks = assign(range(128), lengths, 8, PACK_TOKENS)
+        loads = [sum(cost(int(lengths[sample])) for pack in packs for sample in pack) for packs in ranks]
+        worst = max(worst, max(loads) / (sum(loads) / len(loads)))
+    assert worst <= 1.05
+
+
+def test_step_k_is_the_same_however_training_was_interrupted() -> None:
+    plan = EpochPlan(103, 10, epochs=3, seed=5)
+    whole = list(plan.from_step(0))
+    assert len(whole) == plan.steps == 33
+    for first in (0, 1, 10, 11, 12, 25, 32):
+        rest = list(plan.from_step(first))
+        assert [step.number for step in rest] == list(range(first, 33))
+        assert all(np.array_equal(one.samples, other.samples) for one, other in zip(rest, whole[first:], strict=True))
+
+
+def test_each_epoch_has_an_order_of_its_own_and_a_short_last_step() -> None:
+    steps = list(EpochPlan(103, 10, epochs=2, seed=5).from_step(0))
+    assert len(steps[10].samples) == len(steps[21].samples) == 3
+    orders = [np.concatenate([step.samples for step in steps if step.epoch == epoch]) for epoch in (0, 1)]
+    assert not np.array_equal(*orders)
+    assert np.array_equal(np.sort(orders[0]), np.sort(orders[1]))
+
+
+def test_the_papers_batches_give_the_papers_steps() -> None:
+    assert EpochPlan(558_128, 256, epochs=1, seed=0).steps == 2_181
+    assert EpochPlan(665_298, 128, epochs=1, seed=0).steps == 5_198
+
+
+def test_a_run_can_be_cut_short() -> None:
+    assert [step.number for step in EpochPlan(100, 10, epochs=2, seed=0, max_steps=3).from_step(1)] == [1, 2]
+
+
+def test_a_seed_and_epoch_name_one_permutation() -> None:
+    assert permutation(5, seed=0, epoch=0).tolist() == permutation(5, seed=0, epoch=0).tolist()
+    different = {tuple(permutation(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(different) == 9
+
+
+def test_a_sample_that_fits_no_pack_is_told_with_the_fix() -> None:
+    with pytest.raises(UserError, match="raise pack_tokens"):
+        assign([0], np.array([3000], dtype=np.int32), 1, PACK_TOKENS)
