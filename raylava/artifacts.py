@@ -33,8 +33,7 @@ STALE_AFTER_SECONDS = 60.0  # a holder on another host that has not been heard o
 
 
 def fingerprint(stage: str, content: Mapping[str, Any]) -> str:
-    """Hexadecimal SHA-256 (the first 16 of 64 digits) over the stage's name, the format and all that decides the
-    result.
+    """SHA-256 (16 of its 64 hexadecimal digits) over stage, format and all that decides the result.
 
     `content` is JSON-able; key order does not matter. Nothing that leaves the result as it is may be in it.
     """
@@ -174,9 +173,7 @@ class _Holder:
 
 
 def _take_over(file: Place) -> bool:
-    """Remove an abandoned lock; True when it is gone. Of several that wait, the one that creates the marker removes
-    it.
-    """
+    """Remove an abandoned lock; True when it is gone. Of several that wait, one creates the marker and removes it."""
     try:
         about = json.loads(file.read_bytes())
     except FileNotFoundError:

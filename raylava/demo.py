@@ -1,6 +1,4 @@
-"""`raylava demo`: the laboratory, then an ordinary recipe through the ordinary stages, then what a person wants to
-see.
-"""
+"""`raylava demo`: the laboratory, an ordinary recipe through the ordinary stages, and what a person wants to see."""
 
 import base64
 import html
@@ -74,9 +72,7 @@ def recipes_folder() -> Path:
 
 
 def write_sheet(evaluation: Artifact, pictures: Place, console: Console) -> Place:
-    """Three questions, of three types, with pictures and answers: told here, and as a self-contained page beside
-    them.
-    """
+    """Three questions with their answers: told here, and with pictures as a self-contained page."""
     questions = [json.loads(line) for line in (evaluation.place / "questions.jsonl").read_bytes().splitlines()]
     answers = list(read_answers((evaluation.place / "answers.jsonl").read_bytes()))
     shown = list(zip(questions[:_SHOWN], answers[:_SHOWN], strict=True))

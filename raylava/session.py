@@ -1,7 +1,6 @@
 """Join the Ray cluster that is there, or start one on this machine for the length of a command.
 
-Started here, its dashboard stays on loopback and its token authentication on; Ray's own output goes to its session
-folder.
+Started here, its dashboard stays on loopback and its token authentication on; what Ray writes goes to its own folder.
 """
 
 import logging
@@ -46,6 +45,12 @@ def _hush() -> None:
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a task or actor raised, out of the wrappers that Ray puts around it."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
 
 
 @ray.remote(num_cpus=0)

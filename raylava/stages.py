@@ -31,6 +31,7 @@ from raylava.model.backbones import (
     VisionSpec,
     check_known,
     load_tokenizer,
+    located,
     resolve_language,
     resolve_vision,
     tokenizer_identity,
@@ -139,7 +140,7 @@ class _Graph:
     """Builds the stages of one recipe; each method makes one kind."""
 
     def __init__(self, recipe: Recipe, storage: Place, facts: Facts) -> None:
-        self._recipe, self._storage, self._facts = recipe, storage, facts
+        self._recipe, self._storage, self._facts = _located(recipe), storage, facts
 
     def stages(self) -> list[Stage]:
         recipe = self._recipe
@@ -288,6 +289,18 @@ class _Graph:
             return _answer_and_score(questions, asking, model.draft.fingerprint, draft.place, bar, recipe)
 
         return Stage(label, draft, {"model": model.draft}, "questions", build)
+
+
+def _located(recipe: Recipe) -> Recipe:
+    """The recipe with absolute places: workers don't run in the directory that its relative ones start from."""
+    model, data = recipe.model, place(recipe.data or ".").uri
+    weights = model.connector.weights
+    parts = {
+        "language": model.language.model_copy(update={"name": located(model.language.name)}),
+        "vision": model.vision.model_copy(update={"name": located(model.vision.name)}),
+        "connector": model.connector.model_copy(update={"weights": weights and place(weights).uri}),
+    }
+    return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
 
 
 def _answer_and_score(

@@ -1,6 +1,4 @@
-"""Every mistake ends in one line and exit status 2, before any worker starts; --json is one object on standard
-output.
-"""
+"""Every mistake ends in one line and status 2 before any worker starts; --json is one object on standard output."""
 
 import json
 from pathlib import Path

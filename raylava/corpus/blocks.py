@@ -46,9 +46,7 @@ QUARANTINE = "quarantine.csv"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a block. `images` are encoded pictures at the backbone's resolution; `length` counts expanded
-    tokens.
-    """
+    """One row of a block. `images` are encoded at the backbone's resolution; `length` counts expanded tokens."""
 
     sample_id: str
     input_ids: list[int]
@@ -181,9 +179,7 @@ def _ipc(table: pa.Table) -> bytes:
 
 
 class Blocks:
-    """A prepared corpus on this node, read by sample number without a scan. Not thread-safe while a block is first
-    opened.
-    """
+    """A prepared corpus on this node, read by sample number without a scan. For one thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -56,8 +56,7 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, rule: PixelRule, fit: str) -> Image.Image:
-    """`size` × `size` pixels: `pad` to a square in the mean colour, then resize; or `crop` the centre of the shortest
-    side.
+    """`size` × `size` pixels: `pad` to a square in the mean colour and resize, or `crop` the centre.
 
     Bicubic by Pillow, the arithmetic of transformers' LlavaImageProcessorPil, which is the processor we publish.
     """

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raylava.console import Bar
 from raylava.corpus.blocks import (
@@ -38,14 +38,11 @@ from raylava.corpus.conversation import Encoder, check_turns
 from raylava.corpus.images import prepare_picture
 from raylava.corpus.quarantine import BadRow, Quarantined, Reason
 from raylava.corpus.sources import Row, Selection, image_place, parse_row, read_raw_rows, sample_id
-from raylava.errors import UserError
+from raylava.errors import RunError, UserError, first_line
 from raylava.model.backbones import VisionSpec, load_tokenizer
 from raylava.model.templates import Template
 from raylava.recipe import Corpus, Language
 from raylava.storage import Place, place
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -122,13 +119,19 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
     if not pending:
         return
     import ray.data
+    from ray.exceptions import RayError
+
+    from raylava.session import root_cause
 
     shards: ray.data.Dataset = ray.data.from_items(
         [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
     )
     made = shards.map(_MakeBlock(job))
-    for row in made.iter_rows():
-        yield BlockRecord(**row)
+    try:
+        for row in made.iter_rows():
+            yield BlockRecord(**row)
+    except RayError as error:
+        raise RunError(f"preparing {job.annotations} failed: {first_line(root_cause(error))}") from error
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,11 @@ def _read_picture(root: Place, name: str) -> bytes:
         _refuse_link_out(root, file, name)
     try:
         return file.read_bytes()
-    except FileNotFoundError as error:
-        raise BadRow(Reason.IMAGE_MISSING, name) from error
     except OSError as error:
         if not root.exists():  # the folder itself is gone: that is no fault of this row
             raise
+        if isinstance(error, FileNotFoundError):
+            raise BadRow(Reason.IMAGE_MISSING, name) from error
         if file.is_folder():
             raise BadRow(Reason.IMAGE_MISSING, f"{name} is a folder") from error
         raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: {error}"[:200]) from error

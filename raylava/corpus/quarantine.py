@@ -1,6 +1,4 @@
-"""Why a row can't become a training sample: the reasons, the exception that carries one, and the row that is kept of
-it.
-"""
+"""Why a row can't become a training sample: the reasons, the exception that carries one, and the table's row."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,5 +1,4 @@
-"""LLaVA JSON → rows of one type, whatever the file looked like. Reads annotations only; pictures are read by
-prepare.py.
+"""LLaVA JSON → rows of one type, whatever the file looked like. Reads annotations only, no pictures.
 
 A file that is not LLaVA JSON at all is the user's mistake (UserError); a row that is not one is set aside (BadRow).
 """

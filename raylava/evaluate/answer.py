@@ -15,7 +15,7 @@ from raylava.console import Bar
 from raylava.corpus.images import decode
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import image_place
-from raylava.errors import UserError
+from raylava.errors import RunError, UserError, first_line
 from raylava.evaluate.questions import Question
 from raylava.recipe import Resources
 from raylava.storage import place
@@ -53,6 +53,9 @@ class Answer:
 def answer(questions: list[Question], asking: Asking, resources: Resources, bar: Bar) -> list[Answer]:
     """One answer for each question, in the questions' order."""
     import ray.data
+    from ray.exceptions import RayError
+
+    from raylava.session import root_cause
 
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].text))
     batches = [
@@ -67,9 +70,12 @@ def answer(questions: list[Question], asking: Asking, resources: Resources, bar:
         num_gpus=resources.gpus_per_worker,
     )
     found: dict[int, Answer] = {}
-    for row in answered.iter_rows():
-        found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
-        bar.update(len(found), len(questions))
+    try:
+        for row in answered.iter_rows():
+            found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
+            bar.update(len(found), len(questions))
+    except RayError as error:
+        raise RunError(f"answering with {asking.model} failed: {first_line(root_cause(error))}") from error
     return [found[number] for number in range(len(questions))]
 
 

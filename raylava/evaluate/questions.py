@@ -1,6 +1,4 @@
-"""Benchmark files → questions with references: JSONL of one question a line, or LLaVA JSON where each human turn is
-one.
-"""
+"""Benchmark files → questions with references: JSONL of one a line, or LLaVA JSON where each human turn is one."""
 
 import hashlib
 import json

@@ -9,9 +9,7 @@ from raylava.evaluate.questions import Question
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match over `questions` questions. `majority` is what the best single constant answer a category would
-    get.
-    """
+    """Exact match over `questions` questions. `majority`: by the best constant answer a category."""
 
     questions: int
     missing: int

@@ -1,6 +1,4 @@
-"""Scenes as files: pictures, an alignment corpus and an instruction corpus in LLaVA JSON, held-out questions in
-JSONL.
-"""
+"""Scenes as files: pictures, alignment and instruction corpora in LLaVA JSON, held-out questions in JSONL."""
 
 import json
 from pathlib import Path

@@ -21,7 +21,8 @@ from raylava.micro.scenes import QUESTION_TYPES, Scene, caption, draw_scene, que
 from raylava.model.templates import GEMMA, IMAGE_TOKEN
 
 _CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", GEMMA.open, GEMMA.close)
-_EXCHANGES = 5
+_ASKED = (*QUESTION_TYPES, "colour", "shape", "place", "presence")  # what must be looked up is asked twice as often
+_EXCHANGES = 6
 _GAP_WEIGHT = 0.1  # the end of a turn is soon learned; the answer before it is what the loss should dwell on
 
 
@@ -36,7 +37,7 @@ class LanguageSize:
     vocabulary: int = 640
     steps: int = 450
     batch: int = 32
-    lr: float = 2.5e-3
+    lr: float = 2e-3
 
 
 def build_language_model(folder: Path, size: LanguageSize, seed: int, advance: Callable[[], None]) -> None:
@@ -129,7 +130,7 @@ def _train(
 
 def _conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     shuffled = Scene(tuple(scene.things[place] for place in rng.permutation(len(scene.things))), scene.background)
-    asked = [(one.text, one.answer) for one in (question(scene, kind, rng) for kind in QUESTION_TYPES)]
+    asked = [(one.text, one.answer) for one in (question(scene, kind, rng) for kind in _ASKED)]
     asked.append((DESCRIBE, caption(scene)))
     turns: list[Turn] = []
     for number in rng.permutation(len(asked))[:_EXCHANGES]:

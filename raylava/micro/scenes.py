@@ -44,7 +44,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things, no two alike and no two at one place, on a pale background."""
+    """One to three things, no two of one colour and no two at one place, on a pale background."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
@@ -64,11 +64,12 @@ class Question:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A random scene; the number of things is uniform over 1–3, so that a count cannot be guessed."""
-    names = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     count = int(rng.integers(1, len(PLACES) + 1))
-    chosen = rng.choice(len(names), size=count, replace=False)
+    colours = rng.choice(list(COLOURS), size=count, replace=False)
+    shapes = rng.choice(SHAPES, size=count)
     places = sorted(rng.choice(len(PLACES), size=count, replace=False))
-    things = tuple(_thing(rng, names[name], PLACES[place]) for name, place in zip(chosen, places, strict=True))
+    named = zip(colours, shapes, places, strict=True)
+    things = tuple(_thing(rng, (str(colour), str(shape)), PLACES[place]) for colour, shape, place in named)
     shade = int(rng.integers(215, 251))
     tint = rng.integers(-6, 7, size=3)
     return Scene(things, tuple(int(shade + t) for t in np.clip(tint, -200, 4)))  # type: ignore[arg-type]
@@ -122,8 +123,8 @@ _OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[i
 
 
 def caption(scene: Scene) -> str:
-    """What is in the picture, from left to right."""
-    return ", ".join(f"{thing.place} a {thing.name}" for thing in scene.things) + "."
+    """What is in the picture, from left to right, each place first: `left red circle, right blue square.`"""
+    return ", ".join(f"{thing.place} {thing.name}" for thing in scene.things) + "."
 
 
 def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
@@ -151,7 +152,7 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _place(scene: Scene, rng: np.random.Generator) -> Question:
     thing = _pick(scene, rng)
-    return Question("place", f"Where is the {thing.name}?", thing.place)
+    return Question("place", f"Where is the {thing.colour} shape?", thing.place)
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:

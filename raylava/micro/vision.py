@@ -31,7 +31,7 @@ class VisionSize:
     width: int = 96
     layers: int = 4
     heads: int = 4
-    steps: int = 400
+    steps: int = 300
     batch: int = 64
     lr: float = 2e-3
 

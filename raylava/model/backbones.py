@@ -190,6 +190,11 @@ def is_folder(name: str) -> bool:
     return "://" in name or name.startswith((".", "/", "~")) or Path(name).is_dir()
 
 
+def located(name: str) -> str:
+    """A backbone's name that means the same on every node: folders by absolute path or URI, hub ids as they are."""
+    return place(name).uri if is_folder(name) else name
+
+
 def backbone_path(name: str) -> str:
     """What transformers' `from_pretrained` takes for a backbone: a local folder, fetched if need be, or the hub id."""
     return str(place(name).local_copy()) if is_folder(name) else name

@@ -1,5 +1,4 @@
-"""Assemble LlavaForConditionalGeneration from two backbones; say what trains in which stage; compute the loss of a
-pack.
+"""Assemble LlavaForConditionalGeneration from two backbones; say what trains when; compute the loss of a pack.
 
 Weights come from safetensors only, and never with remote code. Knows nothing of DeepSpeed or Ray.
 """
@@ -167,9 +166,7 @@ def _config(
 
 
 def choose_trainable(llava: "LlavaForConditionalGeneration", stage: StageName) -> None:
-    """Pretraining trains the connector; finetuning the connector and the language model; the vision tower stays
-    frozen.
-    """
+    """Pretraining trains the connector; finetuning the connector and the language model; the tower stays frozen."""
     for name, parameter in llava.named_parameters():
         in_connector = name.startswith(CONNECTOR)
         parameter.requires_grad_(in_connector or (stage == "finetune" and not name.startswith(VISION_TOWER)))

@@ -29,9 +29,7 @@ def publish(
     fit: str,
     folder: Path,
 ) -> None:
-    """Write the model to a local folder. `weights` replace the module's own (they may be sharded); `fit` is pad or
-    crop.
-    """
+    """Write the model to a local folder. `weights` replace the module's own; `fit` is pad or crop."""
     llava.generation_config = generation_config(tokenizer, language)
     llava.save_pretrained(folder, state_dict=weights)
     processor(tokenizer, vision, language, fit).save_pretrained(folder)

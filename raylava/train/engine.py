@@ -1,7 +1,7 @@
 """DeepSpeed: build, step, save, load. Knows nothing of Ray, of blocks or of plans.
 
-A step takes any number of packs: their summed losses, divided by the supervised tokens of all ranks, are the step's
-loss. DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
+A step takes any number of packs: their summed losses, divided by the supervised tokens of all ranks, are its loss.
+DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raylava.errors import RunError
 from raylava.model.llava import PackLoss, PackTensors, StageName, choose_trainable
 from raylava.recipe import Training
 
@@ -103,7 +104,11 @@ class Engine:
 
     def load(self, folder: Path) -> int:
         """Restore weights, optimizer and cursor; returns the next step. Raises when any trained weight is missing."""
-        self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained)
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained
+        )
+        if loaded is None:  # DeepSpeed only warns
+            raise RunError(f"{folder}: holds no checkpoint that this run can load")
         return int(json.loads((folder / _CURSOR).read_text())["step"])
 
     def weights(self, only_trained: bool) -> dict[str, Tensor] | None:

@@ -1,7 +1,6 @@
 """The plan's packs → tensors, ahead of need: a background thread reads, decodes and lays out while the model computes.
 
-Which samples go where is plan.py's business; what is done with the tensors is engine.py's. Imports neither Ray nor
-DeepSpeed.
+Which samples go where is plan.py's business; what is done with the tensors is engine.py's. No Ray, no DeepSpeed.
 """
 
 import queue

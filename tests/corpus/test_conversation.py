@@ -1,6 +1,4 @@
-"""A conversation becomes ids by the template; what is supervised is each answer, its end of turn and the newline
-after it.
-"""
+"""What is supervised is each answer, its end of turn and the newline after it; ids are the template's."""
 
 from collections.abc import Sequence
 

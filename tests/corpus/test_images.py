@@ -1,6 +1,4 @@
-"""Any picture becomes the RGB a person would see, squared as the processor squares it; what can't is refused with a
-reason.
-"""
+"""Any picture becomes the RGB a person would see, squared as the processor does it, or is refused with a reason."""
 
 import io
 

@@ -1,6 +1,4 @@
-"""Preparing is total, deterministic and resumable: every row ends in a block or in the quarantine, the same bytes
-each time.
-"""
+"""Preparing is total, deterministic and resumable: each row ends in a block or the quarantine, in the same bytes."""
 
 import csv
 import dataclasses
@@ -17,7 +15,7 @@ from raylava.console import Silent
 from raylava.corpus.blocks import Blocks, Manifest
 from raylava.corpus.images import decode_stored, square
 from raylava.corpus.prepare import Job, make_block, prepare
-from raylava.errors import UserError
+from raylava.errors import RunError, UserError
 
 
 def into(job: Job, output: Path, corpus_folder: Path | None = None, **settings: Any) -> Job:
@@ -139,3 +137,13 @@ def test_too_many_bad_rows_stop_the_run_and_a_higher_limit_lets_it_go_on(
 def test_a_selection_that_takes_no_row_is_the_users_mistake(prepare_job: Job, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is selected"):
         run(into(prepare_job, tmp_path, include=("nowhere/*",)))
+
+
+def test_an_image_folder_that_vanishes_is_told_in_one_line_not_row_by_row(
+    prepare_job: Job, corpus_copy: Path, tmp_path: Path
+) -> None:
+    job = into(prepare_job, tmp_path / "out", corpus_copy)
+    (corpus_copy / "pictures").rename(corpus_copy / "moved")
+    with pytest.raises(RunError, match=r"preparing .*alignment\.json failed: .*pictures") as error:
+        run(job)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,4 @@
-"""LLaVA JSON is read as people write it; a file that is something else is the user's mistake, a bad row is set
-aside.
-"""
+"""LLaVA JSON is read as people write it; another file is the user's mistake, a bad row is set aside."""
 
 import json
 from pathlib import Path

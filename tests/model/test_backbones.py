@@ -1,6 +1,4 @@
-"""Every vision and language family is known by its configuration; what is unknown or doesn't fit is told in one
-line.
-"""
+"""Every family is known by its configuration; what is unknown or doesn't fit is told in one line."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""The published folder is an ordinary Hugging Face model: plain transformers loads it and computes what training
-computed.
-"""
+"""The published folder is an ordinary Hugging Face model: plain transformers computes what training computed."""
 
 import json
 import logging

@@ -1,9 +1,8 @@
-"""One rank of an engine without Ray, for test_engine.py: six steps, a checkpoint after the third, one JSON line a
-step.
-"""
+"""One rank of an engine without Ray, for test_engine.py: six steps, a checkpoint after three, a JSON line each."""
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ def main(
     resume: str = "",
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = rank  # as torchrun would; DeepSpeed asks for it
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world_size))
     model = Model(language=Language(name=language), vision=Vision(name=vision))
     spec = resolve_vision(model.vision)

@@ -1,6 +1,4 @@
-"""A step's loss is the sum over supervised tokens divided by their number, however the samples are packed or
-sharded.
-"""
+"""A step's loss is the sum over supervised tokens divided by their number, however samples are packed or sharded."""
 
 import json
 import os

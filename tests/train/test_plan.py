@@ -1,6 +1,4 @@
-"""Which samples form a step depends on seed, epoch and global batch alone; packing and ranks only decide who computes
-what.
-"""
+"""Which samples form a step depends on seed, epoch and batch alone; packing and ranks decide who computes what."""
 
 from collections.abc import Sequence
 
