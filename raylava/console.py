@@ -48,7 +48,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line (rich markup)."""
-        self._rich.print(text)
+        self._rich.print(text, soft_wrap=True)  # paths stay whole, to be copied
 
     def show(self, table: Table) -> None:
         """A table."""
@@ -158,7 +158,7 @@ def quiet(log: Path) -> Iterator[tuple[IO[str], Console]]:
         os.dup2(sink, descriptor)
     os.close(sink)
     console = Console(err, log)
-    handlers = _listen(console)
+    handlers = _listen(console, log)
     try:
         with warnings.catch_warnings():
             yield out, console
@@ -172,11 +172,12 @@ def quiet(log: Path) -> Iterator[tuple[IO[str], Console]]:
         err.close()
         logger.removeHandler(handlers[0])
         logging.getLogger().removeHandler(handlers[1])
+        handlers[1].close()
 
 
-def _listen(console: Console) -> tuple[logging.Handler, logging.Handler]:
+def _listen(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
     to_person = _ToPerson(console)
-    to_file = logging.StreamHandler(sys.stderr)
+    to_file = logging.FileHandler(log)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(to_person)
     logger.setLevel(logging.INFO)

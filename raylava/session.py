@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import ray
 
+from raylava.errors import first_line
 from raylava.recipe import Resources
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,13 @@ def _hush() -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The error that a task or actor raised, out of the wrappers that Ray puts around it."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+def told(error: Exception) -> str:
+    """A task's error as a line for its result; the traceback stays in this worker's log.
+
+    Returned and not raised: Ray Data wraps what is raised so that its first line no longer says what happened.
+    """
+    logger.error("a task failed", exc_info=error)
+    return first_line(error)
 
 
 @ray.remote(num_cpus=0)

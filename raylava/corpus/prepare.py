@@ -38,10 +38,11 @@ from raylava.corpus.conversation import Encoder, check_turns
 from raylava.corpus.images import prepare_picture
 from raylava.corpus.quarantine import BadRow, Quarantined, Reason
 from raylava.corpus.sources import Row, Selection, image_place, parse_row, read_raw_rows, sample_id
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import RunError, UserError
 from raylava.model.backbones import VisionSpec, load_tokenizer
 from raylava.model.templates import Template
 from raylava.recipe import Corpus, Language
+from raylava.session import told
 from raylava.storage import Place, place
 
 logger = logging.getLogger(__name__)
@@ -119,19 +120,15 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
     if not pending:
         return
     import ray.data
-    from ray.exceptions import RayError
-
-    from raylava.session import root_cause
 
     shards: ray.data.Dataset = ray.data.from_items(
         [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
     )
     made = shards.map(_MakeBlock(job))
-    try:
-        for row in made.iter_rows():
-            yield BlockRecord(**row)
-    except RayError as error:
-        raise RunError(f"preparing {job.annotations} failed: {first_line(root_cause(error))}") from error
+    for row in made.iter_rows():
+        if row["problem"]:
+            raise RunError(f"preparing {job.annotations} failed: {row['problem']}")
+        yield BlockRecord(**json.loads(row["record"]))
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,11 @@ class _MakeBlock:
 
     job: Job
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return asdict(make_block(self.job, int(row["shard"])))
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        try:
+            return {"record": json.dumps(asdict(make_block(self.job, int(row["shard"])))), "problem": ""}
+        except Exception as error:
+            return {"record": "", "problem": told(error)}
 
 
 def make_block(job: Job, shard: int) -> BlockRecord:

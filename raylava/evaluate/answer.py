@@ -3,6 +3,7 @@
 The model is any Hugging Face folder of a LLaVA; it is asked as plain transformers would ask it. Scoring is score.py's.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from raylava.console import Bar
 from raylava.corpus.images import decode
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import image_place
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import RunError, UserError
 from raylava.evaluate.questions import Question
 from raylava.recipe import Resources
+from raylava.session import told
 from raylava.storage import place
 
 if TYPE_CHECKING:
@@ -53,9 +55,6 @@ class Answer:
 def answer(questions: list[Question], asking: Asking, resources: Resources, bar: Bar) -> list[Answer]:
     """One answer for each question, in the questions' order."""
     import ray.data
-    from ray.exceptions import RayError
-
-    from raylava.session import root_cause
 
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].text))
     batches = [
@@ -70,12 +69,11 @@ def answer(questions: list[Question], asking: Asking, resources: Resources, bar:
         num_gpus=resources.gpus_per_worker,
     )
     found: dict[int, Answer] = {}
-    try:
-        for row in answered.iter_rows():
-            found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
-            bar.update(len(found), len(questions))
-    except RayError as error:
-        raise RunError(f"answering with {asking.model} failed: {first_line(root_cause(error))}") from error
+    for row in answered.iter_rows():
+        if row["problem"]:
+            raise RunError(f"answering with {asking.model} failed: {row['problem']}")
+        found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
+        bar.update(len(found), len(questions))
     return [found[number] for number in range(len(questions))]
 
 
@@ -101,16 +99,27 @@ class _Answerer:
     def __init__(self, asking: Asking, threads: int, on_gpu: bool) -> None:
         torch.set_num_threads(threads)
         self._asking = asking
-        self._chat = Chat(asking.model, torch.device("cuda" if on_gpu else "cpu"))
+        self._device = torch.device("cuda" if on_gpu else "cpu")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         questions = [Question(**item) for item in json.loads(row["batch"])]
+        try:
+            answers = json.dumps([asdict(item) for item in self._answer(questions)])
+            return {"numbers": row["numbers"], "answers": answers, "problem": ""}
+        except Exception as error:
+            return {"numbers": row["numbers"], "answers": "", "problem": told(error)}
+
+    @functools.cached_property
+    def _chat(self) -> "Chat":
+        return Chat(self._asking.model, self._device)
+
+    def _answer(self, questions: list[Question]) -> list[Answer]:
         shown = [self._picture(question) for question in questions]
         askable = [number for number, picture in enumerate(shown) if not isinstance(picture, BadRow)]
         prompts = [questions[number].text + self._asking.suffix for number in askable]
         texts = self._chat.answer(prompts, [shown[n] for n in askable], self._asking.max_new_tokens)  # type: ignore[misc]
         said = dict(zip(askable, texts, strict=True))
-        answers = [
+        return [
             Answer(
                 question.question_id,
                 question.text + self._asking.suffix,
@@ -119,7 +128,6 @@ class _Answerer:
             )
             for number, question in enumerate(questions)
         ]
-        return {"numbers": row["numbers"], "answers": json.dumps([asdict(item) for item in answers])}
 
     def _picture(self, question: Question) -> "Image | BadRow | None":
         if question.image is None:

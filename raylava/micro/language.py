@@ -35,7 +35,7 @@ class LanguageSize:
     heads: int = 4
     key_value_heads: int = 1  # as in gemma-2b
     vocabulary: int = 640
-    steps: int = 450
+    steps: int = 540
     batch: int = 32
     lr: float = 2e-3
 

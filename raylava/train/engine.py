@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,12 @@ _CURSOR = "cursor.json"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step over all ranks. `loss` is per supervised token; `gradient_norm` before clipping; `seconds` of this
-    rank.
+    """One step over all ranks. `loss` is per supervised token; `seconds` are this rank's. `gradient_norm` is
+    before clipping, and None where DeepSpeed does not tell it (ZeRO stage 0 in fp32).
     """
 
     loss: float
-    gradient_norm: float
+    gradient_norm: float | None
     lr: float
     seconds: float
 
@@ -91,8 +91,10 @@ class Engine:
             self._engine.backward(loss * (dist.get_world_size() / supervised), scale_wrt_gas=False)
         self._engine.step()
         dist.all_reduce(total)
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return StepResult(float(total) / supervised, norm, rate, time.monotonic() - started)
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            float(total) / supervised, None if norm is None else float(norm), rate, time.monotonic() - started
+        )
 
     def save(self, folder: Path, cursor: int) -> None:
         """Write this rank's shard of a checkpoint; `cursor` is the next step. Frozen weights are left out."""
@@ -178,8 +180,3 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
     _, unexpected = dst.load_state_dict(src, strict=False)
     if unexpected:
         raise KeyError(f"the checkpoint holds unknown weights {unexpected[:3]}")
-
-
-def metrics_of(result: StepResult) -> dict[str, float]:
-    """The step's figures, JSON-able."""
-    return asdict(result)

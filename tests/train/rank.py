@@ -50,7 +50,10 @@ def main(
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         sys.stdout.write(json.dumps(line) + "\n")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort an ordinary interpreter exit
 
 
 def _digest(weights: dict[str, torch.Tensor] | None) -> str:

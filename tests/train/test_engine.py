@@ -154,7 +154,7 @@ def arguments(micro_model: Model, prepared_blocks: Blocks) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run_ranks(1, [*arguments, "0", "-"], tmp_path_factory.mktemp("alone"))
+    return run_ranks(1, [*arguments, "1", "-"], tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -165,7 +165,8 @@ def test_two_ranks_at_every_zero_stage_follow_the_losses_of_one_rank(
     assert len(together) == len(alone) == 6
     for one, other in zip(alone, together, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        if zero_stage > 0:  # DeepSpeed tells no norm at stage 0 in fp32
+            assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
