@@ -83,16 +83,29 @@ class Storing(Section):
     quality: int = Field(95, ge=1, le=100)
 
 
-class Corpus(Section):
-    """LLaVA JSON and the folder its image paths start from. Patterns (`5/*`) choose rows by image path."""
+class Source(Section):
+    """One file of rows (or a folder of such files) and the folder its image paths start from.
 
-    annotations: str = scale(...)  # a place; what lies there enters the fingerprint by its SHA-256
+    Patterns (`5/*`) choose rows by image path; `limit` takes the first so many; `weight` then takes that share of them,
+    drawn by row number, or repeats them when it is above 1.
+    """
+
+    annotations: str = scale(...)  # a place; what lies there enters the fingerprint by its content
     images: str = scale("")
-    fit: Literal["pad", "crop"] = "pad"
-    max_length: int = Field(2048, ge=16, le=1 << 20)
+    format: Literal["auto", "llava_json", "jsonl", "parquet", "webdataset"] = "auto"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     limit: int | None = Field(None, ge=1)
+    weight: float = Field(1.0, gt=0, le=1000)
+
+
+class Corpus(Section):
+    """Sources, mixed, and how their rows become samples."""
+
+    sources: tuple[Source, ...] = Field(..., min_length=1)
+    fit: Literal["pad", "crop"] = "pad"
+    max_length: int = Field(2048, ge=16, le=1 << 20)
+    too_long: Literal["quarantine", "trim"] = "quarantine"
     store: Storing = Storing()
     max_pixels: int = Field(64_000_000, ge=1)
     rows_per_block: int = Field(2048, ge=1, le=1 << 20)

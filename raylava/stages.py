@@ -9,7 +9,6 @@ does is in its own room.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -21,7 +20,7 @@ from raylava.artifacts import Artifact, Draft, lock
 from raylava.console import Bar, Console
 from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
-from raylava.corpus.sources import Selection, referenced_images
+from raylava.corpus.sources import SourceFiles, sizes_below
 from raylava.errors import UserError
 from raylava.evaluate.answer import Asking, answer, answers_bytes
 from raylava.evaluate.questions import Question, identity, read_questions
@@ -177,24 +176,31 @@ class _Graph:
 
     def _prepare(self, name: str, corpus: Corpus) -> Stage:
         facts, recipe = self._facts, self._recipe
-        annotations = join(recipe.data, corpus.annotations)
-        images = join(recipe.data, corpus.images)
+        places = tuple(
+            (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
+        )
+        sources = [SourceFiles(source, *found) for source, found in zip(corpus.sources, places, strict=True)]
         template = facts.language.template
         content = {
             "corpus": corpus.content(),
-            "source": corpus_identity(place(annotations), place(images), corpus),
+            "sources": [source.identity() for source in sources],
             "tokenizer": facts.tokenizer,
             "template": dataclasses.asdict(template),
             "vision": facts.vision.identity(),
         }
         draft = self._draft("prepare", content)
-        job = PrepareJob(corpus, annotations, images, recipe.model.language, template, facts.vision, draft.place.uri)
+        job = PrepareJob(name, corpus, places, recipe.model.language, template, facts.vision, draft.place.uri)
 
         def build(bar: Bar) -> dict[str, Any]:
             return prepare(job, facts.tokenizer, bar).figures()
 
         return Stage(
-            f"prepare {name}", draft, {}, "rows", build, lambda metrics: check_quarantine(metrics, corpus, draft.place)
+            f"prepare {name}",
+            draft,
+            {},
+            "rows",
+            build,
+            lambda metrics: check_quarantine(metrics, name, corpus, draft.place),
         )
 
     def _backbones(self) -> dict[str, Any]:
@@ -273,7 +279,7 @@ class _Graph:
         recipe = self._recipe
         images = join(recipe.data, benchmark.images)
         questions = read_questions(place(join(recipe.data, benchmark.questions)), benchmark)
-        pictures = _sizes(place(images), {question.image for question in questions if question.image})
+        pictures = sizes_below(place(images), {question.image for question in questions if question.image})
         content = {
             "model": model.draft.fingerprint,
             "questions": identity(questions, pictures),
@@ -312,23 +318,6 @@ def _answer_and_score(
     lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in questions]
     (output / "questions.jsonl").write_bytes("".join(line + "\n" for line in lines).encode())
     return dataclasses.asdict(scores)
-
-
-def corpus_identity(annotations: Place, images: Place, corpus: Corpus) -> dict[str, str]:
-    """What a corpus is, wherever it lies: its annotations' SHA-256, and its pictures' names and sizes.
-
-    Raises UserError when the annotations can't be read or the image folder is missing.
-    """
-    selection = Selection(corpus.include, corpus.exclude, corpus.limit)
-    names = referenced_images(annotations, selection)
-    if names and not images.is_folder():
-        raise UserError(f"{images}: no such image folder; set the corpus's images (or data=…)")
-    listing = json.dumps(sorted(_sizes(images, names).items()))
-    return {"annotations": annotations.sha256(), "images": hashlib.sha256(listing.encode()).hexdigest()}
-
-
-def _sizes(root: Place, names: set[str]) -> dict[str, int]:
-    return {name: size for name, size in root.files_below() if name in names} if names else {}
 
 
 def _connector_identity(folder: str) -> str:

@@ -15,7 +15,7 @@ SHIPPED = sorted(path.name for path in recipes_folder().glob("*.yaml"))
 MINIMAL = {
     "name": "minimal",
     "model": {"language": {"name": "google/gemma-2b-it"}, "vision": {"name": "openai/clip-vit-large-patch14-336"}},
-    "corpora": {"alignment": {"annotations": "a.json"}, "instruction": {"annotations": "i.json"}},
+    "corpora": {"alignment": {"sources": [{"annotations": "a"}]}, "instruction": {"sources": [{"annotations": "i"}]}},
 }
 
 
@@ -48,7 +48,7 @@ def test_the_papers_recipes_name_known_backbones_and_the_papers_settings(name: s
         ("finetune.lr=1e-4", 1e-4),
         ("finetune.epochs=3", 3),
         ("pretrain.enabled=false", False),
-        ("corpora.instruction.exclude=['5/*']", ("5/*",)),
+        ("corpora.instruction.max_length=512", 512),
         ("data=s3://bucket/corpus/", "s3://bucket/corpus"),
     ],
 )
@@ -72,6 +72,8 @@ def test_an_override_sets_one_key(minimal: str, override: str, value: object) ->
         ("finetune.zero.stage=4", "finetune.zero.stage=4"),
         ("finetune.zero={stage: 1, offload_parameters: true}", "set zero.stage=3"),
         ("corpora.alignment=null", "set pretrain.enabled=false"),
+        ("corpora.instruction.sources.0.exclud=1", "did you mean 'corpora.instruction.sources.exclude'?"),
+        ("corpora.instruction.sources=[]", "at least 1 item"),
         ("finetune.pack_tokens=64", "raise finetune.pack_tokens"),
         ("finetune", "write key=value"),
         ("name.first=a", "it has no keys below it"),

@@ -61,11 +61,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One block in the manifest; `path` is relative to the artifact. Rows in = rows + quarantined."""
+    """One block in the manifest; `path` is relative to the artifact. Rows in = rows + quarantined.
+
+    `trimmed` counts rows that lost trailing turns to `max_length` (`too_long: trim`).
+    """
 
     path: str
     rows: int
     quarantined: int
+    trimmed: int
     bytes: int
     sha256: str
 
@@ -83,6 +87,7 @@ class Manifest:
     tokens: int
     supervised_tokens: int
     images: int
+    trimmed: int
     quarantined: int
     quarantine: dict[str, int]
 
@@ -91,7 +96,7 @@ class Manifest:
 
     def figures(self) -> dict[str, Any]:
         """The counts, without the list of blocks."""
-        names = ("rows_in", "rows", "tokens", "supervised_tokens", "images", "quarantined", "quarantine")
+        names = ("rows_in", "rows", "tokens", "supervised_tokens", "images", "trimmed", "quarantined", "quarantine")
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
 
     @classmethod

@@ -10,10 +10,11 @@ the rest.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from raylava.console import Bar
@@ -34,13 +35,13 @@ from raylava.corpus.blocks import (
     read_lengths,
     read_quarantine,
 )
-from raylava.corpus.conversation import Encoder, check_turns
+from raylava.corpus.conversation import Encoded, Encoder, check_turns
 from raylava.corpus.images import prepare_picture
 from raylava.corpus.quarantine import BadRow, Quarantined, Reason
-from raylava.corpus.sources import Row, Selection, image_place, parse_row, read_raw_rows, sample_id
+from raylava.corpus.sources import Pick, Row, SourceFiles, image_place, parse_row, sample_id
 from raylava.errors import RunError, UserError
 from raylava.model.backbones import VisionSpec, load_tokenizer
-from raylava.model.templates import Template
+from raylava.model.templates import IMAGE_TOKEN, Template
 from raylava.recipe import Corpus, Language
 from raylava.session import told
 from raylava.storage import Place, place
@@ -55,17 +56,18 @@ _INDEX = "index.json"
 class Job:
     """All that a task needs to turn a shard into a block; small, and the same on every node."""
 
+    name: str
     corpus: Corpus
-    annotations: str
-    images: str
+    places: tuple[tuple[str, str], ...]  # each source's annotations and images, absolute
     language: Language
     template: Template
     vision: VisionSpec
     output: str
 
     @property
-    def selection(self) -> Selection:
-        return Selection(self.corpus.include, self.corpus.exclude, self.corpus.limit)
+    def sources(self) -> list[SourceFiles]:
+        """The corpus's sources with their files."""
+        return [SourceFiles(source, *places) for source, places in zip(self.corpus.sources, self.places, strict=True)]
 
 
 def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
@@ -77,7 +79,7 @@ def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
     rows_in, shards = _stage_rows(job, output)
     done = [shard for shard in range(shards) if _record_place(output, shard).exists()]
     pending = [shard for shard in range(shards) if shard not in set(done)]
-    tally = _Tally(job.corpus, rows_in, output)
+    tally = _Tally(job, rows_in, output)
     for shard in done:
         tally.add(_read_record(output, shard))
     bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
@@ -88,7 +90,10 @@ def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
 
 
 def _stage_rows(job: Job, output: Place) -> tuple[int, int]:
-    """Cut the selected rows into shards of `rows_per_block`; returns (rows, shards). Does nothing the second time."""
+    """Cut the chosen rows into shards of `rows_per_block`; returns (rows, shards). Does nothing the second time.
+
+    A shard says where its rows lie and holds none of them, so this reads annotations once and copies nothing.
+    """
     index = output / _SHARDS / _INDEX
     if index.exists():
         about = json.loads(index.read_bytes())
@@ -99,18 +104,19 @@ def _stage_rows(job: Job, output: Place) -> tuple[int, int]:
         rows += len(lines)
         shards += 1
     if not rows:
-        raise UserError(f"{job.annotations}: no row is selected by include, exclude and limit; widen them")
+        raise UserError(f"corpora.{job.name}: no row is chosen by include, exclude and limit; widen them")
     index.write_bytes(json.dumps({"rows": rows, "shards": shards}).encode())
     return rows, shards
 
 
 def _shards(job: Job) -> Iterator[list[bytes]]:
     lines: list[bytes] = []
-    for number, raw in read_raw_rows(place(job.annotations), job.selection):
-        lines.append(json.dumps([number, raw]).encode())
-        if len(lines) == job.corpus.rows_per_block:
-            yield lines
-            lines = []
+    for number, source in enumerate(job.sources):
+        for pick in source.picks(number):
+            lines.append(json.dumps(astuple(pick)).encode())
+            if len(lines) == job.corpus.rows_per_block:
+                yield lines
+                lines = []
     if lines:
         yield lines
 
@@ -127,7 +133,7 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
     made = shards.map(_MakeBlock(job))
     for row in made.iter_rows():
         if row["problem"]:
-            raise RunError(f"preparing {job.annotations} failed: {row['problem']}")
+            raise RunError(f"preparing corpora.{job.name} failed: {row['problem']}")
         yield BlockRecord(**json.loads(row["record"]))
 
 
@@ -147,34 +153,73 @@ class _MakeBlock:
 def make_block(job: Job, shard: int) -> BlockRecord:
     """Read one shard's rows, and publish its block, its lengths, its quarantine part and, last, its record."""
     output = place(job.output)
-    samples, quarantined = [], []
+    made = _Made([], [], 0)
     encoder = _encoder(job.language, job.template)
-    images = place(job.images)
-    for line in _shard_place(output, shard).read_bytes().splitlines():
-        number, raw = json.loads(line)
+    for pick, file, images, raw in _raw_rows(job, output, shard):
         try:
-            samples.append(make_sample(parse_row(number, raw), encoder, images, job))
+            sample, trimmed = make_sample(parse_row(raw, pick.suffix), encoder, images, job)
+            made.samples.append(sample)
+            made.trimmed += trimmed
         except BadRow as bad:
-            quarantined.append(
-                Quarantined(number, sample_id(number, raw), job.annotations.rsplit("/", 1)[-1], bad.reason, bad.detail)
+            made.quarantined.append(
+                Quarantined(pick.row, sample_id(raw, pick.suffix), file.name, bad.reason, bad.detail)
             )
-    return _write(output, shard, samples, quarantined)
+    return _write(output, shard, made)
 
 
-def make_sample(row: Row, encoder: Encoder, images: Place, job: Job) -> Sample:
-    """One row as a sample. Cheap checks come before pictures are read. Raises BadRow."""
+@dataclass
+class _Made:
+    """What became of a shard's rows."""
+
+    samples: list[Sample]
+    quarantined: list[Quarantined]
+    trimmed: int
+
+
+def _raw_rows(job: Job, output: Place, shard: int) -> Iterator[tuple[Pick, Place, Place, Any]]:
+    """(pick, its file, its image root, raw row) of a shard's rows, neighbours in a file read together."""
+    picks = [Pick(*json.loads(line)) for line in _shard_place(output, shard).read_bytes().splitlines()]
+    sources = job.sources
+    for (number, file_number), run in itertools.groupby(picks, key=lambda pick: (pick.source, pick.file)):
+        source, chosen = sources[number], list(run)
+        file, images = source.files[file_number], place(source.images)
+        raws = source.format(file).read(file, [pick.where for pick in chosen])
+        for pick, raw in zip(chosen, raws, strict=True):
+            yield pick, file, images, raw
+
+
+def make_sample(row: Row, encoder: Encoder, images: Place, job: Job) -> tuple[Sample, bool]:
+    """One row as a sample, and whether it was trimmed. Cheap checks come before pictures are read. Raises BadRow."""
     check_turns(row.turns, len(row.images))
-    encoded = encoder.encode(row.turns, len(row.images))
+    encoded = _encode_within(row, encoder, job)
     length = encoded.length(job.vision.image_tokens)
-    if length > job.corpus.max_length:
-        raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={job.corpus.max_length}")
     pictures = [
         prepare_picture(
-            _read_picture(images, name), job.vision.pixels, job.corpus.fit, job.corpus.store, job.corpus.max_pixels
+            picture if isinstance(picture, bytes) else _read_picture(images, picture),
+            job.vision.pixels,
+            job.corpus.fit,
+            job.corpus.store,
+            job.corpus.max_pixels,
         )
-        for name in row.images
+        for picture in row.images[: encoded.images]
     ]
-    return Sample(row.sample_id, encoded.input_ids, encoded.supervised, pictures, length)
+    trimmed = 2 * len(encoded.supervised) < len(row.turns)
+    return Sample(row.sample_id, encoded.input_ids, encoded.supervised, pictures, length), trimmed
+
+
+def _encode_within(row: Row, encoder: Encoder, job: Job) -> Encoded:
+    """The row's ids within `max_length`; with `too_long: trim`, whole exchanges are left off its end until it fits.
+
+    A picture goes with the turn that shows it. Raises BadRow when even the first exchange is too long.
+    """
+    first = len(row.turns) if job.corpus.too_long == "quarantine" else 2
+    for turns in range(len(row.turns), first - 1, -2):
+        kept = row.turns[:turns]
+        encoded = encoder.encode(kept, sum(turn.text.count(IMAGE_TOKEN) for turn in kept))
+        length = encoded.length(job.vision.image_tokens)
+        if length <= job.corpus.max_length:
+            return encoded
+    raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={job.corpus.max_length}")
 
 
 def _read_picture(root: Place, name: str) -> bytes:
@@ -206,13 +251,14 @@ def _encoder(language: Language, template: Template) -> Encoder:
     return Encoder(load_tokenizer(language), template)
 
 
-def _write(output: Place, shard: int, samples: list[Sample], quarantined: list[Quarantined]) -> BlockRecord:
+def _write(output: Place, shard: int, made: _Made) -> BlockRecord:
     path = f"blocks/block-{shard:05d}.arrow"
-    content = block_bytes(samples)
+    content = block_bytes(made.samples)
     (output / path).write_bytes(content)
-    _lengths_place(output, shard).write_bytes(lengths_bytes(lengths_of(samples)))
-    _quarantine_place(output, shard).write_bytes(quarantine_bytes(quarantined))
-    record = BlockRecord(path, len(samples), len(quarantined), len(content), hashlib.sha256(content).hexdigest())
+    _lengths_place(output, shard).write_bytes(lengths_bytes(lengths_of(made.samples)))
+    _quarantine_place(output, shard).write_bytes(quarantine_bytes(made.quarantined))
+    sha256 = hashlib.sha256(content).hexdigest()
+    record = BlockRecord(path, len(made.samples), len(made.quarantined), made.trimmed, len(content), sha256)
     _record_place(output, shard).write_bytes(json.dumps(asdict(record)).encode())
     return record
 
@@ -224,7 +270,7 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
         row for shard in range(shards) for row in read_quarantine(_quarantine_place(output, shard).read_bytes())
     ]
     if not len(lengths):
-        raise UserError(f"{job.annotations}: every row was set aside; see {output / QUARANTINE}")
+        raise UserError(f"corpora.{job.name}: every row was set aside; see {output / _SHARDS}/quarantine*.csv")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         tokenizer=tokenizer,
@@ -235,6 +281,7 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
         tokens=int(lengths.length.sum()),
         supervised_tokens=int(lengths.supervised.sum()),
         images=int(lengths.images.sum()),
+        trimmed=sum(record.trimmed for record in records),
         quarantined=len(quarantine),
         quarantine=count_reasons(quarantine),
     )
@@ -249,24 +296,23 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
 class _Tally:
     """Counts rows as blocks finish, and stops the run as soon as too many were set aside."""
 
-    def __init__(self, corpus: Corpus, rows_in: int, output: Place) -> None:
-        self._corpus, self._rows_in, self._output = corpus, rows_in, output
+    def __init__(self, job: Job, rows_in: int, output: Place) -> None:
+        self._job, self._rows_in, self._output = job, rows_in, output
         self.rows = self.quarantined = 0
 
     def add(self, record: BlockRecord) -> None:
         self.rows += record.rows + record.quarantined
         self.quarantined += record.quarantined
-        check_quarantine(
-            {"rows_in": self._rows_in, "quarantined": self.quarantined}, self._corpus, self._output / _SHARDS
-        )
+        counts = {"rows_in": self._rows_in, "quarantined": self.quarantined}
+        check_quarantine(counts, self._job.name, self._job.corpus, self._output / _SHARDS)
 
 
-def check_quarantine(metrics: dict[str, Any], corpus: Corpus, where: Place) -> None:
+def check_quarantine(metrics: dict[str, Any], name: str, corpus: Corpus, where: Place) -> None:
     """Raise UserError when more rows were set aside than the recipe allows."""
     quarantined, rows_in = metrics["quarantined"], metrics["rows_in"]
     if quarantined > corpus.quarantine_limit * rows_in:
         raise UserError(
-            f"{corpus.annotations}: {quarantined} of {rows_in} rows had to be set aside, more than quarantine_limit="
+            f"corpora.{name}: {quarantined} of {rows_in} rows had to be set aside, more than quarantine_limit="
             f"{corpus.quarantine_limit:g} allows; see {where}/quarantine*.csv, then mend the corpus or raise the limit"
         )
 

@@ -32,7 +32,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Quarantined:
-    """One row of the quarantine table. `row` counts from 0 in the source."""
+    """One row of the quarantine table. `row` counts from 0 in the file `source`."""
 
     row: int
     sample_id: str

@@ -1,8 +1,10 @@
-"""LLaVA JSON → rows of one type, whatever the file looked like. Reads annotations only, no pictures.
+"""Sources → rows of one type, whatever the files looked like. Reads annotations only, no pictures by path.
 
-A file that is not LLaVA JSON at all is the user's mistake (UserError); a row that is not one is set aside (BadRow).
+A file that is of no known format is the user's mistake (UserError); a row that is not one is set aside (BadRow).
 """
 
+import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,109 +12,197 @@ from fnmatch import fnmatch
 from typing import Any
 
 from raylava.corpus.conversation import Turn
+from raylava.corpus.formats import FORMATS, SUFFIXES, Format, Located, format_of
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.errors import UserError
-from raylava.storage import Place
+from raylava.model.templates import IMAGE_TOKEN
+from raylava.recipe import Source
+from raylava.storage import Place, place
 
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt"}
+_TAIL = 64 << 10  # bytes at a file's end: a Parquet footer, the last samples of a tar
 
 
 @dataclass(frozen=True)
 class Row:
-    """One source row: its number in the file, its id, image paths as written, and its turns."""
+    """One source row: a name that is unique in its corpus, its pictures (paths as written, or bytes), and its turns."""
 
-    number: int
     sample_id: str
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which rows of a file belong to a corpus, by image path (`fnmatch` patterns) and number."""
+class Pick:
+    """One row chosen for a corpus: which source, file and row, which repetition, and where in the file it lies."""
 
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    limit: int | None = None
+    source: int
+    file: int
+    row: int
+    copy: int
+    where: Any
 
-    def takes(self, raw: Any) -> bool:
-        """Whether a raw row belongs; a row without pictures, or one too broken to say, always does."""
-        names = _image_names(raw) if isinstance(raw, dict) else ()
-        if not names:
-            return True
-        wanted = all(any(fnmatch(name, pattern) for pattern in self.include) for name in names)
-        return wanted and not any(fnmatch(name, pattern) for name in names for pattern in self.exclude)
-
-
-def read_raw_rows(annotations: Place, selection: Selection) -> Iterator[tuple[int, Any]]:
-    """(number, raw row) of the selected rows, in the file's order. Raises UserError when it isn't LLaVA JSON."""
-    taken = 0
-    for number, raw in enumerate(_load_list(annotations)):
-        if selection.limit is not None and taken >= selection.limit:
-            return
-        if selection.takes(raw):
-            taken += 1
-            yield number, raw
+    @property
+    def suffix(self) -> str:
+        """What makes a source's own id unique in the corpus (LLaVA's own files repeat ids)."""
+        return f"#{self.source}.{self.file}.{self.row}" + (f"+{self.copy}" if self.copy else "")
 
 
-def referenced_images(annotations: Place, selection: Selection) -> set[str]:
-    """The image paths that the selected rows name. Raises UserError when the file isn't LLaVA JSON."""
-    rows = read_raw_rows(annotations, selection)
-    return {name for _, raw in rows if isinstance(raw, dict) for name in _image_names(raw)}
+class SourceFiles:
+    """One source with its files found. `annotations` and `images` are absolute places."""
+
+    def __init__(self, source: Source, annotations: str, images: str) -> None:
+        self.source, self.annotations, self.images = source, annotations, images
+
+    @property
+    def files(self) -> list[Place]:
+        """The file, or the folder's files of known formats by name. Raises UserError when there is none."""
+        root = place(self.annotations)
+        if not root.exists():
+            raise UserError(f"{root}: no such file; set the source's annotations (or data=…)")
+        if not root.is_folder():
+            return [root]
+        found = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
+        if not found:
+            raise UserError(f"{root}: holds no file of a known format ({', '.join(SUFFIXES)})")
+        return found
+
+    def format(self, file: Place) -> Format:
+        """How a file of this source is read."""
+        return FORMATS[format_of(file) if self.source.format == "auto" else self.source.format]
+
+    def picks(self, number: int) -> Iterator[Pick]:
+        """The rows that the source gives to its corpus, in order; `number` is the source's."""
+        for file_number, row, located in itertools.islice(self.selected(), self.source.limit):
+            for copy in range(_copies(self.source.weight, f"{number}.{file_number}.{row}")):
+                yield Pick(number, file_number, row, copy, located.where)
+
+    def selected(self) -> Iterator[tuple[int, int, Located]]:
+        """(file, row, located) of the rows that include and exclude choose. Raises UserError for what is unreadable."""
+        source = self.source
+        chooses = source.include != ("*",) or source.exclude
+        for number, file in enumerate(self.files):
+            form = self.format(file)
+            if chooses and not form.parses:
+                raise UserError(f"{file}: include and exclude choose by image path, which only JSON sources tell")
+            for row, located in enumerate(_located(form, file)):
+                if not chooses or takes(located.raw, source.include, source.exclude):
+                    yield number, row, located
+
+    def identity(self) -> dict[str, Any]:
+        """What the source is, wherever it lies: its files' content, and names and sizes of the pictures they name.
+
+        JSON is hashed whole; of Parquet and tars, which may hold terabytes, size and last 64 KiB.
+        Raises UserError when annotations can't be read or the image folder is missing.
+        """
+        contents = [file.sha256() if self.format(file).parses else _tail_identity(file) for file in self.files]
+        names = {name for _, _, located in self.selected() for name in image_names(located.raw)}
+        images = place(self.images)
+        if names and not images.is_folder():
+            raise UserError(f"{images}: no such image folder; set the source's images (or data=…)")
+        listing = json.dumps(sorted(sizes_below(images, names).items()))
+        return {"annotations": contents, "images": hashlib.sha256(listing.encode()).hexdigest()}
 
 
-def _load_list(annotations: Place) -> list[Any]:
+def sizes_below(root: Place, names: set[str]) -> dict[str, int]:
+    """Bytes of those of the named files that are below the root."""
+    return {name: size for name, size in root.files_below() if name in names} if names else {}
+
+
+def _located(form: Format, file: Place) -> Iterator[Located]:
     try:
-        content = annotations.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(
-            f"{annotations}: no such file; set the corpus's annotations (or data=…) to a LLaVA JSON"
-        ) from error
+        yield from form.locate(file)
     except OSError as error:
-        raise UserError(f"{annotations}: cannot be read ({error})") from error
-    try:
-        rows = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{annotations}: not JSON ({error}); LLaVA JSON is one list of rows") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{annotations}: LLaVA JSON is a non-empty list of rows, this is a {type(rows).__name__}")
-    if not any(isinstance(row, dict) and "conversations" in row for row in rows):
-        raise UserError(f"{annotations}: not LLaVA JSON: no row has `conversations`")
-    return rows
+        raise UserError(f"{file}: cannot be read ({error})") from error
 
 
-def parse_row(number: int, raw: Any) -> Row:
-    """A raw LLaVA row as a Row. Raises BadRow when it isn't one."""
+def _tail_identity(file: Place) -> dict[str, Any]:
+    size = file.info().size
+    with file.filesystem.open_input_file(file.path) as stream:
+        stream.seek(max(0, size - _TAIL))
+        return {"bytes": size, "tail": hashlib.sha256(stream.read()).hexdigest()}
+
+
+def _copies(weight: float, row: str) -> int:
+    """How often a row comes in: the whole part of the weight, and once more by a draw that only its number decides."""
+    draw = int.from_bytes(hashlib.sha256(row.encode()).digest()[:8], "big") / 2**64
+    return int(weight) + (draw < weight - int(weight))
+
+
+def takes(raw: Any, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns choose a raw row; a row without image paths, or one too broken to say, is always taken."""
+    names = image_names(raw)
+    wanted = all(any(fnmatch(name, pattern) for pattern in include) for name in names)
+    return wanted and not any(fnmatch(name, pattern) for name in names for pattern in exclude)
+
+
+def parse_row(raw: Any, suffix: str) -> Row:
+    """A raw row (`conversations`, or `messages` of role and content) as a Row. Raises BadRow when it isn't one."""
     if not isinstance(raw, dict):
-        raise BadRow(Reason.NOT_A_ROW, f"a {type(raw).__name__}, not an object")
-    turns = raw.get("conversations")
+        raise BadRow(Reason.NOT_A_ROW, raw if isinstance(raw, str) else f"a {type(raw).__name__}, not an object")
+    turns = raw.get("conversations") or raw.get("messages")
     if not isinstance(turns, list) or not turns:
-        raise BadRow(Reason.NO_TURNS, "no `conversations` list, or an empty one")
-    return Row(number, sample_id(number, raw), _image_names(raw), tuple(_turn(turn) for turn in turns))
+        raise BadRow(Reason.NO_TURNS, "no list of `conversations` or `messages`, or an empty one")
+    return Row(sample_id(raw, suffix), _images(raw), _without_system([_turn(turn) for turn in turns]))
 
 
-def sample_id(number: int, raw: Any) -> str:
-    """The source's id, made unique by the row's number where it may repeat (LLaVA's own files repeat ids)."""
+def sample_id(raw: Any, suffix: str) -> str:
+    """The source's id, made unique in the corpus."""
     name = raw.get("id") if isinstance(raw, dict) else None
-    return f"{name}#{number}" if isinstance(name, str | int) else f"#{number}"
+    return f"{name}{suffix}" if isinstance(name, str | int) else suffix
 
 
 def _turn(raw: Any) -> Turn:
-    speaker = raw.get("from") if isinstance(raw, dict) else None
-    text = raw.get("value") if isinstance(raw, dict) else None
-    if not isinstance(text, str):
-        raise BadRow(Reason.NOT_A_ROW, "a turn without a text `value`")
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+    if not isinstance(raw, dict):
+        raise BadRow(Reason.NOT_A_ROW, f"a turn is a {type(raw).__name__}, not an object")
+    speaker = raw.get("from", raw.get("role"))
+    text = _text(raw.get("value", raw.get("content")))
+    if speaker != "system" and (not isinstance(speaker, str) or speaker not in _SPEAKERS):
         raise BadRow(Reason.NOT_ALTERNATING, f"a turn is from {speaker!r}, not human or gpt")
-    return Turn(_SPEAKERS[speaker], text)
+    return Turn(_SPEAKERS.get(speaker, "system"), text)
 
 
-def _image_names(raw: dict[str, Any]) -> tuple[str, ...]:
-    value = raw.get("image", raw.get("images"))
+def _text(content: Any) -> str:
+    """A turn's text; of a list of parts, texts joined and each picture as an image token."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join(IMAGE_TOKEN if part.get("type") == "image" else str(part.get("text") or "") for part in content)
+    raise BadRow(Reason.NOT_A_ROW, "a turn without a text `value` or `content`")
+
+
+def _without_system(turns: list[Turn]) -> tuple[Turn, ...]:
+    """Gemma has no system turn: its text goes before the first human's."""
+    if len(turns) > 1 and turns[0].speaker == "system" and turns[1].speaker == "human":
+        turns = [Turn("human", f"{turns[0].text.strip()}\n\n{turns[1].text}"), *turns[2:]]
+    return tuple(turns)
+
+
+def _images(raw: dict[str, Any]) -> tuple[str | bytes, ...]:
+    return tuple(_image(value) for value in _image_values(raw))
+
+
+def _image(value: Any) -> str | bytes:
+    """A path, or the bytes of a picture that lies in the row (Hugging Face's struct of bytes and path among them)."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return bytes(value["bytes"])
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, str | bytes) and value:
+        return value
+    raise BadRow(Reason.NOT_A_ROW, f"an image is a {type(value).__name__}, not a path or bytes")
+
+
+def _image_values(raw: Any) -> list[Any]:
+    value = raw.get("image", raw.get("images")) if isinstance(raw, dict) else None
     if value is None or value == "":
-        return ()
-    names: Sequence[Any] = value if isinstance(value, list) else [value]
-    return tuple(str(name) for name in names)
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def image_names(raw: Any) -> tuple[str, ...]:
+    """The image paths that a raw row names."""
+    return tuple(value for value in _image_values(raw) if isinstance(value, str))
 
 
 def image_place(root: Place, name: str) -> Place:

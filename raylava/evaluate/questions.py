@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raylava.corpus.formats import FORMATS
 from raylava.corpus.quarantine import BadRow
-from raylava.corpus.sources import Selection, parse_row, read_raw_rows
+from raylava.corpus.sources import parse_row, takes
 from raylava.errors import UserError
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Benchmark
@@ -28,11 +29,10 @@ class Question:
 
 def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
     """All selected questions of a benchmark. Raises UserError when the file holds none or is neither format."""
-    selection = Selection(benchmark.include, benchmark.exclude)
     if not file.exists():
         raise UserError(f"evaluate.{benchmark.name}.questions: {file}: no such file")
     read = _from_jsonl if file.name.endswith(".jsonl") else _from_llava
-    questions = [_in_category(question, benchmark) for question in read(file, selection)]
+    questions = [_in_category(question, benchmark) for question in read(file, benchmark)]
     questions = questions[: benchmark.limit]
     if not questions:
         raise UserError(f"evaluate.{benchmark.name}: {file} holds no question that include and exclude select")
@@ -45,13 +45,13 @@ def identity(questions: list[Question], pictures: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _from_jsonl(file: Place, selection: Selection) -> Iterator[Question]:
+def _from_jsonl(file: Place, benchmark: Benchmark) -> Iterator[Question]:
     for number, line in enumerate(file.read_bytes().decode("utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             raw = json.loads(line)
-            if selection.takes(raw):
+            if takes(raw, benchmark.include, benchmark.exclude):
                 yield _jsonl_question(raw)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
@@ -66,15 +66,17 @@ def _jsonl_question(raw: dict[str, Any]) -> Question:
     )
 
 
-def _from_llava(file: Place, selection: Selection) -> Iterator[Question]:
-    for number, raw in read_raw_rows(file, selection):
+def _from_llava(file: Place, benchmark: Benchmark) -> Iterator[Question]:
+    for number, located in enumerate(FORMATS["llava_json"].locate(file)):
+        if not takes(located.raw, benchmark.include, benchmark.exclude):
+            continue
         try:
-            row = parse_row(number, raw)
+            row = parse_row(located.raw, f"#{number}")
         except BadRow as bad:
             raise UserError(f"{file}: row {number} cannot be asked: {bad}") from bad
         if len(row.images) > 1:
             raise UserError(f"{file}: row {number} has {len(row.images)} pictures; a question takes one")
-        image = row.images[0] if row.images else None
+        image = str(row.images[0]) if row.images else None
         for turn, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
             text = human.text.replace(IMAGE_TOKEN, "").strip()
             yield Question(f"{row.sample_id}-{turn}", image, text, "all", answer.text)

@@ -5,7 +5,7 @@ import pytest
 from raylava.artifacts import Artifact
 from raylava.corpus.prepare import Job
 from raylava.model.backbones import LanguageSpec, VisionSpec
-from raylava.recipe import Corpus, Model, Storing
+from raylava.recipe import Corpus, Model, Source, Storing
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +16,13 @@ def prepare_job(
     language: LanguageSpec,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Job:
-    corpus = Corpus(annotations="alignment.json", max_length=128, store=Storing(format="png"), rows_per_block=16)
+    source = Source(annotations="alignment.json", images="pictures")
+    corpus = Corpus(sources=(source,), max_length=128, store=Storing(format="png"), rows_per_block=16)
     folder = lab.place / "corpus"
     return Job(
+        "alignment",
         corpus,
-        str(folder / "alignment.json"),
-        str(folder / "pictures"),
+        ((str(folder / "alignment.json"), str(folder / "pictures")),),
         micro_model.language,
         language.template,
         vision,

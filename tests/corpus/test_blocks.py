@@ -66,7 +66,7 @@ def prepared(prepare_job: Job) -> Path:
 def test_a_sample_is_read_by_its_number_across_blocks(prepared: Path) -> None:
     blocks = Blocks(prepared)
     assert len(blocks.manifest.blocks) == 3
-    assert [blocks[number].sample_id.partition("#")[2] for number in (0, 15, 16, 39)] == ["0", "15", "16", "39"]
+    assert [blocks[number].sample_id.rpartition(".")[2] for number in (0, 15, 16, 39)] == ["0", "15", "16", "39"]
     assert blocks[16].length == blocks.lengths.length[16]
     with pytest.raises(IndexError):
         blocks[40]

@@ -23,9 +23,7 @@ def into(job: Job, output: Path, corpus_folder: Path | None = None, **settings: 
     job = dataclasses.replace(job, corpus=corpus, output=str(output))
     if corpus_folder is None:
         return job
-    return dataclasses.replace(
-        job, annotations=str(corpus_folder / "alignment.json"), images=str(corpus_folder / "pictures")
-    )
+    return dataclasses.replace(job, places=((str(corpus_folder / "alignment.json"), str(corpus_folder / "pictures")),))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -39,8 +37,9 @@ def run(job: Job) -> Manifest:
 def test_a_sample_holds_the_pixels_of_the_published_processor(prepare_job: Job, tmp_path: Path) -> None:
     run(into(prepare_job, tmp_path))
     sample = Blocks(tmp_path)[0]
-    row = json.loads(Path(prepare_job.annotations).read_text())[0]
-    original = Image.open(Path(prepare_job.images) / row["image"])
+    annotations, images = prepare_job.places[0]
+    row = json.loads(Path(annotations).read_text())[0]
+    original = Image.open(Path(images) / row["image"])
     expected = np.asarray(square(original.convert("RGB"), prepare_job.vision.pixels, "pad"))
     assert np.array_equal(decode_stored(sample.images[0]), expected)
 
@@ -82,7 +81,7 @@ def break_rows(folder: Path) -> dict[str, str]:
 
     def damage(number: int, reason: str, **changes: Any) -> Path:
         rows[number].update(changes)
-        expected[f"{rows[number]['id']}#{number}"] = reason
+        expected[f"{rows[number]['id']}#0.0.{number}"] = reason
         return pictures / rows[number]["image"]
 
     damage(0, "image missing").unlink()
@@ -105,7 +104,7 @@ def break_rows(folder: Path) -> dict[str, str]:
     damage(12, "image missing", image="caption")
     Image.open(pictures / rows[13]["image"]).save(pictures / rows[13]["image"], "GIF")  # a GIF called .png is read
     rows[14] = "not a row"
-    expected["#14"] = "not a row"
+    expected["#0.0.14"] = "not a row"
     file.write_text(json.dumps(rows))
     return expected
 
@@ -135,8 +134,9 @@ def test_too_many_bad_rows_stop_the_run_and_a_higher_limit_lets_it_go_on(
 
 
 def test_a_selection_that_takes_no_row_is_the_users_mistake(prepare_job: Job, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no row is selected"):
-        run(into(prepare_job, tmp_path, include=("nowhere/*",)))
+    nowhere = prepare_job.corpus.sources[0].model_copy(update={"include": ("nowhere/*",)})
+    with pytest.raises(UserError, match="no row is chosen"):
+        run(into(prepare_job, tmp_path, sources=(nowhere,)))
 
 
 def test_an_image_folder_that_vanishes_is_told_in_one_line_not_row_by_row(
@@ -144,6 +144,6 @@ def test_an_image_folder_that_vanishes_is_told_in_one_line_not_row_by_row(
 ) -> None:
     job = into(prepare_job, tmp_path / "out", corpus_copy)
     (corpus_copy / "pictures").rename(corpus_copy / "moved")
-    with pytest.raises(RunError, match=r"preparing .*alignment\.json failed: .*pictures") as error:
+    with pytest.raises(RunError, match=r"preparing corpora\.alignment failed: .*pictures") as error:
         run(job)
     assert "\n" not in str(error.value)

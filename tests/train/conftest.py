@@ -8,7 +8,7 @@ from raylava.corpus.blocks import Blocks
 from raylava.corpus.prepare import Job, prepare
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.model.templates import IMAGE_TOKEN
-from raylava.recipe import Corpus, Model, Storing
+from raylava.recipe import Corpus, Model, Source, Storing
 from raylava.train.feed import Layout
 
 
@@ -22,10 +22,11 @@ def prepared_blocks(
 ) -> Blocks:
     folder = lab.place / "corpus"
     output = tmp_path_factory.mktemp("blocks")
+    source = Source(annotations="instruction.json", images="pictures")
     job = Job(
-        Corpus(annotations="instruction.json", max_length=256, store=Storing(format="png")),
-        str(folder / "instruction.json"),
-        str(folder / "pictures"),
+        "instruction",
+        Corpus(sources=(source,), max_length=256, store=Storing(format="png")),
+        ((str(folder / "instruction.json"), str(folder / "pictures")),),
         micro_model.language,
         language.template,
         vision,

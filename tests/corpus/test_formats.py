@@ -1,0 +1,141 @@
+"""Every kind of file gives its rows by where they lie, whatever its size; another kind is told in one line."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylava.corpus import formats
+from raylava.corpus.formats import FORMATS, format_of
+from raylava.errors import UserError
+from raylava.storage import Place, place
+
+TALK = [{"from": "human", "value": "Hi <image>"}, {"from": "gpt", "value": "naïve 日本 🦙"}]
+
+
+def through(name: str, file: Place) -> list[Any]:
+    """The rows, found by `locate` and fetched by `read`, all and in part."""
+    form = FORMATS[name]
+    wheres = json.loads(json.dumps([located.where for located in form.locate(file)]))
+    rows = list(form.read(file, wheres))
+    assert list(form.read(file, wheres[1::2])) == rows[1::2]
+    return rows
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=12) | st.integers(), max_size=3), max_size=8),
+    chunk=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+)
+def test_a_json_list_is_read_the_same_whatever_the_chunks(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], chunk: int, indent: int | None, ascii_only: bool
+) -> None:
+    rows = [*rows, {"conversations": TALK}, 12, 3.25, "text", None]
+    file = tmp_path_factory.mktemp("json") / "rows.json"
+    file.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_CHUNK", chunk)
+        assert through("llava_json", place(file)) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{not json", "does not begin with"),
+        ('{"a": 1}', "does not begin with"),
+        ("[]", "non-empty list"),
+        ("", "it ends before"),
+        ('[{"conversations": []}', "it ends before"),
+        ('[{"conversations": []}, {]', "not JSON at byte 24"),
+        ('[{"text": "x"}]', "no row has `conversations`"),
+    ],
+)
+def test_a_file_that_is_not_llava_json_is_told_with_the_place(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        list(FORMATS["llava_json"].locate(place(tmp_path / "rows.json")))
+
+
+def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes('[{"conversations": "é"}]'.encode("latin-1"))
+    with pytest.raises(UserError, match="must be UTF-8"):
+        list(FORMATS["llava_json"].locate(place(tmp_path / "rows.json")))
+
+
+def test_json_lines_skip_empty_lines_and_keep_bad_ones_as_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{json.dumps({"conversations": TALK}, ensure_ascii=False)}\n\n{{broken\n{{"id": 3}}')
+    rows = through("jsonl", place(file))
+    assert rows[0] == {"conversations": TALK}
+    assert rows[1].startswith("not JSON: ")
+    assert rows[2] == {"id": 3}
+
+
+def test_parquet_rows_come_from_their_row_groups_with_their_pictures(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "image": {"bytes": b"picture", "path": None}, "conversations": TALK} for n in range(7)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=3)
+    assert through("parquet", place(tmp_path / "rows.parquet")) == rows
+
+
+@pytest.mark.parametrize("content", [b"not parquet", None])
+def test_another_parquet_file_is_told(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "rows.parquet"
+    if content is None:
+        pq.write_table(pa.table({"text": ["x"]}), file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"rows\.parquet: (not Parquet|has neither)"):
+        list(FORMATS["parquet"].locate(place(file)))
+
+
+def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Place:
+    with tarfile.open(file, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return place(file)
+
+
+def test_webdataset_samples_are_members_of_one_name(tmp_path: Path) -> None:
+    row = json.dumps({"conversations": TALK}).encode()
+    members = [
+        ("a/000.jpg", b"jpeg"),
+        ("a/000.json", row),
+        ("a/001.txt", b"a caption"),
+        ("a/001.png", b"png"),
+        ("a/002.0.jpg", b"first"),
+        ("a/002.1.jpg", b"second"),
+        ("a/002.json", row),
+        ("a/003.cls", b"7"),
+    ]
+    rows = through("webdataset", write_tar(tmp_path / "x.tar", members))
+    assert rows[0] == {"id": "a/000", "image": [b"jpeg"], "conversations": TALK}
+    caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a caption"}]
+    assert rows[1] == {"id": "a/001", "image": [b"png"], "conversations": caption}
+    assert rows[2]["image"] == [b"first", b"second"]
+    assert rows[3].startswith("a/003: has neither")
+
+
+def test_a_tar_that_is_cut_short_or_none_is_told(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "x.tar", [("a.json", b"x" * 5000), ("a.jpg", b"y" * 5000)])
+    for name, content in (("cut.tar", whole.read_bytes()[:6200]), ("none.tar", b"nothing of the kind" * 100)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: not a whole tar"):
+            list(FORMATS["webdataset"].locate(place(tmp_path / name)))
+
+
+def test_a_files_name_tells_its_format(tmp_path: Path) -> None:
+    names = {"a.json": "llava_json", "a.JSONL": "jsonl", "a.parquet": "parquet", "a-000.tar": "webdataset"}
+    assert {name: format_of(place(tmp_path / name)) for name in names} == names
+    with pytest.raises(UserError, match="set format to one of"):
+        format_of(place(tmp_path / "a.csv"))
