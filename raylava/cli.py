@@ -97,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     _takes_recipe(command("check", _check, "validate a recipe without network, weights or cluster"))
     show = command("show", _show, "print what made an artifact")
     show.add_argument("artifact", metavar="PATH")
+    inspect = command("inspect", _inspect, "show what went into a prepared corpus, as figures and as a page")
+    inspect.add_argument("artifact", metavar="PATH")
+    inspect.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page (%(default)s)")
+    inspect.add_argument("--html", metavar="FILE", help="where the page goes (inspect-FINGERPRINT.html)")
     laboratory = command("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
     laboratory.add_argument("folder", metavar="FOLDER")
     chat = command("chat", _chat, "ask a model a question about a picture")
@@ -150,6 +154,30 @@ def _show(arguments: argparse.Namespace, console: Console) -> Outcome:
 
     record = load(arguments.artifact).record
     return Outcome(record, json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def _inspect(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from transformers import AutoTokenizer
+
+    from raylava.artifacts import load
+    from raylava.corpus.blocks import TOKENIZER
+    from raylava.corpus.inspect import inspect, page
+    from raylava.report import corpus_table
+
+    artifact = load(arguments.artifact)
+    if artifact.stage != "prepare":
+        raise UserError(f"{arguments.artifact}: an artifact of {artifact.stage}; inspect shows those of prepare")
+    found = inspect(artifact.place, arguments.samples, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained((artifact.place / TOKENIZER).local_copy())
+    file = Path(arguments.html or f"inspect-{artifact.fingerprint}.html")
+    file.write_text(page(found, f"prepare {artifact.fingerprint}", tokenizer), encoding="utf-8")
+    console.show(corpus_table(found))
+    data = artifact.metrics | {
+        "histogram": found.histogram,
+        "by_source": found.quarantined_by_source,
+        "page": str(file),
+    }
+    return Outcome(data, f"page: {file}")
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:

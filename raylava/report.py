@@ -7,6 +7,7 @@ from rich.table import Table
 
 from raylava.artifacts import Artifact
 from raylava.console import Console
+from raylava.corpus.inspect import Inspection
 
 _EVALUATE = "evaluate "
 
@@ -62,3 +63,20 @@ def score_table(name: str, artifacts: dict[str, Artifact]) -> Table:
 def _add_row(table: Table, title: str, scores: list[dict[str, Any]]) -> None:
     figures = [f"{score['exact_match']:.2f}" for score in scores]
     table.add_row(title, str(scores[0]["questions"]), *figures, f"{scores[0]['majority']:.2f}")
+
+
+def corpus_table(inspection: Inspection) -> Table:
+    """A prepared corpus in figures: rows, tokens, lengths, and what was set aside by source and reason."""
+    manifest = inspection.manifest
+    table = Table("figure", title="prepared corpus", title_justify="left")
+    table.add_column("value", justify="right")
+    for name in ("rows_in", "rows", "trimmed", "quarantined", "images", "tokens", "supervised_tokens"):
+        table.add_row(name.replace("_", " "), f"{getattr(manifest, name):,}")
+    table.add_section()
+    for low, high, count in inspection.histogram:
+        table.add_row(f"{low}–{high - 1} tokens", f"{count:,}")
+    table.add_section()
+    for source, reasons in inspection.quarantined_by_source.items():
+        for reason, count in reasons.items():
+            table.add_row(f"{escape(source)}: {reason}", f"{count:,}")
+    return table

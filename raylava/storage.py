@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import boto3
 import pyarrow.fs as pafs
 
 from raylava.errors import UserError
@@ -164,15 +166,36 @@ def place(uri: str | Path) -> Place:
     """The place that a path or URI names. Raises UserError for a scheme that no filesystem serves."""
     text = str(uri)
     if "://" not in text:
-        path = Path(text).expanduser().absolute()
-        return Place(pafs.LocalFileSystem(), str(path), str(path))
+        local = str(Path(text).expanduser().absolute())
+        return Place(pafs.LocalFileSystem(), local, local)
     try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
+        filesystem, path = _s3(text) if text.startswith("s3://") else pafs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
         raise UserError(f"cannot use {text!r} as a place: {error}; give a path, s3://…, gs://… or file://…") from error
     if isinstance(filesystem, pafs.LocalFileSystem):
         return place(path)
     return Place(filesystem, path, text)
+
+
+def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
+    """S3 as boto3's ordinary chain knows it: credentials, region and endpoint from environment, profile or role.
+
+    Static credentials are handed over; those that expire (roles) are left to Arrow's own chain, which renews them.
+    """
+    session = boto3.Session()
+    found = session.get_credentials()
+    given: dict[str, str] = {}
+    if found is not None and found.method in ("env", "shared-credentials-file", "config-file"):
+        frozen = found.get_frozen_credentials()
+        given = {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
+        if frozen.token:
+            given["session_token"] = frozen.token
+    client = session.client("s3", region_name=session.region_name or "us-east-1")
+    endpoint = urlsplit(client.meta.endpoint_url)
+    if not endpoint.netloc.endswith("amazonaws.com"):
+        given |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+    filesystem = pafs.S3FileSystem(region=client.meta.region_name, allow_bucket_creation=False, **given)
+    return filesystem, uri.removeprefix("s3://").rstrip("/")
 
 
 def join(root: str, name: str) -> str:

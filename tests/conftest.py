@@ -4,7 +4,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from raylava.artifacts import Artifact
 from raylava.console import Console
@@ -16,6 +18,8 @@ from raylava.recipe import Language, Model, Resources, Vision
 from raylava.session import ray_session
 from raylava.stages import make
 from raylava.storage import place
+
+SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 
 TINY = LaboratorySize(
     alignment=40,
@@ -35,10 +39,29 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(s3: str) -> Iterator[None]:
     """One Ray on this machine for all tests that need it; it ends with the session."""
     with ray_session(Resources(workers=2)):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def s3() -> Iterator[str]:
+    """A bucket on moto's server over HTTP; credentials and endpoint come by boto3's ordinary chain.
+
+    For every session from its start: Ray's workers inherit the environment when Ray starts.
+    """
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture

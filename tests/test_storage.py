@@ -60,3 +60,23 @@ def test_files_below_are_listed_by_relative_path_with_their_sizes(tmp_path: Path
     (tmp_path / "b" / "two").write_bytes(b"22")
     (tmp_path / "a").write_bytes(b"1")
     assert list(place(tmp_path).files_below()) == [("a", 1), ("b/two", 2)]
+
+
+def test_s3_is_reached_by_the_ordinary_chain_and_reads_back_what_was_written(s3: str, tmp_path: Path) -> None:
+    root = writable(f"{s3}/storage-test")
+    (root / "a" / "one").write_bytes(b"1")
+    (root / "two").write_bytes(b"22")
+    assert list(root.files_below()) == [("a/one", 1), ("two", 2)]
+    assert (root / "two").read_bytes() == b"22"
+    assert (root / "two").local_copy().read_bytes() == b"22"
+    assert not (root / "lock").exists()
+    assert (root / "lock").create_exclusively(b"mine")
+    assert not (root / "lock").create_exclusively(b"theirs")
+    root.delete()
+    assert not list(root.files_below())
+
+
+def test_a_missing_bucket_is_told_in_one_line(s3: str) -> None:
+    with pytest.raises(UserError, match="cannot write there") as error:
+        writable("s3://no-such-bucket/x")
+    assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@
     lengths.arrow                length, images and supervised tokens of every row: all that planning an epoch reads
     manifest.json                each block's rows, bytes and SHA-256; identities; counts; the quarantine's by reason
     quarantine.csv               every source row that is in no block, with its reason
+    tokenizer/                   what input_ids were made with, as a Hugging Face folder
 
 How rows come to be is prepare.py's business.
 """
@@ -42,6 +43,7 @@ LENGTHS_SCHEMA = pa.schema([(name, pa.int32()) for name in ("length", "images", 
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.arrow"
 QUARANTINE = "quarantine.csv"
+TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from raylava.corpus.quarantine import BadRow, Reason
@@ -78,6 +79,38 @@ def _pad(image: Image.Image, rule: PixelRule) -> Image.Image:
     return canvas
 
 
+def square_fast(image: Image.Image, rule: PixelRule, fit: str) -> Image.Image:
+    """`square` by torch's vectorised bicubic: each value within 1 of 255 of Pillow's, in about half the time.
+
+    For lossy storage, whose own error is two orders of magnitude larger (jobs/bench/README.md has the figures).
+    """
+    pixels = np.asarray(image)
+    if fit == "pad":
+        return _resized(_pad_array(pixels, rule), rule.size, rule.size)
+    short = min(image.size)
+    width, height = (int(rule.size * side / short) for side in image.size)
+    left, top = (width - rule.size) // 2, (height - rule.size) // 2
+    return _resized(pixels, width, height).crop((left, top, left + rule.size, top + rule.size))
+
+
+def _pad_array(pixels: Pixels, rule: PixelRule) -> Pixels:
+    height, width, _ = pixels.shape
+    if height == width:
+        return pixels
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas = np.empty((side, side, 3), dtype=np.uint8)
+    canvas[:] = mean_colour(rule)
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+def _resized(pixels: Pixels, width: int, height: int) -> Image.Image:
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return Image.fromarray(resized[0].permute(1, 2, 0).contiguous().numpy())
+
+
 def mean_colour(rule: PixelRule) -> tuple[int, int, int]:
     """The backbone's mean as 8-bit RGB: what pads, and what a blank picture shows."""
     red, green, blue = (int(channel * 255) for channel in rule.mean)
@@ -98,7 +131,19 @@ def encode(image: Image.Image, store: Storing) -> bytes:
 
 def prepare_picture(content: bytes, rule: PixelRule, fit: str, store: Storing, max_pixels: int) -> bytes:
     """A source picture's bytes → what a block stores: `size` × `size` RGB, encoded. Raises BadRow."""
-    return encode(square(decode(content, max_pixels), rule, fit), store)
+    squared = square_fast if store.format == "jpeg" else square
+    image = decode(content, max_pixels)
+    _refuse_sliver(image, rule, fit, max_pixels)
+    return encode(squared(image, rule, fit), store)
+
+
+def _refuse_sliver(image: Image.Image, rule: PixelRule, fit: str, max_pixels: int) -> None:
+    """A picture of 60,000 × 1 pixels is small until it is padded to a square, or its short side is scaled up."""
+    longest, shortest = max(image.size), min(image.size)
+    between = longest**2 if fit == "pad" else rule.size**2 * longest // shortest
+    if between > max_pixels:
+        detail = f"{image.width}×{image.height} would become {between} pixels on the way, more than {max_pixels}"
+        raise BadRow(Reason.IMAGE_TOO_LARGE, detail)
 
 
 def decode_stored(content: bytes) -> Pixels:

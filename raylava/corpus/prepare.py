@@ -13,8 +13,10 @@ import hashlib
 import itertools
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 from raylava.console import Bar
@@ -23,6 +25,7 @@ from raylava.corpus.blocks import (
     MANIFEST,
     QUARANTINE,
     SCHEMA_VERSION,
+    TOKENIZER,
     BlockRecord,
     Manifest,
     Sample,
@@ -239,8 +242,6 @@ def _read_picture(root: Place, name: str) -> bytes:
 
 
 def _refuse_link_out(root: Place, file: Place, name: str) -> None:
-    from pathlib import Path
-
     if not Path(file.path).resolve().is_relative_to(Path(root.path).resolve()):
         raise BadRow(Reason.PATH_ESCAPES, f"{name} is a link out of the image folder")
 
@@ -286,11 +287,19 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
         quarantine=count_reasons(quarantine),
     )
     assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"
+    _keep_tokenizer(job, output)
     (output / LENGTHS).write_bytes(lengths_bytes(lengths))
     (output / QUARANTINE).write_bytes(quarantine_bytes(quarantine))
     (output / MANIFEST).write_bytes(manifest.to_json())
     (output / _SHARDS).delete()
     return manifest
+
+
+def _keep_tokenizer(job: Job, output: Place) -> None:
+    """The tokenizer goes with the blocks, so that they can be read back as text wherever they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(job.language).save_pretrained(folder)
+        (output / TOKENIZER).upload_folder(Path(folder))
 
 
 class _Tally:

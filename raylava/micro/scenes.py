@@ -123,8 +123,11 @@ _OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[i
 
 
 def caption(scene: Scene) -> str:
-    """What is in the picture, from left to right, each place first: `left red circle, right blue square.`"""
-    return ", ".join(f"{thing.place} {thing.name}" for thing in scene.things) + "."
+    """What is in the picture, from left to right: `Here: left red circle, right blue square.`
+
+    "Here:" comes first so that every place has a space before it, and so is the same token wherever it stands.
+    """
+    return "Here: " + ", ".join(f"{thing.place} {thing.name}" for thing in scene.things) + "."
 
 
 def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question:

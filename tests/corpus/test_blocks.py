@@ -92,4 +92,4 @@ def test_the_manifest_accounts_for_every_row_and_byte(prepared: Path) -> None:
     assert [block.bytes for block in manifest.blocks] == [
         (prepared / block.path).stat().st_size for block in manifest.blocks
     ]
-    assert {path.name for path in prepared.iterdir()} == {"blocks", LENGTHS, MANIFEST, "quarantine.csv"}
+    assert {path.name for path in prepared.iterdir()} == {"blocks", LENGTHS, MANIFEST, "quarantine.csv", "tokenizer"}

@@ -14,6 +14,7 @@ from raylava.corpus.images import (
     normalise,
     prepare_picture,
     square,
+    square_fast,
 )
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.model.backbones import PixelRule
@@ -88,6 +89,14 @@ def test_a_picture_that_cannot_be_used_is_refused_with_its_reason(content: bytes
     assert bad.value.reason == reason
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_sliver_that_would_be_squared_into_a_bomb_is_refused(fit: str) -> None:
+    sliver = encoded(Image.new("1", (60_000, 1)))
+    with pytest.raises(BadRow, match="would become") as bad:
+        prepare_picture(sliver, RULE, fit, Storing(), LIMIT)
+    assert bad.value.reason == Reason.IMAGE_TOO_LARGE
+
+
 def test_padding_keeps_the_whole_picture_and_fills_with_the_mean_colour() -> None:
     squared = np.asarray(square(Image.new("RGB", (64, 32), "red"), RULE, "pad"))
     assert squared.shape == (32, 32, 3)
@@ -101,6 +110,15 @@ def test_cropping_keeps_the_centre_of_the_longer_side() -> None:
     squared = np.asarray(square(image, RULE, "crop"))
     assert squared.shape == (32, 32, 3)
     assert tuple(squared[16, 16]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(640, 480), (33, 127), (32, 32), (20, 11)])
+def test_the_fast_resize_is_within_one_level_of_pillows(fit: str, size: tuple[int, int]) -> None:
+    image = photo(*size)
+    fast, exact = (np.asarray(resize(image, RULE, fit)).astype(int) for resize in (square_fast, square))
+    assert fast.shape == exact.shape == (32, 32, 3)
+    assert np.abs(fast - exact).max() <= 1
 
 
 @pytest.mark.parametrize("storing", [Storing(format="png"), Storing(format="webp")])

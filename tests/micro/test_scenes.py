@@ -52,7 +52,9 @@ def test_answers_are_true_of_the_scene(rng: np.random.Generator) -> None:
 def test_captions_name_things_from_left_to_right(rng: np.random.Generator) -> None:
     scene = draw_scene(rng)
     ordered = sorted(scene.things, key=lambda thing: thing.x)
-    assert caption(scene) == ", ".join(f"{thing.place} {thing.colour} {thing.shape}" for thing in ordered) + "."
+    assert (
+        caption(scene) == "Here: " + ", ".join(f"{thing.place} {thing.colour} {thing.shape}" for thing in ordered) + "."
+    )
 
 
 @pytest.mark.parametrize(

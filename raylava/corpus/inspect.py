@@ -1,0 +1,169 @@
+"""What went into a prepared corpus: its figures, and a self-contained page of samples as the model will see them.
+
+Reads an artifact; changes nothing but the page it writes.
+"""
+
+import base64
+import html
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raylava.corpus.blocks import QUARANTINE, Blocks, Manifest, Sample, read_quarantine
+from raylava.corpus.quarantine import Quarantined
+from raylava.storage import Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BINS = 16
+_QUARANTINE_SHOWN = 200
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A corpus's figures. `histogram` is (from, to, samples) by length in tokens, image tokens included."""
+
+    manifest: Manifest
+    histogram: tuple[tuple[int, int, int], ...]
+    quarantined_by_source: dict[str, dict[str, int]]
+    shown: tuple[Sample, ...]
+    quarantine: tuple[Quarantined, ...]
+
+
+def inspect(artifact: Place, samples: int, seed: int) -> Inspection:
+    """Look into a `prepare` artifact; `samples` of its rows are drawn by `seed` to be shown."""
+    blocks = Blocks.at(artifact)
+    quarantine = read_quarantine((artifact / QUARANTINE).read_bytes())
+    by_source: dict[str, Counter[str]] = {}
+    for row in quarantine:
+        by_source.setdefault(row.source, Counter())[row.reason] += 1
+    drawn = np.random.default_rng(seed).permutation(len(blocks))[:samples]
+    return Inspection(
+        blocks.manifest,
+        _histogram(blocks.lengths.length),
+        {source: dict(counts.most_common()) for source, counts in sorted(by_source.items())},
+        tuple(blocks[int(number)] for number in sorted(drawn)),
+        tuple(quarantine),
+    )
+
+
+def _histogram(lengths: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> tuple[tuple[int, int, int], ...]:
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return tuple((int(low), int(high), int(n)) for (low, high), n in zip(pairwise(edges), counts, strict=True))
+
+
+def page(inspection: Inspection, title: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The inspection as one HTML page that needs nothing else; what a corpus says is escaped."""
+    manifest = inspection.manifest
+    figures = {
+        "rows in the source": manifest.rows_in,
+        "samples": manifest.rows,
+        "set aside": manifest.quarantined,
+        "trimmed": manifest.trimmed,
+        "pictures": manifest.images,
+        "tokens": manifest.tokens,
+        "supervised tokens": manifest.supervised_tokens,
+        "bytes": sum(block.bytes for block in manifest.blocks),
+    }
+    cards = "".join(f"<div><b>{value:,}</b><span>{html.escape(name)}</span></div>" for name, value in figures.items())
+    share = f"{manifest.supervised_tokens / manifest.tokens:.1%} of tokens are supervised."
+    return _PAGE.format(
+        title=html.escape(title),
+        figures=cards,
+        share=share,
+        histogram=_bars(inspection.histogram),
+        samples="".join(_sample(sample, tokenizer) for sample in inspection.shown),
+        quarantine=_quarantine(inspection),
+    )
+
+
+def _bars(histogram: tuple[tuple[int, int, int], ...]) -> str:
+    most = max(count for *_, count in histogram)
+    return "".join(
+        f'<div class="bar"><i style="height:{100 * count / most:.1f}%" title="{low}–{high - 1} tokens: {count}"></i>'
+        f"<small>{low}</small></div>"
+        for low, high, count in histogram
+    )
+
+
+def _sample(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
+    pictures = "".join(
+        f'<img alt="picture {number}" src="data:image;base64,{base64.b64encode(content).decode()}">'
+        for number, content in enumerate(sample.images)
+    )
+    return (
+        f"<article><header>{html.escape(sample.sample_id)}<small>{sample.length} tokens, {sample.supervised_tokens} "
+        f"supervised</small></header>{pictures}<pre>{_marked(sample, tokenizer)}</pre></article>"
+    )
+
+
+def _marked(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The conversation as the model reads it, control tokens shown, the supervised part marked."""
+    parts, place = [], 0
+    for start, stop in sample.supervised:
+        parts.append(html.escape(tokenizer.decode(sample.input_ids[place:start])))
+        parts.append(f"<mark>{html.escape(tokenizer.decode(sample.input_ids[start:stop]))}</mark>")
+        place = stop
+    parts.append(html.escape(tokenizer.decode(sample.input_ids[place:])))
+    return "".join(parts)
+
+
+def _quarantine(inspection: Inspection) -> str:
+    if not inspection.quarantine:
+        return "<p>No row was set aside.</p>"
+    counts = "".join(
+        f"<li>{html.escape(source)}: {', '.join(f'{n:,} {html.escape(reason)}' for reason, n in reasons.items())}</li>"
+        for source, reasons in inspection.quarantined_by_source.items()
+    )
+    rows = "".join(
+        f"<tr><td>{row.row}</td><td>{html.escape(row.sample_id)}</td><td>{html.escape(row.source)}</td>"
+        f"<td>{html.escape(row.reason)}</td><td>{html.escape(row.detail)}</td></tr>"
+        for row in inspection.quarantine[:_QUARANTINE_SHOWN]
+    )
+    more = len(inspection.quarantine) - _QUARANTINE_SHOWN
+    rest = f"<p>and {more:,} more in quarantine.csv</p>" if more > 0 else ""
+    head = "<tr><th>row</th><th>id</th><th>source</th><th>reason</th><th>detail</th></tr>"
+    return f"<ul>{counts}</ul><table>{head}{rows}</table>{rest}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+  :root {{ --ink: #1d1d22; --pale: #6b6b76; --line: #dfdfe6; --mark: #d9f2df; --bar: #5b7fd6 }}
+  body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); margin: 3rem auto; max-width: 72rem }}
+  h1 {{ margin-bottom: 0 }} h2 {{ margin: 2.5rem 0 .75rem }}
+  .figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem }}
+  .figures div {{ border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .9rem }}
+  .figures b {{ display: block; font-size: 1.25rem }} small, .figures span {{ color: var(--pale); font-size: .82rem }}
+  .histogram {{ display: flex; align-items: flex-end; gap: .25rem; height: 11rem }}
+  .bar {{ flex: 1; height: 100%; display: flex; flex-direction: column; justify-content: flex-end }}
+  .bar small {{ text-align: center }}
+  .bar i {{ background: var(--bar); border-radius: .25rem .25rem 0 0; min-height: 1px; display: block }}
+  .samples {{ columns: 20rem; column-gap: 1rem }}
+  article {{ break-inside: avoid; border: 1px solid var(--line); border-radius: .6rem; margin: 0 0 1rem }}
+  article header {{ padding: .6rem .9rem; font-weight: 600; overflow-wrap: anywhere }}
+  article header small {{ display: block; font-weight: 400 }}
+  article img {{ width: 100%; display: block; image-rendering: pixelated }}
+  pre {{ margin: 0; padding: .75rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem }}
+  mark {{ background: var(--mark); border-radius: .2rem; padding: .05rem .1rem }}
+  table {{ border-collapse: collapse; width: 100%; font-size: .88rem }}
+  th, td {{ text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+<p>{share}</p>
+<div class="figures">{figures}</div>
+<h2>Length in tokens</h2>
+<div class="histogram">{histogram}</div>
+<h2>Samples as the model sees them</h2>
+<p>Pictures at the backbone's resolution; <mark>marked</mark> is what the loss counts.</p>
+<div class="samples">{samples}</div>
+<h2>Set aside</h2>
+{quarantine}
+</html>
+"""
