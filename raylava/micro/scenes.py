@@ -150,7 +150,7 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question:
     thing = _pick(scene, rng)
-    return Question("shape", f"What shape is on the {thing.place}?", thing.shape)
+    return Question("shape", f"Which shape is {thing.colour}?", thing.shape)
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Question:
