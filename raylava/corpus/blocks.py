@@ -1,4 +1,4 @@
-"""The block format: Arrow IPC files that pyarrow, polars and Hugging Face `datasets` open, and a manifest over them.
+"""The block format: Arrow IPC streams that pyarrow, polars and Hugging Face `datasets` open, and a manifest over them.
 
     blocks/block-00000.arrow …   one row a sample (SCHEMA), memory-mapped
     lengths.arrow                length, images and supervised tokens of every row: all that planning an epoch reads
@@ -121,7 +121,7 @@ class Lengths:
 
 
 def block_bytes(samples: Sequence[Sample]) -> bytes:
-    """The samples as one Arrow IPC file, the same bytes each time."""
+    """The samples as one Arrow IPC stream, the same bytes each time."""
     columns = {
         "sample_id": [sample.sample_id for sample in samples],
         "input_ids": [sample.input_ids for sample in samples],
@@ -133,7 +133,7 @@ def block_bytes(samples: Sequence[Sample]) -> bytes:
 
 
 def lengths_bytes(lengths: Lengths) -> bytes:
-    """The lengths of all samples as one Arrow IPC file."""
+    """The lengths of all samples as one Arrow IPC stream."""
     return _ipc(pa.table({field.name: getattr(lengths, field.name) for field in fields(lengths)}, LENGTHS_SCHEMA))
 
 
@@ -148,7 +148,7 @@ def lengths_of(samples: Sequence[Sample]) -> Lengths:
 
 def read_lengths(content: bytes) -> Lengths:
     """What `lengths_bytes` wrote."""
-    table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
+    table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
     return Lengths(*(table[field.name].to_numpy().copy() for field in fields(Lengths)))
 
 
@@ -180,7 +180,7 @@ def count_reasons(rows: Iterable[Quarantined]) -> dict[str, int]:
 
 def _ipc(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+    with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
@@ -222,5 +222,5 @@ class Blocks:
                     f"{self.folder / record.path}: damaged (its SHA-256 is not the manifest's); prepare again"
                 )
             mapped.seek(0)
-            self._open[block] = pa.ipc.open_file(mapped).read_all()
+            self._open[block] = pa.ipc.open_stream(mapped).read_all()
         return self._open[block]

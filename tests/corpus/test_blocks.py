@@ -34,7 +34,7 @@ SAMPLES = [
 def test_the_same_samples_give_the_same_bytes_and_read_back_equal() -> None:
     content = block_bytes(SAMPLES)
     assert content == block_bytes(SAMPLES)
-    rows = pa.ipc.open_file(pa.BufferReader(content)).read_all().to_pylist()
+    rows = pa.ipc.open_stream(pa.BufferReader(content)).read_all().to_pylist()
     assert [row["sample_id"] for row in rows] == ["a#0", "b#1", "c#2"]
     assert rows[1]["supervised"] == [{"start": 0, "stop": 1}, {"start": 1, "stop": 2}]
     assert rows[2]["images"] == [b"x", b"y"]

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tarfile
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -140,7 +140,7 @@ def test_blocks_open_in_pyarrow_and_datasets_without_raylava(reference: Blocks) 
 
     file = str(reference.folder / reference.manifest.blocks[0].path)
     with pa.memory_map(file) as mapped:
-        table = pa.ipc.open_file(mapped).read_all()
+        table = pa.ipc.open_stream(mapped).read_all()
     assert table["sample_id"][3].as_py() == reference[3].sample_id
     opened = datasets.Dataset.from_file(file)
     assert opened[3]["input_ids"] == reference[3].input_ids
@@ -174,7 +174,7 @@ def start(job: Job, nodes: int) -> "subprocess.Popen[bytes]":
         [sys.executable, "-c", SCRIPT, pickle.dumps(job).hex(), str(nodes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},  # not the session's Ray
     )
 
 
@@ -201,7 +201,8 @@ def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(pre
         assert run.poll() is None, run.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)  # driver and cluster alike
+    for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+        process.kill()  # SIGKILL, driver and cluster alike
     run.wait()
     done = [record.name for record in records.glob("record-*.json")]
     assert 5 <= len(done) < 400, "it was killed on the way"
