@@ -30,7 +30,13 @@ def ray_session(resources: Resources) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        ray.init(num_cpus=cpus, dashboard_host="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            "local",  # without it, Ray joins whatever cluster was last started here, even one that was killed
+            num_cpus=cpus,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
         yield
     finally:

@@ -163,7 +163,7 @@ if nodes:
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
 else:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 prepare(job, "tokenizer", Silent())
 ray.shutdown()
 """
