@@ -163,7 +163,7 @@ class Training(Section):
 
 
 class Benchmark(Section):
-    """Held-out questions with reference answers: JSONL, or LLaVA JSON (each human turn becomes a question).
+    """Held-out questions with reference answers: JSONL, or LLaVA JSON (each human turn is asked in turn).
 
     `categories` names a question type by a regular expression over the question; the first that matches counts.
     `baselines` answers the same questions with blank pictures, or with the model as it was before training.

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_PIXELS = 64_000_000
 
+History = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -93,6 +95,11 @@ def answers_bytes(answers: list[Answer], model_id: str) -> bytes:
     return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
 
 
+def _question(item: dict[str, Any]) -> Question:
+    """A question that went through JSON."""
+    return Question(**item | {"history": tuple((asked, said) for asked, said in item["history"])})
+
+
 class _Answerer:
     """The Ray Data actor: a model, and a batch of questions at a time."""
 
@@ -102,7 +109,7 @@ class _Answerer:
         self._device = torch.device("cuda" if on_gpu else "cpu")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        questions = [Question(**item) for item in json.loads(row["batch"])]
+        questions = [_question(item) for item in json.loads(row["batch"])]
         try:
             answers = json.dumps([asdict(item) for item in self._answer(questions)])
             return {"numbers": row["numbers"], "answers": answers, "problem": ""}
@@ -117,7 +124,9 @@ class _Answerer:
         shown = [self._picture(question) for question in questions]
         askable = [number for number, picture in enumerate(shown) if not isinstance(picture, BadRow)]
         prompts = [questions[number].text + self._asking.suffix for number in askable]
-        texts = self._chat.answer(prompts, [shown[n] for n in askable], self._asking.max_new_tokens)  # type: ignore[misc]
+        pictures = [shown[number] for number in askable]
+        histories = [questions[number].history for number in askable]
+        texts = self._chat.answer(prompts, pictures, self._asking.max_new_tokens, histories)  # type: ignore[arg-type]
         said = dict(zip(askable, texts, strict=True))
         return [
             Answer(
@@ -152,11 +161,21 @@ class Chat:
         self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
 
     @torch.inference_mode()
-    def answer(self, questions: list[str], pictures: "list[Image | None]", max_new_tokens: int) -> list[str]:
-        """Greedy answers, one for each question; a picture is an RGB image or None for text alone."""
+    def answer(
+        self,
+        questions: list[str],
+        pictures: "list[Image | None]",
+        max_new_tokens: int,
+        histories: "list[History] | None" = None,
+    ) -> list[str]:
+        """Greedy answers, one for each question; a picture is an RGB image or None for text alone.
+
+        `histories` are the (question, answer) pairs before each; a picture is shown at the conversation's start.
+        """
         if not questions:
             return []
-        prompts = [self._prompt(text, picture) for text, picture in zip(questions, pictures, strict=True)]
+        asked = zip(questions, pictures, histories or [()] * len(questions), strict=True)
+        prompts = [self._prompt(text, picture, history) for text, picture, history in asked]
         shown = [picture for picture in pictures if picture is not None]
         inputs = self._processor(
             text=prompts,
@@ -170,11 +189,15 @@ class Chat:
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _prompt(self, text: str, picture: "Image | None") -> str:
-        content = [{"type": "image"}] * (picture is not None) + [{"type": "text", "text": text}]
-        return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+    def _prompt(self, text: str, picture: "Image | None", history: "History") -> str:
+        said = [text for exchange in history for text in exchange] + [text]
+        roles = ("user", "assistant")
+        messages: list[dict[str, Any]] = [
+            {"role": roles[turn % 2], "content": [{"type": "text", "text": words}]} for turn, words in enumerate(said)
+        ]
+        if picture is not None:
+            messages[0]["content"].insert(0, {"type": "image"})
+        return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def blank(self, picture: "Image") -> "Image":
         """A picture of the same size in the backbone's mean colour."""

@@ -1,5 +1,9 @@
-"""Benchmark files → questions with references: JSONL of one a line, or LLaVA JSON where each human turn is one."""
+"""Benchmark files → questions with references: JSONL of one a line, or LLaVA JSON where each human turn is one.
 
+A turn of LLaVA JSON is asked with the conversation before it, reference answers included.
+"""
+
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,13 +22,17 @@ from raylava.storage import Place
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `image` is a path below the benchmark's image folder, or None for text alone."""
+    """One question: `image` is a path below the benchmark's image folder, or None for text alone.
+
+    `history` is the conversation before it, as (question, answer) pairs; the picture is shown at its start.
+    """
 
     question_id: str
     image: str | None
     text: str
     category: str
     reference: str
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
@@ -77,13 +85,15 @@ def _from_llava(file: Place, benchmark: Benchmark) -> Iterator[Question]:
         if len(row.images) > 1:
             raise UserError(f"{file}: row {number} has {len(row.images)} pictures; a question takes one")
         image = str(row.images[0]) if row.images else None
+        history: tuple[tuple[str, str], ...] = ()
         for turn, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
             text = human.text.replace(IMAGE_TOKEN, "").strip()
-            yield Question(f"{row.sample_id}-{turn}", image, text, "all", answer.text)
+            yield Question(f"{row.sample_id}-{turn}", image, text, "all", answer.text, history)
+            history = (*history, (text, answer.text))
 
 
 def _in_category(question: Question, benchmark: Benchmark) -> Question:
     for category, pattern in benchmark.categories.items():
         if re.search(pattern, question.text):
-            return Question(question.question_id, question.image, question.text, category, question.reference)
+            return dataclasses.replace(question, category=category)
     return question

@@ -25,7 +25,7 @@ def test_jsonl_questions(tmp_path: Path) -> None:
     ]
 
 
-def test_each_human_turn_of_llava_json_is_a_question(tmp_path: Path) -> None:
+def test_each_human_turn_of_llava_json_is_asked_with_what_came_before(tmp_path: Path) -> None:
     talk = [
         {"from": "human", "value": "<image>\nIs it true?"},
         {"from": "gpt", "value": "yes"},
@@ -37,7 +37,7 @@ def test_each_human_turn_of_llava_json_is_a_question(tmp_path: Path) -> None:
     held_out = BENCHMARK.model_copy(update={"include": ("5/*",)})
     assert read_questions(place(tmp_path / "q.json"), held_out) == [
         Question("r#1-0", "5/a.png", "Is it true?", "truth", "yes"),
-        Question("r#1-1", "5/a.png", "How many cats?", "count", "2"),
+        Question("r#1-1", "5/a.png", "How many cats?", "count", "2", (("Is it true?", "yes"),)),
     ]
     assert len(read_questions(place(tmp_path / "q.json"), BENCHMARK.model_copy(update={"limit": 3}))) == 3
 

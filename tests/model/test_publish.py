@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raylava.corpus.conversation import Encoder
+from raylava.corpus.conversation import Encoder, Turn
 from raylava.corpus.images import normalise, square
 from raylava.evaluate.answer import Chat
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
@@ -120,6 +120,15 @@ def test_generation_stops_on_both_ids_and_answers_do_not_depend_on_the_batch(fol
     together = chat.answer(questions, pictures, max_new_tokens=6)
     alone = [chat.answer([text], [picture], 6)[0] for text, picture in zip(questions, pictures, strict=True)]
     assert together == alone
+
+
+def test_a_later_turns_prompt_is_what_training_saw(folder: Path, micro_model: Model, language: LanguageSpec) -> None:
+    chat = Chat(str(folder), torch.device("cpu"))
+    prompt = chat._prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
+    tokenizer = load_tokenizer(micro_model.language)
+    turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
+    encoded = Encoder(tokenizer, language.template).encode(turns, images=1)
+    assert prompt == tokenizer.decode(encoded.input_ids[: encoded.supervised[-1][0]])
 
 
 def test_no_weight_is_stored_that_pickle_would_read(folder: Path) -> None:
