@@ -4,6 +4,7 @@
 on any node, reading only their bytes. What a raw row means is sources.py's business.
 """
 
+import codecs
 import io
 import json
 import tarfile
@@ -81,7 +82,7 @@ class _Walk:
         self._file = file
         self._stream = file.filesystem.open_input_stream(file.path)
         self._decode = json.JSONDecoder().raw_decode
-        self._pending = b""  # the bytes of a character that a chunk's end cut
+        self._characters = codecs.getincrementaldecoder("utf-8")()  # a chunk's end may cut a character
         self._text = ""
         self._place = 0  # in _text
         self._offset = 0  # in bytes, of _text[_place]
@@ -122,26 +123,13 @@ class _Walk:
         chunk = self._stream.read(_CHUNK)
         if not chunk:
             return False
-        content = self._pending + chunk
-        whole = _whole_characters(content)
         try:
-            text = content[:whole].decode("utf-8")
+            text = self._characters.decode(chunk)
         except UnicodeDecodeError as error:
             raise UserError(f"{self._file}: not JSON: {error}; it must be UTF-8") from error
-        self._pending = content[whole:]
         self._text = self._text[self._place :] + text
         self._place = 0
         return True
-
-
-def _whole_characters(content: bytes) -> int:
-    """How many leading bytes end with a whole UTF-8 character."""
-    for back in range(1, min(4, len(content)) + 1):
-        byte = content[-back]
-        if byte & 0xC0 != 0x80:  # the start of the last character
-            size = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(content) if size <= back else len(content) - back
-    return len(content)
 
 
 class JsonLines:
@@ -251,7 +239,7 @@ class WebDataset:
                 for member in tar:
                     if not member.isfile():
                         continue
-                    name, _, suffix = _split_name(member.name)
+                    name, suffix = _split_name(member.name)
                     if name != key and members:
                         yield Located({"key": key, **members})
                         members = {}
@@ -286,10 +274,10 @@ class WebDataset:
         return f"{key}: has neither .json nor .txt with a picture, only {', '.join(sorted(members))}"
 
 
-def _split_name(name: str) -> tuple[str, str, str]:
+def _split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return folder + slash + stem, dot, suffix.lower()
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
 def _is_picture(suffix: str) -> bool:

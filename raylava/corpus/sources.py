@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+import pyarrow.fs as pafs
+
 from raylava.corpus.conversation import Turn
 from raylava.corpus.formats import FORMATS, SUFFIXES, Format, Located, format_of
 from raylava.corpus.quarantine import BadRow, Reason
@@ -58,9 +60,10 @@ class SourceFiles:
     def files(self) -> list[Place]:
         """The file, or the folder's files of known formats by name. Raises UserError when there is none."""
         root = place(self.annotations)
-        if not root.exists():
+        kind = root.info().type
+        if kind == pafs.FileType.NotFound:
             raise UserError(f"{root}: no such file; set the source's annotations (or data=…)")
-        if not root.is_folder():
+        if kind != pafs.FileType.Directory:
             return [root]
         found = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
         if not found:

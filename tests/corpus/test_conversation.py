@@ -1,5 +1,6 @@
 """What is supervised is each answer, its end of turn and the newline after it; ids are the template's."""
 
+import functools
 from collections.abc import Sequence
 
 import pytest
@@ -13,11 +14,16 @@ from raylava.micro.language import train_tokenizer
 from raylava.model.templates import GEMMA, IMAGE_TOKEN
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
+@functools.cache
+def shared_tokenizer() -> PreTrainedTokenizerBase:
     made = train_tokenizer(640, seed=0)
     made.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return shared_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +142,7 @@ TYPED = st.text(max_size=30) | st.sampled_from(
 def test_supervised_spans_decode_to_each_answer_and_typed_control_tokens_stay_text(
     exchanges: list[tuple[str, str]], with_image: bool
 ) -> None:
-    tokenizer = _shared_tokenizer()
+    tokenizer = shared_tokenizer()
     encoder = Encoder(tokenizer, GEMMA)
     first = f"{IMAGE_TOKEN}\n" * with_image
     texts = [text for number, (human, gpt) in enumerate(exchanges) for text in (first * (number == 0) + human, gpt)]
@@ -152,14 +158,3 @@ def test_supervised_spans_decode_to_each_answer_and_typed_control_tokens_stay_te
 def _as_tokenized(text: str) -> str:
     """Gemma's tokenizer writes a space as ▁, so a typed ▁ comes back as a space."""
     return text.replace("▁", " ")
-
-
-_TOKENIZER: list[PreTrainedTokenizerBase] = []
-
-
-def _shared_tokenizer() -> PreTrainedTokenizerBase:
-    if not _TOKENIZER:
-        made = train_tokenizer(640, seed=0)
-        made.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-        _TOKENIZER.append(made)
-    return _TOKENIZER[0]
