@@ -8,9 +8,9 @@ processor. With --cluster, raylava joins the Ray cluster that RAY_ADDRESS names.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import threading
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylava.corpus.conversation import Encoder, Turn
-from raylava.corpus.images import decode_stored, normalise, prepare_picture, square
+from raylava.corpus.images import decode, decode_stored, normalise, prepare_picture, square
 from raylava.corpus.prepare import Job, prepare
 from raylava.micro.language import train_tokenizer
 from raylava.model.backbones import PixelRule, VisionSpec, load_tokenizer
@@ -134,6 +134,7 @@ def _bare_setup(folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _BARE["folder"] = Path(folder)
     _BARE["encoder"] = Encoder(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
 
@@ -247,7 +248,7 @@ def fidelity(folder: Path) -> dict[str, float]:
 
     contents = [(folder / "pictures" / f"{number}.jpg").read_bytes() for number in range(8)]
     stored = np.stack([decode_stored(prepare_picture(c, RULE, "pad", Storing(), 10**8)) for c in contents])
-    exact = np.stack([np.asarray(square(Image.open(io.BytesIO(c)).convert("RGB"), RULE, "pad")) for c in contents])
+    exact = np.stack([square(decode(c, 10**8), RULE, "pad") for c in contents])
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=1024,

@@ -45,6 +45,9 @@ class Encoder:
         self._open = self._control(template.open)
         self._close = self._control(template.close)
         self._image = self._control(IMAGE_TOKEN)
+        self._newline, self._gap, self._user_header, self._model_header = self._texts(
+            ["\n", template.gap, template.user_header, template.model_header]
+        )
 
     def encode(self, turns: Sequence[Turn], images: int) -> Encoded:
         """Token ids and supervised spans of alternating turns, human first, that show `images` pictures.
@@ -52,35 +55,38 @@ class Encoder:
         Supervised is each answer with its end-of-turn token and the newline after it. Raises BadRow.
         """
         check_turns(turns, images)
+        questions = [turn.text for turn in turns[::2]]
+        words = self._texts([*map(self._words, questions), *(turn.text.strip() for turn in turns[1::2])])
         ids = [self._begin]
         supervised: list[tuple[int, int]] = []
-        for human, answer in zip(turns[::2], turns[1::2], strict=True):
-            ids += self._question(human.text)
+        for question, asked, answered in zip(questions, words[: len(questions)], words[len(questions) :], strict=True):
+            ids += self._question(question, asked)
             start = len(ids)
-            ids += [*self._text(answer.text.strip()), self._close, *self._text(self._template.gap)]
+            ids += [*answered, self._close, *self._gap]
             supervised.append((start, len(ids)))
         return Encoded(ids, supervised, images)
 
     def prompt(self, text: str, images: int) -> list[int]:
         """The ids that a model sees before it answers one question about `images` pictures."""
-        return [self._begin, *self._question(f"{IMAGE_TOKEN}\n" * images + text)]
+        question = f"{IMAGE_TOKEN}\n" * images + text
+        return [self._begin, *self._question(question, *self._texts([self._words(question)]))]
 
-    def _question(self, text: str) -> list[int]:
-        template = self._template
-        images = text.count(IMAGE_TOKEN)
-        words = template.human_text(text, 0)
-        ids = [self._open]
-        # The words are cut at control tokens only, so that ids equal those of the whole string at inference.
-        if images:
-            ids += self._text(template.user_header)
-            ids += [*[self._image, *self._text("\n")] * (images - 1), self._image, *self._text("\n" + words)]
-        else:
-            ids += self._text(template.user_header + words)
-        return [*ids, self._close, *self._text(template.gap), self._open, *self._text(template.model_header)]
+    def _words(self, question: str) -> str:
+        """The text around which a question's control tokens go. Cut at those only: ids equal the whole string's."""
+        words = self._template.human_text(question, 0)
+        return "\n" + words if IMAGE_TOKEN in question else self._template.user_header + words
 
-    def _text(self, text: str) -> list[int]:
-        """Ids of plain text; `<end_of_turn>` typed by a person is encoded as characters, not as the control token."""
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def _question(self, question: str, words: list[int]) -> list[int]:
+        images = question.count(IMAGE_TOKEN)
+        shown = [*self._user_header, *[self._image, *self._newline] * (images - 1), self._image] if images else []
+        return [self._open, *shown, *words, self._close, *self._gap, self._open, *self._model_header]
+
+    def _texts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain texts; `<end_of_turn>` typed by a person is encoded as characters, not as the control token."""
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
+        return encoded["input_ids"]
 
     def _control(self, token: str) -> int:
         found = self._tokenizer.convert_tokens_to_ids(token)

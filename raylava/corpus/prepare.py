@@ -9,10 +9,12 @@ the rest.
 """
 
 import functools
+import gc
 import hashlib
 import itertools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -133,22 +135,28 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
     shards: ray.data.Dataset = ray.data.from_items(
         [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
     )
-    made = shards.map(_MakeBlock(job))
+    # Actors and not tasks: a second shard waits in each, so that none idles while Ray Data looks round (0.2 s a shard).
+    workers = max(1, min(len(pending), int(ray.cluster_resources().get("CPU", 1))))
+    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_tasks_in_flight_per_actor=2)
+    made = shards.map(_MakeBlock, fn_constructor_args=(job,), compute=pool)
     for row in made.iter_rows():
         if row["problem"]:
             raise RunError(f"preparing corpora.{job.name} failed: {row['problem']}")
         yield BlockRecord(**json.loads(row["record"]))
 
 
-@dataclass(frozen=True)
 class _MakeBlock:
     """The Ray Data function: a shard's number in, its block's record out."""
 
-    job: Job
+    def __init__(self, job: Job) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker has one CPU
+        self._job = job
+        _encoder(job.language, job.template)
+        gc.freeze()  # what torch and transformers brought stays: no use in looking through it again and again
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
-            return {"record": json.dumps(asdict(make_block(self.job, int(row["shard"])))), "problem": ""}
+            return {"record": json.dumps(asdict(make_block(self._job, int(row["shard"])))), "problem": ""}
         except Exception as error:
             return {"record": "", "problem": told(error)}
 
@@ -242,8 +250,16 @@ def _read_picture(root: Place, name: str) -> bytes:
 
 
 def _refuse_link_out(root: Place, file: Place, name: str) -> None:
-    if not Path(file.path).resolve().is_relative_to(Path(root.path).resolve()):
+    folder, _, last = file.path.rpartition("/")
+    real = Path(file.path).resolve() if os.path.islink(file.path) else _real_folder(folder) / last
+    if not real.is_relative_to(_real_folder(root.path)):
         raise BadRow(Reason.PATH_ESCAPES, f"{name} is a link out of the image folder")
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(path: str) -> Path:
+    """Links followed. Remembered: to ask the disk again for every picture takes longer than to read it."""
+    return Path(path).resolve()
 
 
 @functools.cache

@@ -8,9 +8,10 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 
 from raylava.console import Bar
 from raylava.corpus.images import decode
@@ -20,10 +21,7 @@ from raylava.errors import RunError, UserError
 from raylava.evaluate.questions import Question
 from raylava.recipe import Resources
 from raylava.session import told
-from raylava.storage import place
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from raylava.storage import Place, place
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +136,11 @@ class _Answerer:
             for number, question in enumerate(questions)
         ]
 
-    def _picture(self, question: Question) -> "Image | BadRow | None":
+    def _picture(self, question: Question) -> Image.Image | BadRow | None:
         if question.image is None:
             return None
         try:
-            picture = decode(image_place(place(self._asking.images), question.image).read_bytes(), _MAX_PIXELS)
+            picture = _opened(image_place(place(self._asking.images), question.image))
         except FileNotFoundError:
             return BadRow(Reason.IMAGE_MISSING, question.image)
         except BadRow as bad:
@@ -164,7 +162,7 @@ class Chat:
     def answer(
         self,
         questions: list[str],
-        pictures: "list[Image | None]",
+        pictures: list[Image.Image | None],
         max_new_tokens: int,
         histories: "list[History] | None" = None,
     ) -> list[str]:
@@ -189,7 +187,7 @@ class Chat:
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _prompt(self, text: str, picture: "Image | None", history: "History") -> str:
+    def _prompt(self, text: str, picture: Image.Image | None, history: "History") -> str:
         said = [text for exchange in history for text in exchange] + [text]
         roles = ("user", "assistant")
         messages: list[dict[str, Any]] = [
@@ -199,9 +197,8 @@ class Chat:
             messages[0]["content"].insert(0, {"type": "image"})
         return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
-    def blank(self, picture: "Image") -> "Image":
+    def blank(self, picture: Image.Image) -> Image.Image:
         """A picture of the same size in the backbone's mean colour."""
-        from PIL import Image
 
         mean = tuple(int(channel * 255) for channel in self._processor.image_processor.image_mean)
         return Image.new("RGB", picture.size, mean)
@@ -215,12 +212,17 @@ def chat_once(model: str, image: str | None, question: str, max_new_tokens: int)
     picture = None
     if image is not None:
         try:
-            picture = decode(place(image).read_bytes(), _MAX_PIXELS)
+            picture = _opened(place(image))
         except (FileNotFoundError, BadRow) as error:
             raise UserError(f"--image {image}: {error}") from error
     return Chat(model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).answer(
         [question], [picture], max_new_tokens
     )[0]
+
+
+def _opened(file: Place) -> Image.Image:
+    """Raises FileNotFoundError, or BadRow for what is not a picture or is too large."""
+    return Image.fromarray(decode(file.read_bytes(), _MAX_PIXELS))
 
 
 def read_answers(content: bytes) -> Iterator[dict[str, Any]]:

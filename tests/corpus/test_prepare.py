@@ -40,7 +40,7 @@ def test_a_sample_holds_the_pixels_of_the_published_processor(prepare_job: Job, 
     annotations, images = prepare_job.places[0]
     row = json.loads(Path(annotations).read_text())[0]
     original = Image.open(Path(images) / row["image"])
-    expected = np.asarray(square(original.convert("RGB"), prepare_job.vision.pixels, "pad"))
+    expected = square(np.asarray(original.convert("RGB")), prepare_job.vision.pixels, "pad")
     assert np.array_equal(decode_stored(sample.images[0]), expected)
 
 

@@ -219,32 +219,76 @@ def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(pre
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_blocks_in_flight_not_by_the_corpus(prepare_job: Job, tmp_path: Path) -> None:
-    """400 MB of pictures go through a worker that grows by less than 60 MB after its first block."""
-    rows, _ = rows_of(prepare_job)
-    Image.frombytes("RGB", (200, 200), os.urandom(200 * 200 * 3)).save(tmp_path / "big.bmp")
-    big = [{**row, "image": "big.bmp"} for row in rows] * 85  # 3,400 rows × 120 kB
-    (tmp_path / "rows.json").write_text(json.dumps(big))
-    script = (
-        "import pickle, sys, resource\n"
-        "from raylava.console import Silent\n"
-        "from raylava.corpus import prepare as p\n"
-        "job = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
-        "p._encoder(job.language, job.template)\n"
-        "from raylava.storage import place\n"
-        "_, shards = p._stage_rows(job, place(job.output))\n"
-        "p.make_block(job, 0)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for shard in range(1, shards): p.make_block(job, shard)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+def test_a_worker_killed_on_the_way_changes_nothing(prepare_job: Job, tmp_path: Path) -> None:
+    corpus = prepare_job.corpus.model_copy(
+        update={"rows_per_block": 4, "sources": (Source(annotations="a", weight=20.0),)}
     )
-    corpus = prepare_job.corpus.model_copy(update={"rows_per_block": 200})
+    whole = dataclasses.replace(prepare_job, corpus=corpus, output=str(tmp_path / "whole"))
+    prepare(whole, "tokenizer", Silent())
+    run = start(dataclasses.replace(whole, output=str(tmp_path / "hurt")), nodes=0)
+    records = tmp_path / "hurt" / "rows"
+    deadline = time.monotonic() + 120
+    while len(list(records.glob("record-*.json"))) < 5:
+        assert run.poll() is None, run.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [one for one in psutil.Process(run.pid).children(recursive=True) if "MapWorker" in " ".join(one.cmdline())]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    _, error = run.communicate(timeout=240)
+    assert run.returncode == 0, error[-3000:]
+    assert tree(tmp_path / "hurt") == tree(tmp_path / "whole")
+
+
+WATCHED = """
+import json, os, pickle, sys, threading
+import psutil, ray
+from raylava.corpus.prepare import prepare
+
+def unshared():
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        name = " ".join(process.cmdline())
+        if process.pid == os.getpid() or "ray::MapWorker" in name:
+            total += process.memory_full_info().uss
+    return total
+
+class Watch:
+    "A bar that weighs driver and workers each time a block is done."
+    def __init__(self):
+        self.weights = []
+    def update(self, done, total, **figures):
+        if done:
+            self.weights.append(unshared())
+
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+watch = Watch()
+prepare(pickle.loads(bytes.fromhex(sys.argv[1])), "tokenizer", watch)
+print(json.dumps(watch.weights))
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_blocks_in_flight_not_by_the_corpus(prepare_job: Job, tmp_path: Path) -> None:
+    """1.6 GB of pictures go through a driver and two workers that together grow by less than 100 MB."""
+    rows, _ = rows_of(prepare_job)
+    Image.frombytes("RGB", (400, 400), os.urandom(400 * 400 * 3)).save(tmp_path / "big.bmp")
+    big = [{**row, "image": "big.bmp"} for row in rows] * 85  # 3,400 rows × 480 kB
+    (tmp_path / "rows.json").write_text(json.dumps(big))
+    corpus = prepare_job.corpus.model_copy(update={"rows_per_block": 100})
     job = dataclasses.replace(
         prepare_job, corpus=corpus, places=((str(tmp_path / "rows.json"), str(tmp_path)),), output=str(tmp_path / "out")
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, pickle.dumps(job).hex()], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WATCHED, pickle.dumps(job).hex()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    grown_kib = int(run.stdout.splitlines()[-1])
-    assert grown_kib < 60_000, "16 further blocks cost no more memory than one"
+    weights = json.loads(run.stdout.splitlines()[-1])
+    assert len(weights) == 34
+    assert max(weights[4:]) - weights[3] < 100e6, "30 further blocks cost no more memory than the first"

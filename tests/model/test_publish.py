@@ -77,7 +77,7 @@ def test_the_processor_computes_the_pixels_of_preparation(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    prepared = normalise(np.asarray(square(image, vision.pixels, fit)), vision.pixels)
+    prepared = normalise(square(noise, vision.pixels, fit), vision.pixels)
     published = _processor(folder)(text="<image>", images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(published, torch.from_numpy(prepared), rtol=0, atol=1e-5)
 
