@@ -232,7 +232,8 @@ def test_a_worker_killed_on_the_way_changes_nothing(prepare_job: Job, tmp_path: 
         assert run.poll() is None, run.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    workers = [one for one in psutil.Process(run.pid).children(recursive=True) if "MapWorker" in " ".join(one.cmdline())]
+    family = psutil.Process(run.pid).children(recursive=True)
+    workers = [one for one in family if "MapWorker" in " ".join(one.cmdline())]
     assert workers
     for worker in workers:
         worker.kill()
