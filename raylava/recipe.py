@@ -134,20 +134,59 @@ class Zero(Section):
 
 
 class Checkpoints(Section):
-    """How often training keeps what it has, and how many checkpoints stay."""
+    """How often training keeps what it has, and how many checkpoints stay.
+
+    One is due after `every_minutes` or `every_steps`, whichever comes first, and halfway through a run that would else
+    have none. `keep` stay: the last ones or, with `keep_best`, those of the lowest loss and the very last. Storage that
+    fails is tried again for `retry_minutes` while training goes on.
+    """
 
     every_minutes: float = Field(15.0, gt=0)
+    every_steps: int | None = Field(None, ge=1)
     keep: int = Field(2, ge=1)
+    keep_best: bool = False
+    retry_minutes: float = Field(30.0, ge=0)
+
+
+_OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "checkpoint",
+)
+
+
+def _no_clash(settings: dict[str, Any]) -> dict[str, Any]:
+    clash = sorted(set(settings) & set(_OURS))
+    zero = sorted(set(settings.get("zero_optimization", {})) & {"stage", "offload_optimizer", "offload_param"})
+    if clash or zero:
+        named = clash[0] if clash else f"zero_optimization.{zero[0]}"
+        raise ValueError(f"{named} follows from the recipe's own settings (zero, precision, clip_norm, …); remove it")
+    return settings
 
 
 class Training(Section):
-    """One training stage. `global_batch` counts samples a step over all workers; `warmup` is a share of the steps."""
+    """One training stage. `global_batch` counts samples a step over all workers; `warmup` is a share of the steps.
+
+    `lr` is the peak rate; `connector_lr` the connector's own, if it has one; `vision_lr` the vision tower's, which is
+    frozen without one. `activation_checkpointing: auto` recomputes only where memory would not do. `deepspeed` is
+    handed to DeepSpeed as it is, for what has no name here. A step whose loss or gradient is not finite is skipped;
+    `stop_after_skipped` of them in a row end the run.
+    """
 
     enabled: bool = True
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     global_batch: int = Field(128, ge=1)
     lr: float = Field(2e-5, gt=0, le=1)
+    connector_lr: float | None = Field(None, gt=0, le=1)
+    vision_lr: float | None = Field(None, gt=0, le=1)
     warmup: _Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -157,8 +196,11 @@ class Training(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     pack_tokens: int = scale(2048, ge=16)
     zero: Zero = scale(Zero())
-    activation_checkpointing: bool = scale(False)
-    attention: Literal["sdpa", "eager"] = scale("sdpa")
+    activation_checkpointing: bool | Literal["auto"] = scale(False)
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = scale("sdpa")
+    compile: bool = scale(False)
+    deepspeed: Annotated[dict[str, Any], AfterValidator(_no_clash)] = scale({})
+    stop_after_skipped: int = scale(5, ge=1)
     checkpoints: Checkpoints = scale(Checkpoints())
 
 
@@ -184,11 +226,22 @@ class Benchmark(Section):
 
 
 class Resources(Section):
-    """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code."""
+    """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code.
+
+    With `min_workers`, training starts with as many workers as there is room for, from that number to `workers`, and
+    goes on with another number when nodes come or go.
+    """
 
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(None, ge=1)
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower it")
+        return self
 
 
 def _known_folder(value: str) -> str:

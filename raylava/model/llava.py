@@ -165,11 +165,16 @@ def _config(
     )
 
 
-def choose_trainable(llava: "LlavaForConditionalGeneration", stage: StageName) -> None:
-    """Pretraining trains the connector; finetuning the connector and the language model; the tower stays frozen."""
+def choose_trainable(llava: "LlavaForConditionalGeneration", stage: StageName, vision: bool = False) -> None:
+    """Pretraining trains the connector; finetuning the connector and the language model; the tower if `vision`."""
     for name, parameter in llava.named_parameters():
-        in_connector = name.startswith(CONNECTOR)
-        parameter.requires_grad_(in_connector or (stage == "finetune" and not name.startswith(VISION_TOWER)))
+        if name.startswith(CONNECTOR):
+            trains = True
+        elif name.startswith(VISION_TOWER):
+            trains = vision
+        else:
+            trains = stage == "finetune"
+        parameter.requires_grad_(trains)
 
 
 def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:

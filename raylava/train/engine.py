@@ -4,22 +4,29 @@ A step takes any number of packs: their summed losses, divided by the supervised
 DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylava.errors import RunError
-from raylava.model.llava import PackLoss, PackTensors, StageName, choose_trainable
+from raylava.errors import RunError, first_line
+from raylava.model.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, choose_trainable
 from raylava.recipe import Training
 
 if TYPE_CHECKING:
@@ -35,26 +42,28 @@ _CURSOR = "cursor.json"
 @dataclass(frozen=True)
 class StepResult:
     """One step over all ranks. `loss` is per supervised token; `seconds` are this rank's. `gradient_norm` is
-    before clipping, and None where DeepSpeed does not tell it (ZeRO stage 0 in fp32).
+    before clipping, and None where DeepSpeed does not tell it (ZeRO stage 0 in fp32). `lr` is the language model's
+    rate; `skipped` says that something was not finite and nothing was updated.
     """
 
     loss: float
     gradient_norm: float | None
     lr: float
     seconds: float
+    skipped: bool
 
 
-def learning_rate(step: int, steps: int, training: Training) -> float:
-    """The rate of step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the schedule down to
-    zero.
+def schedule(step: int, steps: int, training: Training) -> float:
+    """The share of the peak rate at step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the
+    schedule down to zero.
     """
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
-        return training.lr * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     if training.schedule == "cosine":
-        return training.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return training.lr * (1.0 - progress if training.schedule == "linear" else 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if training.schedule == "linear" else 1.0
 
 
 class Engine:
@@ -70,48 +79,137 @@ class Engine:
     ) -> None:
         self._training, self._steps, self._device = training, steps, device
         self._dtype = DTYPES[training.precision]
-        choose_trainable(llava, stage)
-        if training.activation_checkpointing:
-            llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        choose_trainable(llava, stage, vision=training.vision_lr is not None)
         llava.train()
         llava.model.vision_tower.eval()
-        self.llava = llava
-        self._engine = _initialize(PackLoss(llava.to(device)), training, device)
+        self.llava = llava.to(device)
+        if _recomputes(llava, training, device):
+            llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = PackLoss(llava)
+        if training.compile:
+            loss.compile(dynamic=True)  # in place: names stay those of the plain module
+        self._engine = _initialize(loss, training, device)
+        self._writer = self._engine.checkpoint_engine
 
     def step(self, number: int, packs: list[PackTensors], supervised: int) -> StepResult:
-        """Forward and backward of this rank's packs, then one update. `supervised` counts tokens over all ranks."""
+        """Forward and backward of this rank's packs, then one update. `supervised` counts tokens over all ranks.
+
+        When the loss or a gradient of any rank is not finite, no rank updates and the result says `skipped`.
+        """
         started = time.monotonic()
-        rate = learning_rate(number, self._steps, self._training)
+        factor = self._set_rate(number)
+        total = self._accumulate(packs, 1.0 / supervised)
+        finite = self._update(total)
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            loss=float(total) / supervised,
+            gradient_norm=None if norm is None else float(norm),
+            lr=self._training.lr * factor,
+            seconds=time.monotonic() - started,
+            skipped=not finite,
+        )
+
+    def rehearse(self, packs: list[PackTensors]) -> None:
+        """Forward and backward of these packs, changing nothing: a step whose loss is made not finite is skipped.
+
+        Raises RunError with what to change when memory does not do.
+        """
+        try:
+            total = self._accumulate(packs, math.nan)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise RunError(_out_of_memory(packs, self._training, error)) from error
+        finite = self._update(total * math.nan)
+        assert not finite, "a rehearsal must not update"
+
+    def _set_rate(self, number: int) -> float:
+        factor = schedule(number, self._steps, self._training)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak_lr"] * factor
+        return factor
+
+    def _accumulate(self, packs: list[PackTensors], scale: float) -> Tensor:
+        """The summed losses of all ranks' packs; gradients of `scale` times that sum are left with DeepSpeed."""
         total = torch.zeros((), device=self._device)
         for pack in packs:
             loss = self._engine(**vars(pack.to(self._device, self._dtype)))
             total += loss.detach()
-            self._engine.backward(loss * (dist.get_world_size() / supervised), scale_wrt_gas=False)
-        self._engine.step()
+            self._engine.backward(loss * (dist.get_world_size() * scale), scale_wrt_gas=False)
         dist.all_reduce(total)
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            float(total) / supervised, None if norm is None else float(norm), rate, time.monotonic() - started
-        )
+        return total
+
+    def _update(self, total: Tensor) -> bool:
+        """Update unless something is not finite anywhere; whether it was done.
+
+        ZeRO 1 to 3 look through the gradients themselves. Stage 0 does not, so it is done here.
+        """
+        if self._training.zero.stage == 0 and not self._all_finite(total):
+            self._engine.zero_grad()
+            return False
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def _all_finite(self, total: Tensor) -> bool:
+        gradients = [weight.grad for weight in self._engine.module.parameters() if weight.grad is not None]
+        bad = torch.stack([~torch.isfinite(value).all() for value in (total, *gradients)]).any().float()
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return not bad.item()
 
     def save(self, folder: Path, cursor: int) -> None:
-        """Write this rank's shard of a checkpoint; `cursor` is the next step. Frozen weights are left out."""
+        """Copy this rank's shard off the device and write it to `folder` in the background; see `written`.
+
+        `cursor` is the next step. Frozen weights are left out.
+        """
         self._engine.save_checkpoint(
             str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            (folder / _CURSOR).write_text(json.dumps({"step": cursor}))
+            about = {"step": cursor, "world_size": dist.get_world_size(), "zero_stage": self._training.zero.stage}
+            (folder / _CURSOR).write_text(json.dumps(about))
+
+    def written(self) -> None:
+        """Wait until all that was saved is on this node's disk. Raises what went wrong while writing."""
+        self._writer.wait()
 
     def load(self, folder: Path) -> int:
-        """Restore weights, optimizer and cursor; returns the next step. Raises when any trained weight is missing."""
+        """Restore weights, optimizer and cursor; returns the next step. Raises when any trained weight is missing.
+
+        A checkpoint of another world size is converted to DeepSpeed's universal format first.
+        """
+        about = json.loads((folder / _CURSOR).read_text())
+        if about["zero_stage"] != self._training.zero.stage:
+            raise RunError(
+                f"{folder} was written with zero.stage={about['zero_stage']} and this run has "
+                f"zero.stage={self._training.zero.stage}; keep the stage until the run is done"
+            )
+        if about["world_size"] == dist.get_world_size() or self._training.zero.stage == 0:
+            self._load(folder, _TAG)
+        else:
+            with _universal(folder) as converted:
+                self._load_universal(converted)
+        return int(about["step"])
+
+    def _load_universal(self, folder: Path) -> None:
+        """DeepSpeed 0.19 at stage 3 gives all groups the first one's settings and one step counter, which each then
+        advances; both are put right here.
+        """
+        groups = self._engine.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self._engine._config.load_universal_checkpoint = True
+        self._load(folder, _TAG)
+        self._engine._config.load_universal_checkpoint = False
+        for group, own in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = torch.as_tensor(state["step"]).clone()
+
+    def _load(self, folder: Path, tag: str) -> None:
         loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained
+            str(folder), tag=tag, load_module_strict=False, custom_load_fn=_load_trained
         )
         if loaded is None:  # DeepSpeed only warns
             raise RunError(f"{folder}: holds no checkpoint that this run can load")
-        return int(json.loads((folder / _CURSOR).read_text())["step"])
 
     def weights(self, only_trained: bool) -> dict[str, Tensor] | None:
         """The whole model's weights on the host of rank 0, by LlavaForConditionalGeneration's names; None elsewhere."""
@@ -127,26 +225,103 @@ class Engine:
         return collected if dist.get_rank() == 0 else None
 
 
+def _recomputes(llava: "LlavaForConditionalGeneration", training: Training, device: torch.device) -> bool:
+    """Whether activations are recomputed: as the recipe says, or when a full pack's would not fit into memory."""
+    if training.activation_checkpointing != "auto":
+        return training.activation_checkpointing
+    text = llava.config.text_config
+    width = 2 if training.precision == "bf16" else 4
+    # 34·hidden bytes a token and layer at 2 bytes a value, attention fused (Korthikanti et al. 2022, section 4.1).
+    held = training.pack_tokens * text.num_hidden_layers * text.hidden_size * 17 * width
+    logits = training.pack_tokens * text.vocab_size * (width + 4)
+    scarce = torch.tensor(float(held + logits > 0.6 * _free_memory(device)), device=device)
+    dist.all_reduce(scarce, dist.ReduceOp.MAX)  # all ranks alike, or ZeRO-3's gathers would not match
+    return bool(scarce.item())
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available) / dist.get_world_size()
+
+
+def _out_of_memory(packs: list[PackTensors], training: Training, error: BaseException) -> str:
+    largest = max(packs, key=lambda pack: pack.input_ids.shape[1])
+    advice = [f"lower pack_tokens (now {training.pack_tokens})"]
+    if training.activation_checkpointing is False:
+        advice.append("set activation_checkpointing=true")
+    if training.zero.stage < 3:
+        advice.append("raise zero.stage")
+    if not training.zero.offload_optimizer and training.zero.stage > 0:
+        advice.append("set zero.offload_optimizer=true")
+    return (
+        f"out of memory in the rehearsal of the largest pack ({largest.input_ids.shape[1]} tokens, "
+        f"{largest.pixel_values.shape[0]} pictures): {', or '.join(advice)} ({first_line(error)[:120]})"
+    )
+
+
+@contextmanager
+def _universal(folder: Path) -> Iterator[Path]:
+    """A checkpoint in DeepSpeed's universal format, which any world size can load; for as long as it is needed.
+
+    The first rank of each node converts; the others wait. Done in a process of its own: it starts workers and prints.
+    """
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"raylava-universal-{name}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / _TAG), "--output_folder", str(target / _TAG)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RunError(f"{folder}: cannot be converted for another world size: {done.stderr.strip()[-300:]}")
+    dist.barrier()
+    yield target
+    dist.barrier()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        shutil.rmtree(target, ignore_errors=True)
+
+
 def _initialize(module: nn.Module, training: Training, device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     import deepspeed
 
+    from raylava.train.writer import BackgroundWriter
+
     deepspeed.logger.setLevel(logging.WARNING)
-    groups = list(_parameter_groups(module, training))
+    groups = list(parameter_groups(module, training))
     optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, eps=training.epsilon)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(training), dist_init_required=False
     )
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    engine.checkpoint_engine = BackgroundWriter(trained)
     return engine
 
 
-def _parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
-    """Matrices decay, vectors (biases and norms) don't."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for decays in (True, False):
-        chosen = [parameter for parameter in trained if (parameter.ndim >= 2) == decays]
-        if chosen:
-            yield {"params": chosen, "weight_decay": training.weight_decay if decays else 0.0}
+def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
+    """AdamW's groups, by peak rate (language model, connector, vision tower) and decay.
+
+    Matrices decay, vectors (biases and norms) don't. Every group carries its `peak_lr`.
+    """
+    rates = {
+        "connector": training.connector_lr or training.lr,
+        "vision": training.vision_lr or training.lr,
+        "language": training.lr,
+    }
+    trained = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+    for part, rate in rates.items():
+        for decays in (True, False):
+            chosen = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
+            if chosen:
+                decay = training.weight_decay if decays else 0.0
+                yield {"params": chosen, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+
+
+def _part(name: str) -> str:
+    if CONNECTOR in name:
+        return "connector"
+    return "vision" if VISION_TOWER in name else "language"
 
 
 def deepspeed_config(training: Training) -> dict[str, Any]:
@@ -159,7 +334,7 @@ def deepspeed_config(training: Training) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if training.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -170,6 +345,8 @@ def deepspeed_config(training: Training) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,
     }
+    given = training.deepspeed
+    return {**given, **ours, "zero_optimization": {**given.get("zero_optimization", {}), **zero}}
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

@@ -1,10 +1,12 @@
 """A step's loss is the sum over supervised tokens divided by their number, however samples are packed or sharded."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from raylava.model.llava import (
     trainable_names,
 )
 from raylava.recipe import Model, Training
-from raylava.train.engine import learning_rate
+from raylava.train.engine import deepspeed_config, parameter_groups, schedule
 from raylava.train.feed import Layout
 
 
@@ -107,7 +109,7 @@ SCHEDULE = Training(lr=1.0, warmup=0.1, schedule="cosine")
 
 
 def test_the_rate_warms_up_and_then_falls_as_a_cosine_to_zero() -> None:
-    rates = [learning_rate(step, 100, SCHEDULE) for step in range(100)]
+    rates = [schedule(step, 100, SCHEDULE) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
@@ -115,66 +117,196 @@ def test_the_rate_warms_up_and_then_falls_as_a_cosine_to_zero() -> None:
     assert 0 < rates[99] < 1e-3
 
 
-@pytest.mark.parametrize(("schedule", "middle", "end"), [("linear", 0.5, 1 / 90), ("constant", 1.0, 1.0)])
-def test_other_schedules(schedule: str, middle: float, end: float) -> None:
-    training = SCHEDULE.model_copy(update={"schedule": schedule})
-    assert learning_rate(55, 100, training) == pytest.approx(middle)
-    assert learning_rate(99, 100, training) == pytest.approx(end)
+@pytest.mark.parametrize(("kind", "middle", "end"), [("linear", 0.5, 1 / 90), ("constant", 1.0, 1.0)])
+def test_other_schedules(kind: str, middle: float, end: float) -> None:
+    training = SCHEDULE.model_copy(update={"schedule": kind})
+    assert schedule(55, 100, training) == pytest.approx(middle)
+    assert schedule(99, 100, training) == pytest.approx(end)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
-    assert learning_rate(0, 10, SCHEDULE.model_copy(update={"warmup": 0.0})) == 1.0
+    assert schedule(0, 10, SCHEDULE.model_copy(update={"warmup": 0.0})) == 1.0
 
 
-# ZeRO, for real: processes of their own under torch.distributed, without Ray.
+# ZeRO, for real: processes of their own under torch.distributed, without Ray. Three launches serve all the tests below.
+
+Lines = list[dict[str, Any]]
+Runs = dict[str, dict[str, Any]]
+
+STAGES = (0, 1, 2, 3)
+OFFLOADS = {
+    "offload-2": {"stage": 2, "offload_optimizer": True},
+    "offload-3": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
 
 
-def run_ranks(world_size: int, arguments: list[str], folder: Path) -> list[dict]:
+def run_ranks(world_size: int, backbones: dict[str, str], runs: Runs, folder: Path) -> dict[str, Lines]:
+    """What rank 0 printed of each run on so many ranks."""
     script = Path(__file__).parent / "rank.py"
-    rendezvous = folder / f"rendezvous-{os.urandom(4).hex()}"
+    given = backbones | {
+        "world_size": world_size,
+        "rendezvous": str(folder / f"rendezvous-{os.urandom(4).hex()}"),
+        "runs": runs,
+    }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world_size), str(rendezvous), *arguments],
+            [sys.executable, str(script), json.dumps(given | {"rank": rank})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(world_size)
     ]
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    outputs = [rank.communicate(timeout=400) for rank in ranks]
     for rank, (_, error) in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, error[-3000:]
-    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+    return {name: [line for line in lines if line["run"] == name] for name in runs}
+
+
+def zero(zero_stage: int, **others: Any) -> dict[str, Any]:
+    return {"training": {"zero": {"stage": zero_stage}}} | others
 
 
 @pytest.fixture(scope="module")
-def arguments(micro_model: Model, prepared_blocks: Blocks) -> list[str]:
-    return [micro_model.language.name, micro_model.vision.name, str(prepared_blocks.folder)]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
 
 
 @pytest.fixture(scope="module")
-def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run_ranks(1, [*arguments, "1", "-"], tmp_path_factory.mktemp("alone"))
+def backbones(micro_model: Model, prepared_blocks: Blocks) -> dict[str, str]:
+    return {
+        "language": micro_model.language.name,
+        "vision": micro_model.vision.name,
+        "blocks": str(prepared_blocks.folder),
+    }
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_ranks_at_every_zero_stage_follow_the_losses_of_one_rank(
-    zero_stage: int, arguments: list[str], alone: list[dict], tmp_path: Path
+@pytest.fixture(scope="module")
+def on_two(backbones: dict[str, str], folder: Path) -> dict[str, Lines]:
+    runs = {f"plain-{stage}": zero(stage, checkpoint=str(folder / f"two-{stage}")) for stage in STAGES}
+    runs |= {f"poisoned-{stage}": zero(stage, poison=2) for stage in STAGES}
+    runs |= {name: {"training": {"zero": settings}} for name, settings in OFFLOADS.items()}
+    runs |= {"connector": zero(1, stage="pretrain", checkpoint=str(folder / "connector"))}
+    return run_ranks(2, backbones, runs, folder)
+
+
+@pytest.fixture(scope="module")
+def on_one(backbones: dict[str, str], folder: Path, on_two: dict[str, Lines]) -> dict[str, Lines]:
+    runs = {f"plain-{stage}": zero(stage, checkpoint=str(folder / f"one-{stage}")) for stage in STAGES}
+    runs |= {f"rehearsed-{stage}": zero(stage, rehearse=True) for stage in STAGES}
+    runs |= {f"from-two-{stage}": zero(stage, resume=str(folder / f"two-{stage}")) for stage in STAGES}
+    runs |= {
+        name: {"training": {"zero": {"stage": 1}, **settings}}
+        for name, settings in {
+            "recomputed": {"activation_checkpointing": True},
+            "auto": {"activation_checkpointing": "auto"},
+            "compiled": {"compile": True},
+        }.items()
+    }
+    return run_ranks(1, backbones, runs, folder)
+
+
+@pytest.fixture(scope="module")
+def again_on_two(
+    backbones: dict[str, str], folder: Path, on_two: dict[str, Lines], on_one: dict[str, Lines]
+) -> dict[str, Lines]:
+    runs = {f"resumed-{stage}": zero(stage, resume=str(folder / f"two-{stage}")) for stage in STAGES}
+    runs |= {f"from-one-{stage}": zero(stage, resume=str(folder / f"one-{stage}")) for stage in STAGES}
+    return run_ranks(2, backbones, runs, folder)
+
+
+def losses(lines: Lines) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+def norms(lines: Lines) -> list[float]:
+    return [line["gradient_norm"] for line in lines]
+
+
+@pytest.mark.parametrize("run", [*(f"plain-{stage}" for stage in STAGES), *OFFLOADS])
+def test_two_ranks_at_every_zero_stage_and_offload_follow_the_losses_of_one_rank(
+    run: str, on_one: dict[str, Lines], on_two: dict[str, Lines]
 ) -> None:
-    together = run_ranks(2, [*arguments, str(zero_stage), "-"], tmp_path)
-    assert len(together) == len(alone) == 6
-    for one, other in zip(alone, together, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        if zero_stage > 0:  # DeepSpeed tells no norm at stage 0 in fp32
-            assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    alone = on_one["plain-0"]
+    assert len(on_two[run]) == len(alone) == 6
+    assert losses(on_two[run]) == pytest.approx(losses(alone), rel=1e-4)
+    if run != "plain-0":  # DeepSpeed tells no norm at stage 0 in fp32
+        assert norms(on_two[run]) == pytest.approx(norms(on_one["plain-1"]), rel=1e-3)
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_engine_continues_with_the_same_losses_to_the_bit(
-    zero_stage: int, arguments: list[str], tmp_path: Path
+    stage: int, on_two: dict[str, Lines], again_on_two: dict[str, Lines]
 ) -> None:
-    checkpoint = str(tmp_path / "checkpoint")
-    whole = run_ranks(2, [*arguments, str(zero_stage), checkpoint], tmp_path)
-    resumed = run_ranks(2, [*arguments, str(zero_stage), checkpoint, "resume"], tmp_path)
-    assert [step["loss"] for step in resumed] == [step["loss"] for step in whole[3:]]
+    whole, resumed = on_two[f"plain-{stage}"], again_on_two[f"resumed-{stage}"]
+    assert losses(resumed) == losses(whole)[3:]
     assert whole[-1]["weights"] == resumed[-1]["weights"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("run", ["from-two", "from-one"])
+def test_an_engine_resumed_on_another_number_of_ranks_goes_on_with_its_optimizer_state(
+    stage: int, run: str, on_one: dict[str, Lines], again_on_two: dict[str, Lines]
+) -> None:
+    """With Adam's moments or its step counter reset, losses would differ by a per cent."""
+    resumed = (on_one if run == "from-two" else again_on_two)[f"{run}-{stage}"]
+    assert losses(resumed) == pytest.approx(losses(on_one[f"plain-{stage}"])[3:], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks_and_training_goes_on(
+    stage: int, on_two: dict[str, Lines]
+) -> None:
+    lines = on_two[f"poisoned-{stage}"]
+    assert [line["skipped"] for line in lines] == [False, False, True, False, False, False]
+    assert math.isnan(lines[2]["loss"])
+    assert all(math.isfinite(line["loss"]) for line in lines[3:])
+    assert lines[5]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rehearsal_changes_nothing(stage: int, on_one: dict[str, Lines]) -> None:
+    plain, rehearsed = on_one[f"plain-{stage}"], on_one[f"rehearsed-{stage}"]
+    assert losses(plain) == losses(rehearsed)
+    assert plain[-1]["weights"] == rehearsed[-1]["weights"]
+
+
+@pytest.mark.parametrize("run", ["recomputed", "auto", "compiled"])
+def test_recomputed_activations_and_compiled_code_follow_the_same_losses(run: str, on_one: dict[str, Lines]) -> None:
+    assert losses(on_one[run]) == pytest.approx(losses(on_one["plain-1"]), rel=1e-4)
+
+
+def test_a_connector_checkpoint_holds_the_connector_and_its_moments_only(
+    micro_model: Model, vision: VisionSpec, folder: Path, on_two: dict[str, Lines]
+) -> None:
+    connector = assemble(micro_model, vision, seed=0, dtype=torch.float32).model.multi_modal_projector
+    values = sum(weight.numel() for weight in connector.parameters())
+    found = [_values(torch.load(file, weights_only=False)) for file in (folder / "connector").rglob("*.pt")]
+    # The weights, ZeRO's own copy of them and Adam's two moments, with a little padding and counters.
+    assert 4 * values <= sum(found) < 4 * values + 200
+
+
+def test_the_connector_and_the_vision_tower_may_have_rates_of_their_own(model: PackLoss) -> None:
+    training = Training(lr=2e-5, connector_lr=1e-4, vision_lr=2e-6, weight_decay=0.1)
+    choose_trainable(model.llava, "finetune", vision=True)
+    groups = list(parameter_groups(model, training))
+    assert {group["lr"] for group in groups} == {2e-5, 1e-4, 2e-6}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        assert {weight.ndim >= 2 for weight in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_settings_without_a_name_here_are_handed_to_deepspeed_and_ours_stay() -> None:
+    training = Training(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True})
+    config = deepspeed_config(training)
+    assert config["wall_clock_breakdown"] is True
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["zero_optimization"]["stage"] == 2
+
+
+def _values(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.numel()
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return sum(_values(value) for value in inner)
