@@ -201,6 +201,15 @@ class Training(Section):
     compile: bool = scale(False)
     deepspeed: Annotated[dict[str, Any], AfterValidator(_no_clash)] = scale({})
     stop_after_skipped: int = scale(5, ge=1)
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.zero.stage == 3:
+            raise ValueError(
+                "compile gives wrong losses beside ZeRO stage 3's hooks; set zero.stage to 2 or less, or compile=false"
+            )
+        return self
+
     checkpoints: Checkpoints = scale(Checkpoints())
 
 

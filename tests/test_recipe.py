@@ -77,6 +77,7 @@ def test_an_override_sets_one_key(minimal: str, override: str, value: object) ->
         ("finetune.pack_tokens=64", "raise finetune.pack_tokens"),
         ("finetune.deepspeed={gradient_clipping: 1}", "gradient_clipping follows from the recipe's own settings"),
         ("finetune.deepspeed={zero_optimization: {stage: 1}}", "zero_optimization.stage follows from"),
+        ("finetune={compile: true, zero: {stage: 3}}", "set zero.stage to 2 or less"),
         ("resources.min_workers=2", "more than workers=1"),
         ("finetune", "write key=value"),
         ("name.first=a", "it has no keys below it"),

@@ -193,7 +193,9 @@ def on_two(backbones: dict[str, str], folder: Path) -> dict[str, Lines]:
 
 @pytest.fixture(scope="module")
 def on_one(backbones: dict[str, str], folder: Path, on_two: dict[str, Lines]) -> dict[str, Lines]:
-    runs = {f"plain-{stage}": zero(stage, checkpoint=str(folder / f"one-{stage}")) for stage in STAGES}
+    # Compiled code first: what DeepSpeed's stage 3 does to torch stays with the process and breaks it.
+    runs = {"compiled": {"training": {"zero": {"stage": 1}, "compile": True}}}
+    runs |= {f"plain-{stage}": zero(stage, checkpoint=str(folder / f"one-{stage}")) for stage in STAGES}
     runs |= {f"rehearsed-{stage}": zero(stage, rehearse=True) for stage in STAGES}
     runs |= {f"from-two-{stage}": zero(stage, resume=str(folder / f"two-{stage}")) for stage in STAGES}
     runs |= {
@@ -201,7 +203,6 @@ def on_one(backbones: dict[str, str], folder: Path, on_two: dict[str, Lines]) ->
         for name, settings in {
             "recomputed": {"activation_checkpointing": True},
             "auto": {"activation_checkpointing": "auto"},
-            "compiled": {"compile": True},
         }.items()
     }
     return run_ranks(1, backbones, runs, folder)
