@@ -240,8 +240,8 @@ class _Graph:
         connector = inputs.get("connector")
 
         def build(bar: Bar) -> dict[str, Any]:
+            from raylava.train.job import TrainJob
             from raylava.train.trainer import train
-            from raylava.train.worker import TrainJob
 
             job = TrainJob(
                 stage=stage,

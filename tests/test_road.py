@@ -1,5 +1,6 @@
 """The whole road once, small: laboratory → blocks → connector → model → scores, found again by a second run."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from raylava.recipe import Recipe
 from raylava.report import closing, summary
 from raylava.stages import run
 from raylava.storage import place
+from raylava.train.plan import EpochPlan
 from raylava.train.worker import LEDGER
 
 
@@ -56,20 +58,26 @@ def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
     assert artifacts["evaluate heldout"].metrics["overall"]["questions"] == 20
 
 
-def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact]) -> None:
+def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:
     lines = [json.loads(line) for line in (artifacts["finetune"].place / LEDGER).read_bytes().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert sorted(sample for line in lines for sample in line["samples"]) == list(range(48))
+    plan = EpochPlan(48, global_batch=16, epochs=1, seed=recipe.seed)
+    orders = [step.samples.astype("<i8") for step in plan.from_step(0)]
+    assert [line["samples_sha256"] for line in lines] == [
+        hashlib.sha256(order.tobytes()).hexdigest()[:16] for order in orders
+    ]
     assert {line["world_size"] for line in lines} == {2}
     lengths = Blocks.at(artifacts["prepare instruction"].place).lengths
-    assert [line["supervised"] for line in lines] == [int(lengths.supervised[line["samples"]].sum()) for line in lines]
+    assert [line["supervised"] for line in lines] == [int(lengths.supervised[order].sum()) for order in orders]
 
 
 def test_the_checkpoints_of_a_finished_stage_are_gone(artifacts: dict[str, Artifact]) -> None:
     assert {child.name for child in artifacts["pretrain"].place.children()} == {
         "artifact.json",
         "connector.safetensors",
+        "metrics.jsonl",
         "steps.jsonl",
+        "tensorboard",
     }
 
 

@@ -88,6 +88,26 @@ def assign(
     return [_padded(_split(packs, most), most) for packs in packed]
 
 
+def largest_packs(lengths: npt.NDArray[np.int32], images: npt.NDArray[np.int32], pack_tokens: int) -> tuple[Pack, Pack]:
+    """Two packs that no step's exceed: the fullest in tokens, and the one with the most pictures.
+
+    For the rehearsal before the first step: what memory does for these it does for all.
+    """
+    longest = np.argsort(-lengths, kind="stable")
+    dense = np.argsort(-(images / lengths), kind="stable")
+    return _filled(longest, lengths, pack_tokens), _filled(dense, lengths, pack_tokens)
+
+
+def _filled(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], pack_tokens: int) -> Pack:
+    pack: list[int] = []
+    room = pack_tokens
+    for sample in order[:100_000]:
+        if lengths[sample] <= room:
+            pack.append(int(sample))
+            room -= int(lengths[sample])
+    return tuple(pack)
+
+
 def cost(length: int) -> float:
     """What a sample costs, in tokens of a short sample: linear layers grow with t, attention with t²."""
     return length + length * length / _ATTENTION_TOKENS

@@ -18,15 +18,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raylava.console import Bar
 from raylava.errors import RunError, first_line
 from raylava.recipe import Resources
-from raylava.session import Progress
-from raylava.storage import place
-from raylava.train.worker import LEDGER, TrainJob, train_worker
+from raylava.storage import Place, place
+from raylava.train.job import TrainJob
+from raylava.train.telemetry import METRICS
+from raylava.train.watch import Watch
+from raylava.train.worker import CHECKPOINTS, LEDGER, train_worker
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTS = "checkpoints"  # the Ray Train run's folder within the draft; removed once the result stands
 _MAX_LOSSES = 8  # lost workers that a stage survives before it gives up
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
+_SILENCE_SECONDS = 120.0  # after which a run that does not move is told, with the rank that holds it up
 
 
 def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
@@ -35,28 +37,33 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
     Raises RunError with the first line of the cause when training fails.
     """
     output = place(job.output)
-    progress = Progress.remote()  # type: ignore[attr-defined]
+    watch = Watch.remote()  # type: ignore[attr-defined]
+    checkpoints = job.training.checkpoints
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "progress": progress, "threads": resources.cpus_per_worker},
+        train_loop_config={"job": job, "watch": watch, "threads": resources.cpus_per_worker},
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=_per_worker(resources),
         ),
         run_config=RunConfig(
-            name=_CHECKPOINTS,
+            name=CHECKPOINTS,
             storage_path=output.path,
             storage_filesystem=output.filesystem,
             failure_config=FailureConfig(max_failures=0),  # _fit tells lost workers from errors; Ray does not
-            checkpoint_config=CheckpointConfig(num_to_keep=job.training.checkpoints.keep),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=checkpoints.keep,
+                checkpoint_score_attribute="loss" if checkpoints.keep_best else None,
+                checkpoint_score_order="min",
+            ),
         ),
     )
-    with _shown(progress, bar):
+    with _shown(watch, bar, job.stage):
         _fit(trainer, job.stage)
-    (output / _CHECKPOINTS).delete()
-    return _summary((output / LEDGER).read_bytes())
+    (output / CHECKPOINTS).delete()
+    return _summary(output)
 
 
 def _fit(trainer: TorchTrainer, stage: str) -> None:
@@ -89,26 +96,32 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 
 @contextmanager
-def _shown(progress: Any, bar: Bar) -> Iterator[None]:
-    """Move the bar from a thread while `fit` blocks."""
+def _shown(watch: Any, bar: Bar, stage: str) -> Iterator[None]:
+    """Move the bar from a thread while `fit` blocks, and tell once when a rank holds the others up."""
     stopping = threading.Event()
 
-    def show() -> None:
-        while not stopping.wait(0.5):
-            last = ray.get(progress.last.remote())
-            if last is not None:
-                bar.update(last[0], last[1], **last[2])
+    def show() -> str | None:
+        last, silent = ray.get(watch.look.remote(_SILENCE_SECONDS))
+        if last is not None:
+            bar.update(last[0], last[1], **last[2])
+        return silent
 
-    thread = threading.Thread(target=show, name="progress", daemon=True)
+    def keep_showing() -> None:
+        told: str | None = None
+        while not stopping.wait(0.5):
+            silent = show()
+            if silent and not told:
+                logger.warning("%s does not move: %s", stage, silent)
+            told = silent
+
+    thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopping.set()
         thread.join()
-        last = ray.get(progress.last.remote())
-        if last is not None:
-            bar.update(last[0], last[1], **last[2])
+        show()
 
 
 def _cause(error: TrainingFailedError) -> str:
@@ -120,18 +133,20 @@ def _cause(error: TrainingFailedError) -> str:
     return first_line(error)
 
 
-def _summary(ledger: bytes) -> dict[str, Any]:
-    steps = [json.loads(line) for line in ledger.splitlines()]
-    last = steps[-max(1, len(steps) // 20) :]
-    computing = sum(step["seconds"] for step in steps)
-    waiting = sum(step["waited"] for step in steps)
+def _summary(output: Place) -> dict[str, Any]:
+    steps = [json.loads(line) for line in (output / LEDGER).read_bytes().splitlines()]
+    speeds = [json.loads(line) for line in (output / METRICS).read_bytes().splitlines()]
+    losses = [step["loss"] for step in steps if not step["skipped"]]
+    last = losses[-max(1, len(steps) // 20) :]
+    whole = [speed["seconds"] / (1.0 - speed["waiting_share"]) for speed in speeds]
     return {
         "steps": len(steps),
-        "samples": sum(len(step["samples"]) for step in steps),
+        "skipped_steps": sum(step["skipped"] for step in steps),
+        "samples": sum(step["samples"] for step in steps),
         "tokens": sum(step["tokens"] for step in steps),
         "supervised_tokens": sum(step["supervised"] for step in steps),
-        "first_loss": steps[0]["loss"],
-        "final_loss": sum(step["loss"] for step in last) / len(last),
-        "tokens_per_second": sum(step["tokens"] for step in steps) / (computing + waiting),
-        "waiting_share": waiting / (computing + waiting),
+        "first_loss": losses[0],
+        "final_loss": sum(last) / len(last),
+        "tokens_per_second": sum(step["tokens"] for step in steps) / sum(whole),
+        "waiting_share": 1.0 - sum(speed["seconds"] for speed in speeds) / sum(whole),
     }

@@ -1,0 +1,38 @@
+"""What one training stage is to do, the same for every worker; what follows from it: its plan and its packs' layout."""
+
+from dataclasses import dataclass
+
+from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
+from raylava.model.llava import StageName
+from raylava.model.templates import IMAGE_TOKEN
+from raylava.recipe import Model, Training
+from raylava.train.feed import Layout
+from raylava.train.plan import EpochPlan
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker needs, the same for each: settings, where blocks are read, and where the result goes."""
+
+    stage: StageName
+    model: Model
+    vision: VisionSpec
+    language: LanguageSpec
+    training: Training
+    seed: int
+    blocks: str
+    connector: str | None  # the connector artifact that finetuning starts from
+    fit: str
+    output: str
+
+
+def epoch_plan(job: TrainJob, samples: int) -> EpochPlan:
+    """The plan that the job's settings make of so many samples."""
+    return EpochPlan(samples, job.training.global_batch, job.training.epochs, job.seed, job.training.max_steps)
+
+
+def layout_of(job: TrainJob) -> Layout:
+    """How samples lie in a pack for the job's tokenizer and vision backbone."""
+    tokenizer = load_tokenizer(job.model.language)
+    ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, job.language.template.begin])
+    return Layout(job.vision, *ids)

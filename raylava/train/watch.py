@@ -1,0 +1,51 @@
+"""Who is where in a training run: workers beat at each turn of a step, the driver looks for one that fell silent."""
+
+import time
+from dataclasses import dataclass
+
+import ray
+
+LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last a rank told: what it set out to do, in which step, and when (seconds of the watch's clock)."""
+
+    rank: int
+    step: int
+    doing: str
+    at: float
+
+
+def silent(beats: list[Beat], now: float, patience: float) -> str | None:
+    """A line that names the rank which holds the others up, once all have been silent for `patience` seconds.
+
+    Ranks wait for each other in every step: the one that is furthest behind is the cause, the rest are its victims.
+    """
+    if not beats or any(now - beat.at < patience for beat in beats):
+        return None
+    order = {LOADING: 0, COMPUTING: 1, SAVING: 2}
+    behind = min(beats, key=lambda beat: (beat.step, order[beat.doing], beat.at))
+    return f"rank {behind.rank} has been {behind.doing} in step {behind.step} for {now - behind.at:.0f} s"
+
+
+@ray.remote(num_cpus=0)
+class Watch:
+    """Where all ranks are, and the figures of the last step."""
+
+    def __init__(self) -> None:
+        self._beats: dict[int, Beat] = {}
+        self._last: tuple[int, int, dict[str, float]] | None = None
+
+    def beat(self, rank: int, step: int, doing: str) -> None:
+        """A rank sets out to do something."""
+        self._beats[rank] = Beat(rank, step, doing, time.monotonic())
+
+    def update(self, done: int, total: int, **figures: float) -> None:
+        """A step is done."""
+        self._last = (done, total, figures)
+
+    def look(self, patience: float) -> tuple[tuple[int, int, dict[str, float]] | None, str | None]:
+        """The last `update` (None before the first), and who is silent (None while nobody is)."""
+        return self._last, silent(list(self._beats.values()), time.monotonic(), patience)

@@ -1,0 +1,86 @@
+"""A training driver for test_failures.py, in a process of its own with a Ray cluster of its own.
+
+The one argument is JSON: job (a pickled TrainJob, hexadecimal), workers, min_workers, nodes (besides the head, a CPU
+each), address (to join one instead), and `then`: what befalls the run once a checkpoint is there: nothing,
+kill_worker, remove_node or drain_node. Prints the run's figures as JSON.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from raylava.console import Silent
+from raylava.recipe import Resources
+from raylava.storage import place
+from raylava.train.job import TrainJob
+from raylava.train.trainer import train
+from raylava.train.worker import CHECKPOINTS
+
+
+def checkpoints(job: TrainJob) -> list[str]:
+    """The checkpoints that Ray knows to be whole."""
+    snapshot = place(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
+
+
+def befall(then: str, job: TrainJob, cluster: Cluster | None, nodes: list[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not checkpoints(job) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if then == "kill_worker":
+        workers = [one for one in psutil.process_iter(["cmdline"]) if _is_ours(one)]
+        os.kill(max(workers, key=lambda one: one.pid).pid, signal.SIGKILL)
+    elif then == "remove_node":
+        assert cluster is not None
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+    elif then == "drain_node":
+        assert cluster is not None
+        _drain(nodes[-1])
+        time.sleep(8)  # the deadline that the notice gave: no condition can stand for it
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    if "RayTrainWorker" not in " ".join(process.info["cmdline"] or []):
+        return False
+    return os.getpid() in [parent.pid for parent in process.parents()]
+
+
+def _drain(node: Any) -> None:
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, _ = client.drain_node(node.node_id, preemption, "spot notice", int((time.time() + 8) * 1000))
+    assert accepted
+
+
+def main(given: dict[str, Any]) -> None:
+    job: TrainJob = pickle.loads(bytes.fromhex(given["job"]))  # noqa: S301 (the test made it)
+    cluster, nodes = None, []
+    if given.get("nodes"):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    if given.get("then"):
+        threading.Thread(target=befall, args=(given["then"], job, cluster, nodes), daemon=True).start()
+    resources = Resources(workers=given["workers"], min_workers=given.get("min_workers"))
+    sys.stdout.write(json.dumps(train(job, resources, Silent())) + "\n")
+    sys.stdout.flush()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

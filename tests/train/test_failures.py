@@ -1,0 +1,177 @@
+"""What befalls a run changes nothing: the same steps, the same losses, the same weights as one left in peace."""
+
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raylava.corpus.blocks import Blocks
+from raylava.model.backbones import LanguageSpec, VisionSpec
+from raylava.recipe import Checkpoints, Model, Training, Zero
+from raylava.train.job import TrainJob
+from raylava.train.worker import CHECKPOINTS, LEDGER
+
+pytestmark = pytest.mark.slow
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def job(micro_model: Model, vision: VisionSpec, language: LanguageSpec, prepared_blocks: Blocks) -> TrainJob:
+    """48 steps over 48 samples, a checkpoint after every eighth."""
+    return TrainJob(
+        stage="finetune",
+        model=micro_model,
+        vision=vision,
+        language=language,
+        training=Training(
+            epochs=8,
+            global_batch=8,
+            lr=1e-3,
+            clip_norm=1.0,
+            precision="fp32",
+            pack_tokens=384,
+            zero=Zero(stage=2),
+            checkpoints=Checkpoints(every_steps=8),
+        ),
+        seed=0,
+        blocks=str(prepared_blocks.folder),
+        connector=None,
+        fit="pad",
+        output="",
+    )
+
+
+def start(job: TrainJob, **given: Any) -> "subprocess.Popen[str]":
+    script = str(Path(__file__).parent / "driver.py")
+    arguments = json.dumps({"job": pickle.dumps(job).hex(), "workers": 2} | given)
+    return subprocess.Popen(
+        [sys.executable, script, arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+
+
+def finish(run: "subprocess.Popen[str]") -> None:
+    _, error = run.communicate(timeout=400)
+    assert run.returncode == 0, error[-4000:]
+
+
+def train_to_the_end(job: TrainJob, **given: Any) -> Lines:
+    finish(start(job, **given))
+    return ledger(job)
+
+
+def ledger(job: TrainJob) -> Lines:
+    return [json.loads(line) for line in (Path(job.output) / LEDGER).read_text().splitlines()]
+
+
+def weights(job: TrainJob) -> bytes:
+    return (Path(job.output) / "model.safetensors").read_bytes()
+
+
+def proof(lines: Lines) -> list[tuple[int, str, float]]:
+    return [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
+
+
+def at(job: TrainJob, folder: Path, zero_stage: int = 2) -> TrainJob:
+    training = job.training.model_copy(update={"zero": Zero(stage=zero_stage)})
+    return dataclasses.replace(job, output=str(folder), training=training)
+
+
+def kill_all(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
+    """SIGKILL the driver and its whole cluster as soon as something is true."""
+    deadline = time.monotonic() + 180
+    while not once():
+        assert run.poll() is None, run.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
+        process.kill()
+    run.communicate()
+
+
+def has_checkpoint(job: TrainJob) -> bool:
+    snapshot = Path(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    return snapshot.exists() and "step-" in snapshot.read_text()
+
+
+@pytest.fixture(scope="module")
+def peaceful(job: TrainJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainJob, Lines]:
+    """The run that nothing befell, on two workers."""
+    job = at(job, tmp_path_factory.mktemp("peaceful") / "run")
+    return job, train_to_the_end(job)
+
+
+def check_the_same(job: TrainJob, lines: Lines, peaceful: tuple[TrainJob, Lines]) -> None:
+    reference, expected = peaceful
+    assert proof(lines) == proof(expected), "the same samples and, to the bit, the same losses in each step"
+    assert weights(job) == weights(reference)
+
+
+def test_a_worker_killed_on_the_way_changes_nothing(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
+) -> None:
+    job = at(job, tmp_path / "run")
+    check_the_same(job, train_to_the_end(job, then="kill_worker"), peaceful)
+
+
+def test_the_driver_killed_and_started_again_changes_nothing(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
+) -> None:
+    job = at(job, tmp_path / "run")
+    kill_all(start(job), once=lambda: has_checkpoint(job))
+    lines = train_to_the_end(job)
+    check_the_same(job, lines, peaceful)
+
+
+def test_zero_stage_one_resumes_as_well(job: TrainJob, tmp_path: Path) -> None:
+    whole, hurt = at(job, tmp_path / "whole", zero_stage=1), at(job, tmp_path / "hurt", zero_stage=1)
+    expected = train_to_the_end(whole)
+    check_the_same(hurt, train_to_the_end(hurt, then="kill_worker"), (whole, expected))
+
+
+def test_a_node_lost_without_notice_is_survived_on_fewer_workers(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
+) -> None:
+    job = at(job, tmp_path / "run")
+    lines = train_to_the_end(job, nodes=2, min_workers=1, then="remove_node")
+    check_the_same_samples(lines, peaceful[1])
+    assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
+
+
+def test_a_node_that_gives_notice_is_left_with_a_checkpoint_in_time(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
+) -> None:
+    job = at(job, tmp_path / "run")
+    lines = train_to_the_end(job, nodes=2, min_workers=1, then="drain_node")
+    check_the_same_samples(lines, peaceful[1])
+    assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_run_goes_on_with_more_workers(
+    zero_stage: int, job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
+) -> None:
+    job = at(job, tmp_path / "run", zero_stage)
+    kill_all(start(job, workers=1), once=lambda: has_checkpoint(job))
+    lines = train_to_the_end(job, workers=2)
+    check_the_same_samples(lines, peaceful[1])
+    assert [lines[0]["world_size"], lines[-1]["world_size"]] == [1, 2]
+
+
+def check_the_same_samples(lines: Lines, expected: Lines) -> None:
+    """On another number of workers sums are rounded otherwise: losses agree to 1e-4, samples exactly."""
+    assert [line["samples_sha256"] for line in lines] == [line["samples_sha256"] for line in expected]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
