@@ -69,7 +69,7 @@ def main(given: dict[str, Any]) -> None:
     job: TrainJob = pickle.loads(bytes.fromhex(given["job"]))  # noqa: S301 (the test made it)
     cluster, nodes = None, []
     if given.get("nodes"):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     else:
