@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="where the page goes (inspect-FINGERPRINT.html)")
     laboratory = command("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
     laboratory.add_argument("folder", metavar="FOLDER")
+    replay = command("replay", _replay, "compute each sample of a step that was not finite alone")
+    replay.add_argument("folder", metavar="FOLDER", help="the replay-step folder that a stopped run names")
     chat = command("chat", _chat, "ask a model a question about a picture")
     chat.add_argument("model", metavar="MODEL", help="a finetune artifact or any Hugging Face folder of a LLaVA")
     chat.add_argument("--image", metavar="FILE")
@@ -178,6 +180,20 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> Outcome:
         "page": str(file),
     }
     return Outcome(data, f"page: {file}")
+
+
+def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from dataclasses import asdict
+
+    from raylava.report import replay_table
+    from raylava.storage import place
+    from raylava.train.replay import replay
+
+    found = list(replay(place(arguments.folder)))
+    console.show(replay_table(found))
+    bad = [one.sample_id for one in found if not one.finite]
+    told = f"{len(bad)} of {len(found)} samples are not finite alone" + (f": {', '.join(bad[:5])}" if bad else "")
+    return Outcome({"samples": [asdict(one) for one in found]}, told)
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -175,9 +175,10 @@ class Training(Section):
     """One training stage. `global_batch` counts samples a step over all workers; `warmup` is a share of the steps.
 
     `lr` is the peak rate; `connector_lr` the connector's own, if it has one; `vision_lr` the vision tower's, which is
-    frozen without one. `activation_checkpointing: auto` recomputes only where memory would not do. `deepspeed` is
-    handed to DeepSpeed as it is, for what has no name here. A step whose loss or gradient is not finite is skipped;
-    `stop_after_skipped` of them in a row end the run.
+    frozen without one. Corpora of up to `shuffle_gb` are shuffled whole; of larger ones, blocks are shuffled, and
+    samples within windows of blocks that hold so much. `activation_checkpointing: auto` recomputes only where memory
+    would not do. `deepspeed` is handed to DeepSpeed as it is, for what has no name here. A step whose loss or gradient
+    is not finite is skipped; `stop_after_skipped` of them in a row end the run.
     """
 
     enabled: bool = True
@@ -194,6 +195,7 @@ class Training(Section):
     epsilon: float = Field(1e-8, gt=0)
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
+    shuffle_gb: float = Field(100.0, gt=0)
     pack_tokens: int = scale(2048, ge=16)
     zero: Zero = scale(Zero())
     activation_checkpointing: bool | Literal["auto"] = scale(False)
@@ -237,14 +239,16 @@ class Benchmark(Section):
 class Resources(Section):
     """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code.
 
-    With `min_workers`, training starts with as many workers as there is room for, from that number to `workers`, and
-    goes on with another number when nodes come or go.
+    A corpus in a bucket is read through a cache of up to `cache_gb` on each node. With `min_workers`, training starts
+    with as many workers as there is room for, from that number to `workers`, and goes on with another number when nodes
+    come or go.
     """
 
     workers: int = Field(1, ge=1)
     min_workers: int | None = Field(None, ge=1)
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: int = Field(0, ge=0)
+    cache_gb: float = Field(250.0, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -1,6 +1,6 @@
 """What a run ends with: the table of scores beside their baselines, where the model is, and what to try next."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -8,6 +8,9 @@ from rich.table import Table
 from raylava.artifacts import Artifact
 from raylava.console import Console
 from raylava.corpus.inspect import Inspection
+
+if TYPE_CHECKING:
+    from raylava.train.replay import Replayed
 
 _EVALUATE = "evaluate "
 
@@ -79,4 +82,14 @@ def corpus_table(inspection: Inspection) -> Table:
     for source, reasons in inspection.quarantined_by_source.items():
         for reason, count in reasons.items():
             table.add_row(f"{escape(source)}: {reason}", f"{count:,}")
+    return table
+
+
+def replay_table(samples: "list[Replayed]") -> Table:
+    """The samples of a replayed step, those that are not finite first."""
+    table = Table(title="each sample of the step, alone", title_justify="left")
+    for heading in ("sample", "id", "loss", "gradient norm"):
+        table.add_column(heading, justify="left" if heading == "id" else "right")
+    for one in sorted(samples, key=lambda sample: sample.finite):
+        table.add_row(str(one.number), escape(one.sample_id), f"{one.loss:.4g}", f"{one.gradient_norm:.4g}")
     return table

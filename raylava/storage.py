@@ -4,19 +4,29 @@ Writes are atomic: a reader sees a whole file or none. What the files mean is ar
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import boto3
 import pyarrow.fs as pafs
 
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -194,8 +204,30 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
     endpoint = urlsplit(client.meta.endpoint_url)
     if not endpoint.netloc.endswith("amazonaws.com"):
         given |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-    filesystem = pafs.S3FileSystem(region=client.meta.region_name, allow_bucket_creation=False, **given)
+    filesystem = pafs.S3FileSystem(
+        region=client.meta.region_name, allow_bucket_creation=False, connect_timeout=10, request_timeout=60, **given
+    )
     return filesystem, uri.removeprefix("s3://").rstrip("/")
+
+
+def patiently(action: Callable[[], T], retry_seconds: float, about: str) -> T:
+    """What `action` returns, tried again while storage fails, waiting longer each time. `about` names it in the log.
+
+    Raises the last OSError once `retry_seconds` are over, and FileNotFoundError at once: waiting can't mend that.
+    """
+    give_up = time.monotonic() + retry_seconds
+    wait = _FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if time.monotonic() + wait > give_up:
+                raise
+            logger.warning("%s failed, trying again in %.0f s: %s", about, wait, first_line(error)[:200])
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
 
 
 def join(root: str, name: str) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -44,6 +44,7 @@ MANIFEST = "manifest.json"
 LENGTHS = "lengths.arrow"
 QUARANTINE = "quarantine.csv"
 TOKENIZER = "tokenizer"
+_OPEN_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,14 @@ def _ipc(table: pa.Table) -> bytes:
 
 
 class Blocks:
-    """A prepared corpus on this node, read by sample number without a scan. For one thread."""
+    """A prepared corpus on this node, read by sample number without a scan. For one thread, but for `fetch`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `fetcher` gives a block's verified file where blocks are not in `folder` yet; few of those stay open, since what is
+    mapped keeps its disk space.
+    """
+
+    def __init__(self, folder: Path, fetcher: Callable[[BlockRecord], Path] | None = None) -> None:
+        self.folder, self._fetcher = folder, fetcher
         self.manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
         self.lengths = read_lengths((folder / LENGTHS).read_bytes())
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
@@ -213,9 +218,20 @@ class Blocks:
         values["supervised"] = [(span["start"], span["stop"]) for span in values["supervised"]]
         return Sample(**values)
 
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Bring the blocks of these samples to this node, if they are not here. Any thread may call it."""
+        if self._fetcher is not None:
+            for block in sorted({bisect.bisect_right(self._ends, number) for number in numbers}):
+                self._fetcher(self.manifest.blocks[block])
+
     def _table(self, block: int) -> pa.Table:
         if block not in self._open:
             record = self.manifest.blocks[block]
+            if self._fetcher is not None:
+                while len(self._open) >= _OPEN_AT_ONCE:
+                    del self._open[next(iter(self._open))]
+                self._open[block] = pa.ipc.open_stream(pa.memory_map(str(self._fetcher(record)))).read_all()
+                return self._open[block]
             mapped = pa.memory_map(str(self.folder / record.path))
             if hashlib.sha256(mapped.read_buffer()).hexdigest() != record.sha256:
                 raise RunError(

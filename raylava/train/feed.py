@@ -3,9 +3,12 @@
 Which samples go where is plan.py's business; what is done with the tensors is engine.py's. No Ray, no DeepSpeed.
 """
 
+import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,8 @@ from raylava.corpus.images import Pixels, blank_pixels, decode_stored, normalise
 from raylava.model.backbones import VisionSpec
 from raylava.model.llava import PackTensors
 from raylava.train.plan import EpochPlan, Pack, Step, assign
+
+_FETCH_AHEAD = 32  # steps whose blocks are fetched before they are needed
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,30 @@ class Feed:
 
     def _produce(self, ready: "queue.Queue[StepWork | BaseException | None]", stopping: threading.Event) -> None:
         try:
-            for step in self._plan.from_step(self._first):
+            for step in self._fetched():
                 if stopping.is_set():
                     return
                 ready.put(self.work(step))
             ready.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             ready.put(error)
+
+    def _fetched(self) -> Iterator[Step]:
+        """The plan's steps, each with its blocks on this node; those of the next steps are under way meanwhile."""
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="fetch") as pool:
+            coming: deque[tuple[Step, Future[None]]] = deque()
+            steps = self._plan.from_step(self._first)
+            try:
+                for step in itertools.chain(steps, [None]):
+                    if step is not None:
+                        coming.append((step, pool.submit(self._blocks.fetch, step.samples)))
+                    while coming and (step is None or len(coming) > _FETCH_AHEAD):
+                        following, fetching = coming.popleft()
+                        fetching.result()
+                        yield following
+            finally:
+                for _, fetching in coming:
+                    fetching.cancel()
 
     def work(self, step: Step) -> StepWork:
         """This rank's packs of one step, as tensors on the host."""

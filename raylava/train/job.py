@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.model.llava import StageName
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Model, Training
 from raylava.train.feed import Layout
-from raylava.train.plan import EpochPlan
+from raylava.train.plan import EpochPlan, Shelves
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class TrainJob:
     output: str
 
 
-def epoch_plan(job: TrainJob, samples: int) -> EpochPlan:
-    """The plan that the job's settings make of so many samples."""
-    return EpochPlan(samples, job.training.global_batch, job.training.epochs, job.seed, job.training.max_steps)
+def epoch_plan(job: TrainJob, blocks: Blocks) -> EpochPlan:
+    """The plan that the job's settings make of a corpus."""
+    training, records = job.training, blocks.manifest.blocks
+    shelves = Shelves(
+        tuple(record.rows for record in records), tuple(record.bytes for record in records), 1e9 * training.shuffle_gb
+    )
+    return EpochPlan(len(blocks), training.global_batch, training.epochs, job.seed, training.max_steps, shelves)
 
 
 def layout_of(job: TrainJob) -> Layout:

@@ -32,14 +32,33 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Shelves:
+    """How a corpus lies in blocks, for shuffling one that no node's disk holds: rows and bytes of each block, and the
+    bytes of the window that samples are shuffled in.
+    """
+
+    rows: tuple[int, ...]
+    bytes: tuple[int, ...]
+    window_bytes: float
+
+    def fit_one_window(self) -> bool:
+        """Whether the whole corpus is one window, so that its shuffle is the ordinary one."""
+        return sum(self.bytes) <= self.window_bytes
+
+
+@dataclass(frozen=True)
 class EpochPlan:
-    """The steps of a training run over `samples` samples. The last step of an epoch may be smaller than the batch."""
+    """All steps of a run over `samples` samples. The last step of an epoch may be short; none is dropped.
+
+    With `shelves` that don't fit one window, an epoch visits blocks in random order, a window of them at a time.
+    """
 
     samples: int
     global_batch: int
     epochs: int
     seed: int
     max_steps: int | None = None
+    shelves: Shelves | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,15 +76,50 @@ class EpochPlan:
         for number in range(first, self.steps):
             epoch, place = divmod(number, self.steps_per_epoch)
             if order is None or place == 0:
-                order = permutation(self.samples, self.seed, epoch)
+                order = self._order(epoch)
             batch = order[place * self.global_batch : (place + 1) * self.global_batch]
             yield Step(number, epoch, batch)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self.shelves is None or self.shelves.fit_one_window():
+            return permutation(self.samples, self.seed, epoch)
+        return windowed_permutation(self.shelves, self.seed, epoch)
 
 
 def permutation(samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The order of an epoch: the same on every machine for the same seed and epoch."""
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(samples)
+    return _generator(seed, epoch).permutation(samples)
+
+
+def windowed_permutation(shelves: Shelves, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """An epoch's order that touches few blocks at a time: blocks shuffled, then samples within windows of blocks.
+
+    A sample's place is uniform over its window, and the windows are new random sets of blocks each epoch; two samples
+    of one block always lie within one window's length of each other, which is all that a whole shuffle has over it.
+    """
+    generator = _generator(seed, epoch)
+    first = np.concatenate([[0], np.cumsum(shelves.rows)])
+    order: list[npt.NDArray[np.int64]] = []
+    for window in _windows(generator.permutation(len(shelves.rows)), shelves):
+        samples = np.concatenate([np.arange(first[block], first[block + 1]) for block in window])
+        order.append(generator.permutation(samples))
+    return np.concatenate(order)
+
+
+def _windows(blocks: npt.NDArray[np.int64], shelves: Shelves) -> Iterator[list[int]]:
+    window: list[int] = []
+    held = 0
+    for block in blocks:
+        if window and held + shelves.bytes[block] > shelves.window_bytes:
+            yield window
+            window, held = [], 0
+        window.append(int(block))
+        held += shelves.bytes[block]
+    yield window
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
 
 
 def assign(

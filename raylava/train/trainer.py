@@ -42,7 +42,12 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
     checkpoints = job.training.checkpoints
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "watch": watch, "threads": resources.cpus_per_worker},
+        train_loop_config={
+            "job": job,
+            "watch": watch,
+            "threads": resources.cpus_per_worker,
+            "cache_bytes": 1e9 * resources.cache_gb,
+        },
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,

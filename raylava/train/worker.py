@@ -19,6 +19,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from raylava.corpus.blocks import Blocks
+from raylava.corpus.cache import cached_blocks
 from raylava.errors import RunError
 from raylava.model.backbones import load_tokenizer
 from raylava.model.llava import CONNECTOR_FILE, assemble, load_connector
@@ -45,11 +46,11 @@ _ASK_SECONDS = 5.0  # how often ranks ask whether a node is about to go
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Ray Train's loop function. `config` holds the TrainJob, the watch that collects progress, and CPU threads."""
+    """Ray Train's loop function. `config` holds the TrainJob, the watch of its progress, CPU threads, cache bytes."""
     job: TrainJob = config["job"]
     torch.set_num_threads(config["threads"])
-    blocks = Blocks.at(place(job.blocks))
-    plan = epoch_plan(job, len(blocks))
+    blocks = cached_blocks(place(job.blocks), config["cache_bytes"])
+    plan = epoch_plan(job, blocks)
     engine, size = _engine(job, plan, ray.train.torch.get_device())
     worker = _Worker(job, plan, blocks, engine, config["watch"])
     first = worker.resume()

@@ -1,5 +1,6 @@
 """Which samples form a step depends on seed, epoch and batch alone; packing and ranks decide who computes what."""
 
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylava.errors import UserError
-from raylava.train.plan import EpochPlan, Pack, assign, cost, permutation
+from raylava.train.plan import EpochPlan, Pack, Shelves, assign, cost, largest_packs, permutation, windowed_permutation
 
 PACK_TOKENS = 2048
 WORLD_SIZES = (1, 2, 3, 4, 8, 64)
@@ -116,3 +117,52 @@ def test_a_seed_and_epoch_name_one_permutation() -> None:
 def test_a_sample_that_fits_no_pack_is_told_with_the_fix() -> None:
     with pytest.raises(UserError, match="raise pack_tokens"):
         assign([0], np.array([3000], dtype=np.int32), 1, PACK_TOKENS)
+
+
+SHELVES = Shelves(rows=(7, 3, 9, 1, 5, 5, 8, 2), bytes=(70, 30, 90, 10, 50, 50, 80, 20), window_bytes=120)
+
+
+def test_a_windowed_epoch_visits_every_sample_once_and_few_blocks_at_a_time() -> None:
+    first = np.concatenate([[0], np.cumsum(SHELVES.rows)])
+    for epoch in range(5):
+        order = windowed_permutation(SHELVES, seed=1, epoch=epoch)
+        assert sorted(order) == list(range(40))
+        blocks = np.searchsorted(first, order, side="right") - 1
+        spans = [(np.flatnonzero(blocks == block).min(), np.flatnonzero(blocks == block).max()) for block in range(8)]
+        for position in range(40):
+            open_now = [block for block, (low, high) in enumerate(spans) if low <= position <= high]
+            assert sum(SHELVES.bytes[block] for block in open_now) <= SHELVES.window_bytes
+
+
+def test_a_windowed_epoch_differs_from_the_next_and_a_small_corpus_is_shuffled_whole() -> None:
+    orders = {tuple(windowed_permutation(SHELVES, seed=1, epoch=epoch)) for epoch in range(5)}
+    assert len(orders) == 5
+    roomy = Shelves(SHELVES.rows, SHELVES.bytes, window_bytes=400)
+    with_shelves, without = (
+        np.concatenate([step.samples for step in EpochPlan(40, 8, 1, 0, shelves=shelves).from_step(0)])
+        for shelves in (roomy, None)
+    )
+    assert np.array_equal(with_shelves, without)
+
+
+def test_planning_an_epoch_of_llavas_mix_takes_little_memory() -> None:
+    """Under 500 MB for 665,298 samples (issue 4); it takes seconds, which jobs/bench measures."""
+    lengths = llava_mix(665_298)
+    tracemalloc.start()
+    steps = sum(1 for _ in EpochPlan(665_298, 128, epochs=1, seed=0).from_step(0))
+    assign(range(128), lengths, 8, PACK_TOKENS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert steps == 5_198
+    assert peak < 500e6
+
+
+def test_no_pack_of_any_step_exceeds_the_rehearsed_ones() -> None:
+    lengths = llava_mix(640)
+    images = (lengths > 576).astype(np.int32)
+    fullest, most_pictures = largest_packs(lengths, images, PACK_TOKENS)
+    for step in EpochPlan(640, 64, epochs=1, seed=0).from_step(0):
+        for packs in assign(step.samples, lengths, 4, PACK_TOKENS):
+            for pack in packs:
+                assert images[list(pack)].sum() <= images[list(most_pictures)].sum()
+                assert lengths[list(pack)].sum() <= max(lengths[list(fullest)].sum(), PACK_TOKENS)
