@@ -239,7 +239,8 @@ class Benchmark(Section):
 class Resources(Section):
     """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code.
 
-    A corpus in a bucket is read through a cache of up to `cache_gb` on each node. With `min_workers`, training starts
+    A corpus in a bucket is read through a cache of up to `cache_gb` on each node, which should hold three
+    shuffle windows. With `min_workers`, training starts
     with as many workers as there is room for, from that number to `workers`, and goes on with another number when nodes
     come or go.
     """
@@ -248,7 +249,7 @@ class Resources(Section):
     min_workers: int | None = Field(None, ge=1)
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: int = Field(0, ge=0)
-    cache_gb: float = Field(250.0, gt=0)
+    cache_gb: float = Field(300.0, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

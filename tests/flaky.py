@@ -20,7 +20,7 @@ class FlakyProxy:
             protocol_version = "HTTP/1.1"
 
             def _pass_on(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = self._body()
                 if proxy.mode == "hanging":
                     time.sleep(1.0)  # the fault itself
                     self.close_connection = True
@@ -31,13 +31,24 @@ class FlakyProxy:
                 if proxy.mode == "slow":
                     time.sleep(0.1)  # the fault itself
                 connection = http.client.HTTPConnection(target.hostname or "", target.port)
-                connection.request(self.command, self.path, body, dict(self.headers))
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+                connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
                 if self.command == "GET" and answer.status in (200, 206):
                     proxy.gets.append(urlsplit(self.path).path)
                 self._answer(answer.status, dict(answer.getheaders()), content)
                 connection.close()
+
+            def _body(self) -> bytes:
+                if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = b""
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return body
 
             def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
                 self.send_response_only(status)
@@ -63,4 +74,4 @@ class FlakyProxy:
         self._server.server_close()
 
 
-_HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
+_HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive", "expect"}

@@ -67,7 +67,7 @@ def test_an_epoch_in_windows_fetches_each_block_once_and_never_holds_more_than_t
     whole = sum(record.bytes for record in local.manifest.blocks)
     bound = whole / 10
     blocks = cached_blocks(remote, bound)
-    for step in plan_of(local, window_bytes=bound / 2).from_step(0):
+    for step in plan_of(local, window_bytes=bound / 3).from_step(0):
         blocks.fetch(step.samples)
         assert [blocks[number] for number in step.samples] == [local[number] for number in step.samples]
         assert held(blocks.folder) <= bound
