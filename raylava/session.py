@@ -66,11 +66,10 @@ def told(error: Exception) -> str:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """How far remote work is: workers tell it, the driver asks it now and then."""
+    """How far remote work is: workers add to it, the driver asks it now and then."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._last: tuple[int, int, dict[str, float]] | None = None
 
     def add(self, units: int) -> None:
         """So many more units are done."""
@@ -79,11 +78,3 @@ class Progress:
     def count(self) -> int:
         """Units done."""
         return self._count
-
-    def update(self, done: int, total: int, **figures: float) -> None:
-        """Where a sequential run stands."""
-        self._last = (done, total, figures)
-
-    def last(self) -> tuple[int, int, dict[str, float]] | None:
-        """The last `update`, or None before the first."""
-        return self._last

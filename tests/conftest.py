@@ -1,5 +1,6 @@
 """What all tests share: one Ray for the session, and a laboratory so small that it is made in seconds."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from raylava.recipe import Language, Model, Resources, Vision
 from raylava.session import ray_session
 from raylava.stages import make
 from raylava.storage import place
+from tests.flaky import FlakyProxy
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 
@@ -62,6 +64,16 @@ def s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture
+def proxy() -> Iterator[FlakyProxy]:
+    """A proxy between what this test opens and the bucket's server, to make storage fail."""
+    proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+    proxy.close()
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Blocks in a bucket come to a bounded folder on the node: once each while held, verified, through failures."""
 
 import dataclasses
-import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -32,15 +30,6 @@ def local(prepare_job: Job, tmp_path_factory: pytest.TempPathFactory) -> Blocks:
     output = tmp_path_factory.mktemp("blocks")
     prepare(dataclasses.replace(prepare_job, corpus=corpus, output=str(output)), "tokenizer", Silent())
     return Blocks(output)
-
-
-@pytest.fixture
-def proxy() -> Iterator[FlakyProxy]:
-    proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
-    proxy.close()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """A checkpoint's upload waits for storage that comes back, and names the last good one when it does not."""
 
-import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,6 @@ from raylava.errors import RunError
 from raylava.storage import place
 from raylava.train.upload import upload
 from tests.flaky import FlakyProxy
-
-
-@pytest.fixture
-def proxy() -> Iterator[FlakyProxy]:
-    proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
-    proxy.close()
 
 
 @pytest.fixture
