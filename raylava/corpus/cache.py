@@ -6,7 +6,6 @@ Which blocks are wanted when is the feed's business.
 import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ from pathlib import Path
 from raylava.corpus.blocks import LENGTHS, MANIFEST, BlockRecord, Blocks
 from raylava.errors import RunError
 from raylava.storage import Place, cache_folder, patiently, place
-
-logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 600.0
 
@@ -40,8 +37,8 @@ class BlockCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, record: BlockRecord) -> Path:
-        """A block's local copy, fetched if it is not there. Raises RunError when storage fails for too long, or for a
-        block that is damaged at its source.
+        """A block's local copy, fetched if it is not there. Raises OSError when storage fails for too long, RunError
+        for a block that is damaged at its source.
         """
         target = self.folder / Path(record.path).name
         with _locked(self.folder / f"{target.name}.lock"):
@@ -57,9 +54,7 @@ class BlockCache:
         content = patiently(source.read_bytes, self._retry_seconds, f"reading {source}")
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise RunError(f"{source}: damaged (its SHA-256 is not the manifest's); prepare again")
-        part = target.with_suffix(".part")
-        part.write_bytes(content)
-        part.rename(target)
+        place(target).write_bytes(content)
 
     def _trim(self, keep: Path) -> None:
         """One process at a time looks; what another has just deleted counts as gone."""

@@ -184,7 +184,7 @@ class Engine:
                 f"zero.stage={self._training.zero.stage}; keep the stage until the run is done"
             )
         if about["world_size"] == dist.get_world_size() or self._training.zero.stage == 0:
-            self._load(folder, _TAG)
+            self._load(folder)
         else:
             with _universal(folder) as converted:
                 self._load_universal(converted)
@@ -197,16 +197,16 @@ class Engine:
         groups = self._engine.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self._engine._config.load_universal_checkpoint = True
-        self._load(folder, _TAG)
+        self._load(folder)
         self._engine._config.load_universal_checkpoint = False
         for group, own in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(own)
         for state in self._engine.optimizer.optimizer.state.values():
             state["step"] = torch.as_tensor(state["step"]).clone()
 
-    def _load(self, folder: Path, tag: str) -> None:
+    def _load(self, folder: Path) -> None:
         loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=tag, load_module_strict=False, custom_load_fn=_load_trained
+            str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained
         )
         if loaded is None:  # DeepSpeed only warns
             raise RunError(f"{folder}: holds no checkpoint that this run can load")

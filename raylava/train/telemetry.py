@@ -6,6 +6,7 @@ differ from run to run.
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -121,7 +122,7 @@ def _lines_before(file: Place, first: int) -> list[str]:
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
-    return {name: value if value == value and abs(value) != float("inf") else None for name, value in values.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _board(folder: Path, first: int) -> Any:

@@ -178,6 +178,15 @@ def start(job: Job, nodes: int) -> "subprocess.Popen[bytes]":
     )
 
 
+def wait_for_five(records: Path, run: "subprocess.Popen[bytes]") -> None:
+    """Until five blocks are done."""
+    deadline = time.monotonic() + 120
+    while len(list(records.glob("record-*.json"))) < 5:
+        assert run.poll() is None, run.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_two_nodes_give_the_same_bytes_as_one(prepare_job: Job, reference: Blocks, tmp_path: Path) -> None:
     run = start(dataclasses.replace(prepare_job, output=str(tmp_path)), nodes=2)
@@ -196,11 +205,7 @@ def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(pre
     prepare(whole, "tokenizer", Silent())
     run = start(killed, nodes=0)
     records = tmp_path / "killed" / "rows"
-    deadline = time.monotonic() + 120
-    while len(list(records.glob("record-*.json"))) < 5:
-        assert run.poll() is None, run.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_five(records, run)
     for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
         process.kill()  # SIGKILL, driver and cluster alike
     run.wait()
@@ -226,12 +231,7 @@ def test_a_worker_killed_on_the_way_changes_nothing(prepare_job: Job, tmp_path: 
     whole = dataclasses.replace(prepare_job, corpus=corpus, output=str(tmp_path / "whole"))
     prepare(whole, "tokenizer", Silent())
     run = start(dataclasses.replace(whole, output=str(tmp_path / "hurt")), nodes=0)
-    records = tmp_path / "hurt" / "rows"
-    deadline = time.monotonic() + 120
-    while len(list(records.glob("record-*.json"))) < 5:
-        assert run.poll() is None, run.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_five(tmp_path / "hurt" / "rows", run)
     family = psutil.Process(run.pid).children(recursive=True)
     workers = [one for one in family if "MapWorker" in " ".join(one.cmdline())]
     assert workers
