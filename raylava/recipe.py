@@ -199,7 +199,7 @@ class Training(Section):
     pack_tokens: int = scale(2048, ge=16)
     zero: Zero = scale(Zero())
     activation_checkpointing: bool | Literal["auto"] = scale(False)
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = scale("sdpa")
+    attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = scale("varlen")
     compile: bool = scale(False)
     deepspeed: Annotated[dict[str, Any], AfterValidator(_no_clash)] = scale({})
     stop_after_skipped: int = scale(5, ge=1)

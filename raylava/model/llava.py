@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylava.errors import UserError
+from raylava.model.attention import VARLEN, register
 from raylava.model.backbones import (
     FEATURE_LAYER,
     VISION_FAMILIES,
@@ -39,7 +40,8 @@ class PackTensors:
     """One pack, ready for the model: T tokens of several samples in one row, N pictures, S supervised tokens.
 
     input_ids (1, T) int64, image tokens expanded; position_ids (1, T) int64, restarting at 0 with each sample;
-    pixel_values (N, 3, size, size); `keep` (S,) int64 positions whose next token is supervised; `labels` (S,) int64.
+    pixel_values (N, 3, size, size); `keep` (S,) int64 positions whose next token is supervised; `labels` (S,) int64;
+    `boundaries` (samples + 1,) int32, where each sample starts, and T: it stays on the host.
     """
 
     input_ids: Tensor
@@ -47,6 +49,7 @@ class PackTensors:
     pixel_values: Tensor
     keep: Tensor
     labels: Tensor
+    boundaries: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
         """On the device, pixels in the model's floating type."""
@@ -56,30 +59,45 @@ class PackTensors:
             self.pixel_values.to(device, dtype, non_blocking=True),
             self.keep.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            self.boundaries,
         )
 
 
 class PackLoss(nn.Module):
     """LLaVA as training sees it: a pack in, the sum of the supervised tokens' cross-entropies out (a scalar, fp32).
 
-    Logits are computed at the kept positions only. Samples of a pack don't see each other: transformers masks them
-    apart where positions restart, provided that no attention mask is passed and no cache is used.
+    Logits are computed at the kept positions only. Samples of a pack don't see each other: with `varlen` attention each
+    is attended to by itself, with any other transformers masks them apart where positions restart, provided that no
+    attention mask is passed and no cache is used.
     """
 
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
         self.llava = llava
+        self._varlen = llava.config.text_config._attn_implementation == VARLEN
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor,
+        keep: Tensor,
+        labels: Tensor,
+        boundaries: Tensor,
     ) -> Tensor:
-        logits = self.logits(input_ids, position_ids, pixel_values, keep)
+        logits = self.logits(input_ids, position_ids, pixel_values, keep, boundaries)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, boundaries: Tensor
+    ) -> Tensor:
         """(S, vocabulary) logits at the kept positions."""
         hidden = self.llava.model(
-            input_ids=input_ids, position_ids=position_ids, pixel_values=pixel_values, use_cache=False
+            input_ids=input_ids,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            use_cache=False,
+            **({"boundaries": boundaries} if self._varlen else {}),
         ).last_hidden_state
         return self.llava.lm_head(hidden[0, keep])
 
@@ -87,12 +105,15 @@ class PackLoss(nn.Module):
 def assemble(
     model: Model, vision: VisionSpec, seed: int, dtype: torch.dtype, attention: str = "sdpa"
 ) -> "LlavaForConditionalGeneration":
-    """Both backbones with their weights and a connector drawn from `seed`, or read from `model.connector.weights`."""
+    """Both backbones with their weights and a connector drawn from `seed`, or read from `model.connector.weights`.
+
+    `attention` is transformers' name of an implementation, or VARLEN, which the vision tower has no use for.
+    """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tokenizer = load_tokenizer(model.language)
-    tower = load_vision(model, vision, dtype, attention)
+    tower = load_vision(model, vision, dtype, "sdpa" if attention == VARLEN else attention)
     language = _load_language(model, dtype, attention)
     _make_room(language, len(tokenizer))
     config = _config(tower, language, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -128,6 +149,7 @@ def load_vision(model: Model, vision: VisionSpec, dtype: torch.dtype, attention:
 def _load_language(model: Model, dtype: torch.dtype, attention: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
+    register()
     return AutoModelForCausalLM.from_pretrained(
         backbone_path(model.language.name),
         revision=model.language.revision,

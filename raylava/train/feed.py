@@ -145,6 +145,7 @@ class Layout:
             pixel_values=torch.from_numpy(normalise(np.stack(pictures), self.vision.pixels)),
             keep=torch.from_numpy(targets - 1),
             labels=torch.from_numpy(ids[targets]),
+            boundaries=torch.from_numpy(starts.astype(np.int32)),
         )
 
     def _expand(self, sample: Sample) -> "_ExpandedSample":

@@ -90,7 +90,7 @@ def replay(folder: Place) -> Iterator[Replayed]:
         value = loss(**vars(pack)) / len(pack.labels)
         value.backward()
         gradients = [weight.grad.norm() for weight in llava.parameters() if weight.grad is not None]
-        yield Replayed(number, sample.sample_id, float(value), float(torch.stack(gradients).norm()))
+        yield Replayed(number, sample.sample_id, value.item(), torch.stack(gradients).norm().item())
 
 
 def _job(about: dict) -> TrainJob:  # type: ignore[type-arg]

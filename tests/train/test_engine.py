@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import VisionSpec
@@ -27,9 +28,15 @@ from raylava.train.engine import deepspeed_config, parameter_groups, schedule
 from raylava.train.feed import Layout
 
 
+@pytest.fixture(scope="module", params=["varlen", "sdpa", "eager"])
+def model(micro_model: Model, vision: VisionSpec, request: pytest.FixtureRequest) -> PackLoss:
+    return PackLoss(assemble(micro_model, vision, seed=0, dtype=torch.float32, attention=request.param)).eval()
+
+
 @pytest.fixture(scope="module")
-def model(micro_model: Model, vision: VisionSpec) -> PackLoss:
-    return PackLoss(assemble(micro_model, vision, seed=0, dtype=torch.float32)).eval()
+def plain_llava(micro_model: Model, vision: VisionSpec) -> LlavaForConditionalGeneration:
+    """The model of the `model` fixture as transformers computes it."""
+    return assemble(micro_model, vision, seed=0, dtype=torch.float32).eval()
 
 
 def packs_of(blocks: Blocks, layout: Layout, groups: list[list[int]]) -> list[PackTensors]:
@@ -49,21 +56,23 @@ def gradients(model: PackLoss, packs: list[PackTensors]) -> tuple[float, dict[st
 
 
 def test_packed_logits_equal_those_of_each_sample_alone(
-    model: PackLoss, prepared_blocks: Blocks, blocks_layout: Layout
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: Layout
 ) -> None:
     numbers = [0, 1, 2, 3]
     with torch.inference_mode():
         (packed,) = packs_of(prepared_blocks, blocks_layout, [numbers])
-        together = model.logits(packed.input_ids, packed.position_ids, packed.pixel_values, packed.keep)
+        together = model.logits(
+            packed.input_ids, packed.position_ids, packed.pixel_values, packed.keep, packed.boundaries
+        )
         alone = [
-            model.logits(pack.input_ids, pack.position_ids, pack.pixel_values, pack.keep)
+            plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.keep]
             for pack in packs_of(prepared_blocks, blocks_layout, [[number] for number in numbers])
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_that_of_the_whole_rows_logits(
-    model: PackLoss, prepared_blocks: Blocks, blocks_layout: Layout
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: Layout
 ) -> None:
     """Computing logits at supervised positions only changes nothing: compare with transformers' own forward and
     labels.
@@ -73,7 +82,7 @@ def test_the_loss_is_that_of_the_whole_rows_logits(
     labels[0, pack.keep + 1] = pack.labels
     with torch.inference_mode():
         ours = model(**vars(pack)) / len(pack.labels)
-        theirs = model.llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values, labels=labels).loss
+        theirs = plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values, labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,507 @@
+"""How fast LLaVA trains: raylava's engine beside the LLaVA recipe as people run it, in one run and without Ray.
+
+    python jobs/bench/train.py [--shape gemma-2b] [--stage finetune] [--ladder] [--rounds N]
+
+All ways start from the same random weights and train on the same samples on the same device, under DeepSpeed ZeRO 2.
+The reference pads batches to their longest row, groups them by modality and length as LLaVA's sampler does, and
+computes all logits; once it recomputes activations (LLaVA-1.5's scripts), once not (LLaVA-Gemma's). Its batches lie
+ready as tensors, while raylava reads blocks through its feed. Useful tokens are those of samples, without padding.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from raylava.corpus.blocks import (
+    LENGTHS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    BlockRecord,
+    Blocks,
+    Manifest,
+    Sample,
+    block_bytes,
+    lengths_bytes,
+    lengths_of,
+)
+from raylava.corpus.images import encode
+from raylava.model.attention import VARLEN, register
+from raylava.model.backbones import PixelRule, VisionSpec
+from raylava.model.llava import PackLoss, choose_trainable
+from raylava.recipe import Storing, Training, Zero
+from raylava.train import engine as engine_room
+from raylava.train.engine import DTYPES, Engine, deepspeed_config
+from raylava.train.feed import Feed, Layout
+from raylava.train.flops import ModelSize, model_size, peak_flops, step_flops
+from raylava.train.plan import EpochPlan
+from raylava.train.telemetry import memory_gb
+
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
+RULE_MEAN, RULE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+BEGIN, PICTURES = 2, 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA-Gemma's sizes. Text is `1/text_divisor` as long as in LLaVA's corpora, to keep its share of a sample."""
+
+    width: int
+    layers: int
+    heads: int
+    head_size: int
+    inner: int
+    vocabulary: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    pixels: int
+    text_divisor: int
+    precision: Literal["bf16", "fp32"]
+    pack_tokens: int
+    batch: dict[StageName, int]  # global, in samples
+    micro_batch: dict[StageName, int]  # the reference's, as in LLaVA's scripts
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.pixels // 14) ** 2
+
+    @property
+    def max_length(self) -> int:
+        return 2048 * self.image_tokens // 576
+
+
+SHAPES = {
+    # Gemma-2B and CLIP-L/336 with all widths an eighth, half the layers and a ninth of the tokens.
+    "small": Shape(
+        256,
+        9,
+        8,
+        32,
+        2048,
+        16_384,
+        128,
+        12,
+        4,
+        112,
+        9,
+        "fp32",
+        1024,
+        {"pretrain": 128, "finetune": 64},
+        {"pretrain": 32, "finetune": 16},
+    ),
+    "gemma-2b": Shape(
+        2048,
+        18,
+        8,
+        256,
+        16_384,
+        256_000,
+        1024,
+        24,
+        16,
+        336,
+        1,
+        "bf16",
+        8192,
+        {"pretrain": 128, "finetune": 64},
+        {"pretrain": 32, "finetune": 16},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train. `packs` False is the reference; the other switches matter to packs only."""
+
+    name: str
+    packs: bool = True
+    recompute: bool = False
+    supervised_logits: bool = True
+    attention: str = VARLEN
+
+
+REFERENCES = (Way("LLaVA recipe, recomputing", packs=False, recompute=True), Way("LLaVA recipe", packs=False))
+RUNGS = (
+    Way("+ packs", supervised_logits=False, attention="sdpa"),
+    Way("+ logits where supervised", attention="sdpa"),
+)
+RAYLAVA = Way("raylava")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way's figures over the timed steps. Memory is what training added, at its peak."""
+
+    tokens: int
+    seconds: float
+    waiting: float
+    memory_gb: float
+    flops: float
+    loss: float
+
+
+def draw(shape: Shape, stage: StageName, count: int) -> list[Sample]:
+    """Noise, in samples with lengths like those of LLaVA's corpora (lognormal; the parameters are estimates)."""
+    rng = np.random.default_rng(0)
+    rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
+    noise = rng.integers(0, 256, (PICTURES, rule.size, rule.size, 3), dtype=np.uint8)
+    pictures = [encode(pixels, Storing()) for pixels in noise]
+    return [_sample(shape, stage, rng, pictures[number % PICTURES], number) for number in range(count)]
+
+
+def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, picture: bytes, number: int) -> Sample:
+    if stage == "pretrain":  # a short request and a caption
+        shown, asked, answered = True, 20.0, float(np.clip(rng.lognormal(2.5, 0.5), 5, 80))
+    else:  # 94 % with a picture; conversations, of which answers are 15 to 75 %
+        shown = bool(rng.random() < 0.94)
+        text = np.clip(rng.lognormal(5.0, 0.7), 20, 1400) if shown else np.clip(rng.lognormal(6.0, 0.8), 20, 2000)
+        answered = float(text * rng.uniform(0.15, 0.75))
+        asked = float(text) - answered
+    before, after = (max(1, round(tokens / shape.text_divisor)) for tokens in (asked, answered))
+    words = [int(word) for word in rng.integers(10, shape.vocabulary - 10, before + after)]
+    ids = [BEGIN, *([_image_token(shape)] if shown else []), *words]
+    length = len(ids) + (shape.image_tokens - 1 if shown else 0)
+    return Sample(str(number), ids, [(len(ids) - after, len(ids))], [picture] if shown else [], length)
+
+
+def _image_token(shape: Shape) -> int:
+    return shape.vocabulary - 1
+
+
+def write_blocks(samples: list[Sample], folder: Path) -> None:
+    """One block of all samples, with what training reads beside it."""
+    import hashlib
+
+    folder.mkdir(parents=True)
+    content = block_bytes(samples)
+    (folder / "block.arrow").write_bytes(content)
+    record = BlockRecord("block.arrow", len(samples), 0, 0, len(content), hashlib.sha256(content).hexdigest())
+    supervised = sum(sample.supervised_tokens for sample in samples)
+    tokens, images = sum(sample.length for sample in samples), sum(len(sample.images) for sample in samples)
+    manifest = Manifest(
+        SCHEMA_VERSION, "bench", {}, (record,), len(samples), len(samples), tokens, supervised, images, 0, 0, {}
+    )
+    (folder / LENGTHS).write_bytes(lengths_bytes(lengths_of(samples)))
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+
+
+def build(shape: Shape, attention: str, device: torch.device) -> Any:
+    """The model with random weights, the same each time."""
+    from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    register()
+    text = GemmaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=1,
+        head_dim=shape.head_size,
+        tie_word_embeddings=True,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_width,
+        intermediate_size=4 * shape.vision_width,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=shape.pixels,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=_image_token(shape),
+        image_seq_length=shape.image_tokens,
+        tie_word_embeddings=True,
+    )
+    config.text_config._attn_implementation = attention
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[shape.precision])
+    with device:
+        llava = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    assert llava.config.text_config._attn_implementation == attention
+    return llava
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A reference's micro-batch: rows padded on the right to the longest."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+
+
+def grouped(samples: np.ndarray, blocks: Blocks, batch: int, micro_batch: int) -> Iterator[list[int]]:
+    """Micro-batches as LLaVA's sampler makes them: pictures and text apart; within each global batch, sorted samples
+    are dealt out so that micro-batches are alike in total length. What is left of both kinds is mixed.
+    """
+    rng = np.random.default_rng(0)
+    lengths, images = blocks.lengths.length, blocks.lengths.images
+    left: list[int] = []
+    for kind in (samples[images[samples] > 0], samples[images[samples] == 0]):
+        order = rng.permutation(kind)
+        whole = len(order) // batch * batch
+        left += [int(sample) for sample in order[whole:]]
+        for first in range(0, whole, batch):
+            yield from _dealt(order[first : first + batch].tolist(), lengths, batch // micro_batch)
+    for first in range(0, len(left), batch):
+        rest = left[first : first + batch]
+        yield from _dealt(rest, lengths, max(1, len(rest) // micro_batch))
+
+
+def _dealt(samples: list[int], lengths: np.ndarray, count: int) -> list[list[int]]:
+    most = -(-len(samples) // count)
+    chunks: list[list[int]] = [[] for _ in range(count)]
+    for sample in sorted(samples, key=lambda sample: -int(lengths[sample])):
+        open_ones = [chunk for chunk in chunks if len(chunk) < most]
+        min(open_ones, key=lambda chunk: sum(int(lengths[one]) for one in chunk)).append(sample)
+    return chunks
+
+
+def padded(numbers: list[int], blocks: Blocks, layout: Layout) -> Batch:
+    """Samples as rows of one batch."""
+    packs = [layout.tensors([blocks[number]]) for number in numbers]
+    lengths = [int(blocks.lengths.length[number]) for number in numbers]
+    ids = torch.zeros(len(packs), max(lengths), dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (pack, length) in enumerate(zip(packs, lengths, strict=True)):
+        ids[row, :length] = pack.input_ids[0, :length]
+        mask[row, :length] = 1
+        labels[row, pack.keep + 1] = pack.labels
+    shown = [pack.pixel_values for pack, number in zip(packs, numbers, strict=True) if blocks.lengths.images[number]]
+    return Batch(ids, mask, labels, torch.cat(shown) if shown else None)
+
+
+class WholeLogits(PackLoss):
+    """A rung of the ladder: packs with the logits of all positions."""
+
+    def logits(
+        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, boundaries: Tensor
+    ) -> Tensor:
+        every = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return super().logits(input_ids, position_ids, pixel_values, every, boundaries)[keep]
+
+
+class Usual(nn.Module):
+    """The reference's forward: transformers' own loss."""
+
+    def __init__(self, llava: nn.Module) -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, **batch: Tensor | None) -> Tensor:
+        return self.llava(**batch, use_cache=False).loss
+
+
+class Bench:
+    """One way over one corpus, in this process."""
+
+    def __init__(self, way: Way, shape: Shape, stage: StageName, folder: Path, device: torch.device) -> None:
+        self._way, self._shape, self._stage, self._device = way, shape, stage, device
+        self._blocks = Blocks(folder)
+        self._plan = EpochPlan(len(self._blocks), shape.batch[stage], epochs=1, seed=0)
+        rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
+        spec = VisionSpec("bench", "clip", rule, 14, shape.vision_width)
+        self._layout = Layout(spec, _image_token(shape), BEGIN)
+        self._training = Training(
+            lr=1e-3 if stage == "pretrain" else 2e-5,
+            precision=shape.precision,
+            pack_tokens=shape.pack_tokens,
+            zero=Zero(stage=2),
+            activation_checkpointing=way.recompute,
+            attention=way.attention,
+        )
+
+    def run(self) -> Measured:
+        """The first step is not timed."""
+        before = memory_gb(self._device)
+        llava = build(self._shape, self._way.attention if self._way.packs else "sdpa", self._device)
+        size = model_size(llava)
+        seconds, waiting, loss = self._packed(llava) if self._way.packs else self._padded(llava)
+        timed = self._timed()
+        lengths = self._blocks.lengths
+        return Measured(
+            int(lengths.length[timed].sum()),
+            seconds,
+            waiting,
+            _peak_gb(self._device) - before,
+            self._flops(size, timed),
+            loss,
+        )
+
+    def _timed(self) -> np.ndarray:
+        return np.concatenate([step.samples for step in self._plan.from_step(1)])
+
+    def _flops(self, size: ModelSize, samples: np.ndarray) -> float:
+        lengths = self._blocks.lengths
+        images, supervised = int(lengths.images[samples].sum()), int(lengths.supervised[samples].sum())
+        own = [int(length) for length in lengths.length[samples]]
+        return step_flops(size, own, images, supervised, language=self._stage == "finetune", vision=False)
+
+    def _packed(self, llava: Any) -> tuple[float, float, float]:
+        engine_room.PackLoss = PackLoss if self._way.supervised_logits else WholeLogits  # type: ignore[misc]
+        engine = Engine(llava, self._stage, self._training, self._plan.steps, self._device)
+        feed = Feed(self._blocks, self._plan, self._layout, 0, 1, self._shape.pack_tokens)
+        started = asked = time.monotonic()
+        waiting = loss = 0.0
+        for work in feed:
+            waiting += time.monotonic() - asked
+            loss = engine.step(work.step.number, work.packs, work.supervised).loss
+            asked = time.monotonic()
+            if work.step.number == 0:
+                started, waiting = asked, 0.0
+        return time.monotonic() - started, waiting, loss
+
+    def _padded(self, llava: Any) -> tuple[float, float, float]:
+        import deepspeed
+
+        shape, stage = self._shape, self._stage
+        choose_trainable(llava, stage)
+        llava.train()
+        if self._way.recompute:
+            llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            llava.enable_input_require_grads()
+        batch, micro_batch = shape.batch[stage], shape.micro_batch[stage]
+        trained = [weight for weight in llava.parameters() if weight.requires_grad]
+        settings = deepspeed_config(self._training) | {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": batch // micro_batch,
+            "managed_gradient_accumulation": True,
+        }
+        engine, *_ = deepspeed.initialize(
+            model=Usual(llava),
+            optimizer=torch.optim.AdamW(trained, lr=self._training.lr),
+            config=settings,
+            dist_init_required=False,
+        )
+        first = next(self._plan.from_step(0)).samples
+        parts = [list(grouped(samples, self._blocks, batch, micro_batch)) for samples in (first, self._timed())]
+        warm, timed = ([padded(numbers, self._blocks, self._layout) for numbers in part] for part in parts)
+        self._train(engine, warm)
+        started = time.monotonic()
+        loss = self._train(engine, timed)
+        return time.monotonic() - started, 0.0, loss
+
+    def _train(self, engine: Any, batches: list[Batch]) -> float:
+        dtype, loss = DTYPES[self._shape.precision], torch.zeros(())
+        for batch in batches:
+            pixels = batch.pixel_values
+            loss = engine(
+                input_ids=batch.input_ids.to(self._device),
+                attention_mask=batch.attention_mask.to(self._device),
+                labels=batch.labels.to(self._device),
+                pixel_values=None if pixels is None else pixels.to(self._device, dtype),
+            )
+            engine.backward(loss)
+            engine.step()
+        return float(loss.detach())
+
+
+def _peak_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return memory_gb(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _measured(way: Way, shape: str, stage: StageName, folder: Path, device: str, pipe: Any) -> None:
+    logging.disable(logging.WARNING)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    import deepspeed  # noqa: F401 (so that its import counts for nobody's memory)
+
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    pipe.send(Bench(way, SHAPES[shape], stage, folder, torch.device(device)).run())
+
+
+def measure(way: Way, shape: str, stage: StageName, folder: Path, device: str) -> Measured:
+    """One way in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measured, args=(way, shape, stage, folder, device, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found: Measured = ours.recv()
+    except EOFError:
+        sys.exit(f"{way.name}: failed, see above")
+    finally:
+        process.join()
+    return found
+
+
+def show(stage: StageName, rounds: dict[str, list[Measured]], shape: str, device: str) -> None:
+    """One stage's table."""
+    console = Console(file=sys.stdout, width=120)
+    table = Table(title=f"{stage}, {shape} on {device}", title_justify="left")
+    for heading in ("way", "useful tokens/s", "of 1st", "of 2nd", "waiting", "peak GB", "model TFLOP/s", "MFU"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    speed = {name: _rate(found, "tokens") for name, found in rounds.items()}
+    first, second = (speed[way.name] for way in REFERENCES)
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    for name, found in rounds.items():
+        flops = _rate(found, "flops")
+        waiting = sum(one.waiting for one in found) / sum(one.seconds for one in found)
+        table.add_row(
+            name,
+            f"{speed[name]:,.0f}",
+            f"{speed[name] / first:.2f}",
+            f"{speed[name] / second:.2f}",
+            f"{waiting:.1%}" if name not in [way.name for way in REFERENCES] else "-",
+            f"{max(one.memory_gb for one in found):.2f}",
+            f"{flops / 1e12:.3f}",
+            f"{flops / peak:.1%}" if peak else "-",
+        )
+    console.print(table)
+
+
+def _rate(found: list[Measured], what: str) -> float:
+    return sum(getattr(one, what) for one in found) / sum(one.seconds for one in found)
+
+
+def main() -> None:
+    """Measure all ways, in turn, and print a table a stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ladder", action="store_true", help="switch raylava's mechanisms on one by one")
+    arguments = parser.parse_args()
+    ways = (*REFERENCES, *(RUNGS if arguments.ladder else ()), RAYLAVA)
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        with tempfile.TemporaryDirectory() as name:
+            folder, shape = Path(name) / "blocks", SHAPES[arguments.shape]
+            write_blocks(draw(shape, stage, shape.batch[stage] * (arguments.steps + 1)), folder)
+            found: dict[str, list[Measured]] = {way.name: [] for way in ways}
+            for _ in range(arguments.rounds):
+                for way in ways:
+                    found[way.name].append(measure(way, arguments.shape, stage, folder, arguments.device))
+                    sys.stderr.write(json.dumps({"stage": stage, "way": way.name} | asdict(found[way.name][-1])) + "\n")
+            show(stage, found, arguments.shape, arguments.device)
+
+
+if __name__ == "__main__":
+    main()
