@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
     _takes_overrides(demo)
     _takes_recipe(command("run", _run_recipe, "make every artifact of a recipe that is missing"))
+    train = command("train", _train, "train one stage without Ray: as one process, or under `torchrun --no-python`")
+    train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument("stage", metavar="STAGE", choices=("pretrain", "finetune"))
+    _takes_overrides(train)
     _takes_recipe(command("check", _check, "validate a recipe without network, weights or cluster"))
     show = command("show", _show, "print what made an artifact")
     show.add_argument("artifact", metavar="PATH")
@@ -131,7 +135,7 @@ def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.recipe import load_recipe
+    from raylava.recipe_file import load_recipe
     from raylava.report import closing, summary
     from raylava.stages import run
     from raylava.storage import writable
@@ -142,9 +146,19 @@ def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
     return Outcome(summary(artifacts))
 
 
+def _train(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.recipe_file import load_recipe
+    from raylava.stages import train_alone
+    from raylava.storage import writable
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    artifact = train_alone(recipe, writable(arguments.storage), arguments.stage, console)
+    return Outcome(artifact.record if artifact else {})
+
+
 def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.model.backbones import check_known
-    from raylava.recipe import load_recipe
+    from raylava.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_known(recipe.model.language, recipe.model.vision)

@@ -15,7 +15,8 @@ from raylava.errors import UserError
 from raylava.evaluate.answer import read_answers
 from raylava.evaluate.score import normalise
 from raylava.micro.laboratory import LaboratorySize, laboratory
-from raylava.recipe import Recipe, Resources, load_recipe
+from raylava.recipe import Recipe, Resources
+from raylava.recipe_file import load_recipe
 from raylava.report import closing, summary
 from raylava.session import ray_session
 from raylava.stages import make, run

@@ -1,20 +1,14 @@
-"""The recipe: everything that decides a result, as one typed object loaded from YAML with `key=value` overrides.
+"""The recipe: everything that decides a result, as one typed object. recipe_file.py reads it from YAML.
 
 Settings marked with `scale()` decide only how a result is reached (packs, ZeRO stage, workers, places); they never
 enter a fingerprint. Nothing here touches weights, network or cluster.
 """
 
-import difflib
-import types
-import typing
-from pathlib import Path
+import importlib.util
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
-
-from raylava.errors import UserError
 
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -258,6 +252,22 @@ class Resources(Section):
         return self
 
 
+class Tracking(Section):
+    """Where figures are drawn besides metrics.jsonl and TensorBoard: a W&B project, an MLflow server, database or
+    folder. Credentials come from the environment.
+    """
+
+    wandb: str | None = None
+    mlflow: str | None = None
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        for name in ("wandb", "mlflow"):
+            if getattr(self, name) and importlib.util.find_spec(name) is None:
+                raise ValueError(f"{name} is not installed; pip install 'raylava[{name}]', or leave {name} out")
+        return self
+
+
 def _known_folder(value: str) -> str:
     return value.rstrip("/") if value not in ("", "/") else value
 
@@ -274,6 +284,7 @@ class Recipe(Section):
     finetune: Training = Training()
     evaluate: tuple[Benchmark, ...] = ()
     resources: Resources = scale(Resources())
+    tracking: Tracking = scale(Tracking())
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -292,143 +303,3 @@ class Recipe(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"evaluate names {names} must differ; give each benchmark its own name")
         return self
-
-
-def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML file, its parents (`extends:`) first, `key=value` overrides last.
-
-    Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
-    """
-    data = _read_with_parents(Path(path), seen=())
-    for override in overrides or []:
-        _apply(data, override)
-    return validate(data, where=path)
-
-
-def validate(data: dict[str, Any], where: str) -> Recipe:
-    """The recipe in a plain mapping. Raises UserError that names the key, the value and the fix."""
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from error
-
-
-def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.resolve()
-    if resolved in seen:
-        raise UserError(f"{path}: extends itself through {seen[-1].name}; remove one `extends:`")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
-    parent = data.pop("extends", None)
-    if parent is None:
-        return data
-    return _merged(_read_with_parents(path.parent / str(parent), (*seen, resolved)), data)
-
-
-def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else in the child replaces the parent's."""
-    merged = dict(parent)
-    for key, value in child.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; a number in the key is a position in a list; the value is YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
-    try:
-        value = _number_or_same(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-    *path, last = key.split(".")
-    target: Any = data
-    for depth, part in enumerate(path):
-        target = _enter(target, part, ".".join(path[: depth + 1]))
-    _put(target, last, value, key)
-
-
-def _number_or_same(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _enter(target: Any, part: str, key: str) -> Any:
-    if isinstance(target, list):
-        return target[_position(target, part, key)]
-    if target.get(part) is None:
-        target[part] = {}
-    inner = target[part]
-    if not isinstance(inner, dict | list):
-        raise UserError(f"{key} is a value ({inner!r}), it has no keys below it")
-    return inner
-
-
-def _put(target: Any, part: str, value: Any, key: str) -> None:
-    if isinstance(target, list):
-        target[_position(target, part, key)] = value
-    else:
-        target[part] = value
-
-
-def _position(target: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
-        raise UserError(f"{key}: {part!r} is not a position in a list of {len(target)}; count from 0")
-    return int(part)
-
-
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one line; the number of further ones, if any."""
-    details = error.errors()
-    problem = details[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(problem['loc'])}{more}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; add it to the recipe or give {key}=…{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
-    return f"{key}{shown}: {message}{more}" if key else f"{message}{more}"
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    known = [
-        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields
-    ]
-    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
-    here, _, last = wanted.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == here]
-    by_name = {key.rpartition(".")[2]: key for key in siblings}
-    close = difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)
-    match = by_name[close[0]] if close else next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)), None)
-    return f"; did you mean {match!r}?" if match else f"; known here: {', '.join(by_name)}"
-
-
-def _sections(section: type[Section], prefix: tuple[str, ...]) -> list[tuple[tuple[str, ...], type[Section]]]:
-    found = [(prefix, section)]
-    for name, info in section.model_fields.items():
-        for inner in _inner_sections(info.annotation):
-            found += _sections(inner, (*prefix, name))
-    return found
-
-
-def _inner_sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, Section) else []
-    return [inner for argument in typing.get_args(annotation) for inner in _inner_sections(argument)]

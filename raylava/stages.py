@@ -13,8 +13,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylava.artifacts import Artifact, Draft, lock
 from raylava.console import Bar, Console
@@ -40,6 +41,9 @@ from raylava.recipe import Benchmark, Corpus, Recipe
 from raylava.session import ray_session
 from raylava.storage import Place, join, place
 
+if TYPE_CHECKING:
+    from raylava.train.job import TrainJob
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +57,7 @@ class Stage:
     unit: str
     build: Callable[[Bar], dict[str, Any]]
     verify: Callable[[dict[str, Any]], None] = lambda metrics: None
+    job: "Callable[[], TrainJob] | None" = None  # of a training stage
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,42 @@ def make(stage: Stage, console: Console) -> Artifact:
         started = time.monotonic()
         with console.stage(stage.label, stage.unit) as bar:
             metrics = stage.build(bar)
-        inputs = {role: draft.fingerprint for role, draft in stage.inputs.items()}
-        artifact = stage.draft.commit(metrics, inputs, time.monotonic() - started)
+        return _committed(stage, metrics, started, console)
+
+
+def _committed(stage: Stage, metrics: dict[str, Any], started: float, console: Console) -> Artifact:
+    inputs = {role: draft.fingerprint for role, draft in stage.inputs.items()}
+    artifact = stage.draft.commit(metrics, inputs, time.monotonic() - started)
     console.say(f"[green]✓[/] {stage.label:<28} made in {artifact.record['seconds']:.0f} s  [dim]{artifact.place}[/]")
     return artifact
+
+
+def train_alone(recipe: Recipe, storage: Place, label: str, console: Console) -> Artifact | None:
+    """One training stage on this process and those that torchrun started with it; the artifact, on rank 0.
+
+    Raises UserError when the recipe has no such stage or what it reads is not made yet.
+    """
+    from raylava.train.alone import Ranks, train
+
+    stage = _training_stage(stages_of(recipe, storage), label)
+    if stage.draft.find() is not None:
+        return _found(stage, console)
+    assert stage.job is not None
+    started = time.monotonic()
+    with lock(stage.draft.place, label) if Ranks.from_environment().rank == 0 else nullcontext():
+        with console.stage(label, stage.unit) as bar:
+            metrics = train(stage.job(), recipe.resources, bar)
+        return None if metrics is None else _committed(stage, metrics, started, console)
+
+
+def _training_stage(stages: list[Stage], label: str) -> Stage:
+    found = {stage.label: stage for stage in stages if stage.job is not None}
+    if label not in found:
+        raise UserError(f"{label}: the recipe trains {', '.join(found)}; name one of these")
+    for draft in found[label].inputs.values():
+        if draft.find() is None:
+            raise UserError(f"{label} reads {draft.place}, which is not made yet; make it with `raylava run`")
+    return found[label]
 
 
 def _found(stage: Stage, console: Console) -> Artifact:
@@ -239,11 +276,10 @@ class _Graph:
         recipe, facts = self._recipe, self._facts
         connector = inputs.get("connector")
 
-        def build(bar: Bar) -> dict[str, Any]:
+        def job() -> "TrainJob":
             from raylava.train.job import TrainJob
-            from raylava.train.trainer import train
 
-            job = TrainJob(
+            return TrainJob(
                 stage=stage,
                 model=recipe.model,
                 vision=facts.vision,
@@ -254,10 +290,15 @@ class _Graph:
                 connector=connector.place.uri if connector else None,
                 fit=recipe.corpora.instruction.fit,
                 output=draft.place.uri,
+                tracking=recipe.tracking,
             )
-            return train(job, recipe.resources, bar)
 
-        return Stage(stage, draft, inputs, "steps", build)
+        def build(bar: Bar) -> dict[str, Any]:
+            from raylava.train.trainer import train
+
+            return train(job(), recipe.resources, bar)
+
+        return Stage(stage, draft, inputs, "steps", build, job=job)
 
     def _untrained(self) -> Stage:
         """The model as it was before any training: both backbones and a random connector."""

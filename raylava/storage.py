@@ -144,6 +144,11 @@ class Place:
             str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
         )
 
+    def copy_to(self, target: Path) -> None:
+        """Copy this file or folder to a local path."""
+        local = pafs.LocalFileSystem()
+        pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
+
     def local_copy(self) -> Path:
         """The file or folder as a local path: itself when local, else a copy in this user's cache, made once.
 
@@ -155,12 +160,7 @@ class Place:
         if not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=cached.parent))
-            pafs.copy_files(
-                self.path,
-                str(part / self.name),
-                source_filesystem=self.filesystem,
-                destination_filesystem=pafs.LocalFileSystem(),
-            )
+            self.copy_to(part / self.name)
             if not cached.exists():
                 (part / self.name).rename(cached)
             shutil.rmtree(part, ignore_errors=True)

@@ -8,7 +8,8 @@ import yaml
 from raylava.demo import recipes_folder
 from raylava.errors import UserError
 from raylava.model.backbones import check_known
-from raylava.recipe import Recipe, load_recipe
+from raylava.recipe import Recipe
+from raylava.recipe_file import load_recipe
 
 SHIPPED = sorted(path.name for path in recipes_folder().glob("*.yaml"))
 

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,8 @@ from raylava.recipe import Recipe
 from raylava.report import closing, summary
 from raylava.stages import run
 from raylava.storage import place
+from raylava.train.ledger import LEDGER
 from raylava.train.plan import EpochPlan
-from raylava.train.worker import LEDGER
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_a_second_run_finds_everything_and_says_so_in_json(
 def test_a_variant_shares_every_stage_that_it_has_in_common(
     changes: dict[str, Any], made_again: set[str], recipe: Recipe, storage: Path, artifacts: dict[str, Artifact]
 ) -> None:
-    from raylava.recipe import validate
+    from raylava.recipe_file import validate
     from raylava.stages import stages_of
 
     data = recipe.model_dump(mode="json")
@@ -143,3 +147,68 @@ def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
     assert sheet.name == SHEET
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page is self-contained"
+
+
+def start_alone(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":
+    """`raylava train` of the recipe's finetuning, under torchrun where there are several processes."""
+    file = storage / "recipe.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*(torchrun if processes > 1 else [sys.executable, "-m"]), "raylava.cli", "train", str(file), "finetune"]
+    return subprocess.Popen(
+        [*command, "--storage", str(storage), *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(run: "subprocess.Popen[str]", status: int = 0) -> str:
+    _, told = run.communicate(timeout=300)
+    assert run.returncode == status, told
+    return told
+
+
+def with_inputs(storage: Path, target: Path) -> Path:
+    """A storage that holds what finetuning reads."""
+    for stage in ("prepare", "pretrain"):
+        shutil.copytree(storage / stage, target / stage)
+    return target
+
+
+def trained(storage: Path) -> tuple[list[tuple[Any, ...]], bytes]:
+    (folder,) = (storage / "finetune").iterdir()
+    lines = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+    proof = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
+    return proof, (folder / "model.safetensors").read_bytes()
+
+
+def test_torchrun_trains_a_stage_to_the_same_bits_as_ray(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    alone = with_inputs(storage, tmp_path)
+    finished(start_alone(recipe, alone, processes=2))
+    assert trained(alone) == trained(storage)
+    (artifact,) = (alone / "finetune").iterdir()
+    record = json.loads((artifact / "artifact.json").read_text())
+    assert record["content"] == artifacts["finetune"].record["content"]
+    assert not (artifact / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_process_told_to_stop_saves_first_and_goes_on_to_the_same_bits(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    longer = ("finetune.global_batch=2", "finetune.epochs=12")
+    whole, hurt = with_inputs(storage, tmp_path / "whole"), with_inputs(storage, tmp_path / "hurt")
+    finished(start_alone(recipe, whole, 1, *longer))
+    run = start_alone(recipe, hurt, 1, *longer)
+    while not list(hurt.glob("finetune/*/metrics.jsonl")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.terminate()
+    assert "are saved" in finished(run, status=1)
+    finished(start_alone(recipe, hurt, 1, *longer))
+    assert trained(hurt) == trained(whole)
+
+
+def test_a_stage_alone_says_what_it_would_read_and_does_not_find(recipe: Recipe, tmp_path: Path) -> None:
+    told = finished(start_alone(recipe, tmp_path, processes=1), status=2)
+    assert "is not made yet; make it with `raylava run`" in " ".join(told.split())

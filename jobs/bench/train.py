@@ -48,9 +48,9 @@ from raylava.recipe import Storing, Training, Zero
 from raylava.train import engine as engine_room
 from raylava.train.engine import DTYPES, Engine, deepspeed_config
 from raylava.train.feed import Feed, Layout
+from raylava.train.figures import memory_gb
 from raylava.train.flops import ModelSize, model_size, peak_flops, step_flops
 from raylava.train.plan import EpochPlan
-from raylava.train.telemetry import memory_gb
 
 StageName = Literal["pretrain", "finetune"]
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from raylava.errors import RunError, first_line
 from raylava.model.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, choose_trainable
 from raylava.recipe import Training
+from raylava.storage import Place, place
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -51,6 +52,20 @@ class StepResult:
     lr: float
     seconds: float
     skipped: bool
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """What a checkpoint holds: the state before `step`, of so many ranks at that ZeRO stage."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+
+
+def read_cursor(checkpoint: Place) -> Cursor:
+    """A checkpoint's cursor. Raises FileNotFoundError where there is none."""
+    return Cursor(**json.loads((checkpoint / _CURSOR).read_bytes()))
 
 
 def schedule(step: int, steps: int, training: Training) -> float:
@@ -165,8 +180,8 @@ class Engine:
             str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            about = {"step": cursor, "world_size": dist.get_world_size(), "zero_stage": self._training.zero.stage}
-            (folder / _CURSOR).write_text(json.dumps(about))
+            about = Cursor(cursor, dist.get_world_size(), self._training.zero.stage)
+            (folder / _CURSOR).write_text(json.dumps(asdict(about)))
 
     def written(self) -> None:
         """Wait until all that was saved is on this node's disk. Raises what went wrong while writing."""
@@ -177,18 +192,18 @@ class Engine:
 
         A checkpoint of another world size is converted to DeepSpeed's universal format first.
         """
-        about = json.loads((folder / _CURSOR).read_text())
-        if about["zero_stage"] != self._training.zero.stage:
+        about = read_cursor(place(folder))
+        if about.zero_stage != self._training.zero.stage:
             raise RunError(
-                f"{folder} was written with zero.stage={about['zero_stage']} and this run has "
+                f"{folder} was written with zero.stage={about.zero_stage} and this run has "
                 f"zero.stage={self._training.zero.stage}; keep the stage until the run is done"
             )
-        if about["world_size"] == dist.get_world_size() or self._training.zero.stage == 0:
+        if about.world_size == dist.get_world_size() or self._training.zero.stage == 0:
             self._load(folder)
         else:
             with _universal(folder) as converted:
                 self._load_universal(converted)
-        return int(about["step"])
+        return about.step
 
     def _load_universal(self, folder: Path) -> None:
         """DeepSpeed 0.19 at stage 3 gives all groups the first one's settings and one step counter, which each then

@@ -1,14 +1,16 @@
 """What one training stage is to do, the same for every worker; what follows from it: its plan and its packs' layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.model.llava import StageName
 from raylava.model.templates import IMAGE_TOKEN
-from raylava.recipe import Model, Training
+from raylava.recipe import Model, Tracking, Training
 from raylava.train.feed import Layout
 from raylava.train.plan import EpochPlan, Shelves
+
+CHECKPOINTS = "checkpoints"  # a run's folder within its draft; removed once the result stands
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TrainJob:
     connector: str | None  # the connector artifact that finetuning starts from
     fit: str
     output: str
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 def epoch_plan(job: TrainJob, blocks: Blocks) -> EpochPlan:

@@ -1,7 +1,7 @@
-"""What a run shows while it runs: figures of each step, to metrics.jsonl, TensorBoard and Ray's gauges.
+"""What a run leaves to be seen: figures of each step in metrics.jsonl and the trackers, beside the result.
 
-Rank 0 keeps it, beside the result. The ledger (worker.py) is the proof of what was computed; this is how fast, and may
-differ from run to run.
+Rank 0 keeps it. The ledger (ledger.py) is the proof of what was computed; this is how fast, and may differ from run to
+run.
 """
 
 import json
@@ -11,78 +11,60 @@ import shutil
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
+from raylava.recipe import Tracking
 from raylava.storage import Place
+from raylava.train.engine import StepResult
+from raylava.train.feed import StepWork
+from raylava.train.figures import Meter, StepFigures
+from raylava.train.ledger import LEDGER
+from raylava.train.trackers import TENSORBOARD, trackers
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 _UPLOAD_EVERY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """One step as people watch it. Rates count the whole step, waiting for data included; memory is this worker's."""
-
-    step: int
-    loss: float
-    lr: float
-    gradient_norm: float | None
-    seconds: float
-    waiting_share: float
-    samples_per_second: float
-    tokens_per_second: float
-    supervised_tokens_per_second: float
-    mfu: float | None
-    memory_gb: float
-    skipped: bool
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of the device's allocator, or this process's resident memory on a CPU, in 10⁹ bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return float(psutil.Process().memory_info().rss) / 1e9
 
 
 class Telemetry:
     """Writes figures to `output` as they come: at once where it is local, each minute where it is not."""
 
-    def __init__(self, output: Place, first: int) -> None:
-        self._output = output
+    def __init__(
+        self, output: Place, first: int, meter: Meter, tracking: Tracking, settings: Mapping[str, Any]
+    ) -> None:
+        self._output, self._meter = output, meter
         self._folder = Path(output.path) if output.is_local else Path(tempfile.mkdtemp(prefix="raylava-metrics-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = _lines_before(output / METRICS, first)
         self._metrics = (self._folder / METRICS).open("w")
         self._metrics.write("".join(kept))
-        self._board = _board(self._folder / TENSORBOARD, first)
-        self._gauges = _gauges()
+        run = "/".join(output.uri.rsplit("/", 2)[1:])  # stage and fingerprint
+        self._trackers = trackers(tracking, self._folder, run, settings, first)
         self._uploaded = time.monotonic()
         self._uploading: threading.Thread | None = None
 
-    def add(self, figures: StepFigures) -> None:
-        """Record one step."""
+    def add(self, work: StepWork, result: StepResult, waited: float, saving: float) -> StepFigures:
+        """Record one step; see Meter.figures."""
+        figures = self._meter.figures(work, result, waited, saving)
         values = {name: value for name, value in asdict(figures).items() if value is not None}
         self._metrics.write(json.dumps(_finite(values)) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            if name != "step":
-                self._board.add_scalar(name, value, figures.step)
-                self._gauges[name].set(float(value))
+        step = values.pop("step")
+        for tracker in self._trackers:
+            tracker.add(step, {name: float(value) for name, value in values.items()})
         if not self._output.is_local and time.monotonic() - self._uploaded > _UPLOAD_EVERY_SECONDS:
             self._upload_soon()
+        return figures
 
     def close(self) -> None:
         """Everything is in `output` when this returns."""
         self._metrics.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._uploading is not None:
             self._uploading.join()
         if not self._output.is_local:
@@ -93,7 +75,8 @@ class Telemetry:
         """In the background, and not while the last upload is under way. What fails is tried again next time."""
         self._uploaded = time.monotonic()
         if self._uploading is None or not self._uploading.is_alive():
-            self._board.flush()
+            for tracker in self._trackers:
+                tracker.flush()
             self._uploading = threading.Thread(target=self._try_upload, name="telemetry", daemon=True)
             self._uploading.start()
 
@@ -104,12 +87,28 @@ class Telemetry:
             logger.warning("metrics could not be written to %s, will be tried again: %s", self._output, error)
 
     def _upload(self) -> None:
-        for name in (METRICS, TENSORBOARD):
-            source = self._folder / name
-            if source.is_dir():
-                (self._output / name).upload_folder(source)
-            else:
-                (self._output / name).write_bytes(source.read_bytes())
+        (self._output / METRICS).write_bytes((self._folder / METRICS).read_bytes())
+        (self._output / TENSORBOARD).upload_folder(self._folder / TENSORBOARD)
+
+
+def summary(output: Place) -> dict[str, Any]:
+    """The figures of a finished run, from its ledger and metrics."""
+    steps = [json.loads(line) for line in (output / LEDGER).read_bytes().splitlines()]
+    speeds = [json.loads(line) for line in (output / METRICS).read_bytes().splitlines()]
+    losses = [step["loss"] for step in steps if not step["skipped"]]
+    last = losses[-max(1, len(steps) // 20) :]
+    whole = [speed["seconds"] / (1.0 - speed["waiting_share"]) for speed in speeds]
+    return {
+        "steps": len(steps),
+        "skipped_steps": sum(step["skipped"] for step in steps),
+        "samples": sum(step["samples"] for step in steps),
+        "tokens": sum(step["tokens"] for step in steps),
+        "supervised_tokens": sum(step["supervised"] for step in steps),
+        "first_loss": losses[0],
+        "final_loss": sum(last) / len(last),
+        "tokens_per_second": sum(step["tokens"] for step in steps) / sum(whole),
+        "waiting_share": 1.0 - sum(speed["seconds"] for speed in speeds) / sum(whole),
+    }
 
 
 def _lines_before(file: Place, first: int) -> list[str]:
@@ -123,17 +122,3 @@ def _lines_before(file: Place, first: int) -> list[str]:
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _board(folder: Path, first: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first or None)
-
-
-def _gauges() -> dict[str, Any]:
-    """Ray's gauges, by figure: ray_raylava_loss and so on in Prometheus."""
-    from ray.util.metrics import Gauge
-
-    names = [name for name in StepFigures.__dataclass_fields__ if name != "step"]
-    return {name: Gauge(f"raylava_{name}", description=f"raylava training: {name}") for name in names}

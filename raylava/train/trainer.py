@@ -3,7 +3,6 @@
 What a worker does is worker.py's business.
 """
 
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylava.console import Bar
 from raylava.errors import RunError, first_line
 from raylava.recipe import Resources
-from raylava.storage import Place, place
-from raylava.train.job import TrainJob
-from raylava.train.telemetry import METRICS
+from raylava.storage import place
+from raylava.train.job import CHECKPOINTS, TrainJob
+from raylava.train.telemetry import summary
 from raylava.train.watch import Watch
-from raylava.train.worker import CHECKPOINTS, LEDGER, train_worker
+from raylava.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
     with _shown(watch, bar, job.stage):
         _fit(trainer, job.stage)
     (output / CHECKPOINTS).delete()
-    return _summary(output)
+    return summary(output)
 
 
 def _fit(trainer: TorchTrainer, stage: str) -> None:
@@ -142,22 +141,3 @@ def _cause(error: TrainingFailedError) -> str:
         cause = getattr(failure, "_base_exc", failure)
         return f"worker {rank}: {first_line(cause)}"
     return first_line(error)
-
-
-def _summary(output: Place) -> dict[str, Any]:
-    steps = [json.loads(line) for line in (output / LEDGER).read_bytes().splitlines()]
-    speeds = [json.loads(line) for line in (output / METRICS).read_bytes().splitlines()]
-    losses = [step["loss"] for step in steps if not step["skipped"]]
-    last = losses[-max(1, len(steps) // 20) :]
-    whole = [speed["seconds"] / (1.0 - speed["waiting_share"]) for speed in speeds]
-    return {
-        "steps": len(steps),
-        "skipped_steps": sum(step["skipped"] for step in steps),
-        "samples": sum(step["samples"] for step in steps),
-        "tokens": sum(step["tokens"] for step in steps),
-        "supervised_tokens": sum(step["supervised"] for step in steps),
-        "first_loss": losses[0],
-        "final_loss": sum(last) / len(last),
-        "tokens_per_second": sum(step["tokens"] for step in steps) / sum(whole),
-        "waiting_share": 1.0 - sum(speed["seconds"] for speed in speeds) / sum(whole),
-    }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import ray
 
-LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"
+from raylava.train.host import COMPUTING, LOADING, SAVING
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from ray.cluster_utils import Cluster
 from raylava.console import Silent
 from raylava.recipe import Resources
 from raylava.storage import place
-from raylava.train.job import TrainJob
+from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.trainer import train
-from raylava.train.worker import CHECKPOINTS
 
 
 def checkpoints(job: TrainJob) -> list[str]:

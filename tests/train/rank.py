@@ -1,11 +1,13 @@
-"""One rank of an engine without Ray, for test_engine.py: runs of six steps, a JSON line for each step.
+"""One rank of an engine without Ray, for test_engine.py: runs of a few steps, a JSON line for each step.
 
 The one argument is JSON: rank, world_size, rendezvous, language, vision, blocks, and `runs`: for each name its training
-settings, and where wanted stage, checkpoint (a folder written after step 3), resume (a folder to go on from), rehearse,
-poison (a step whose pictures hold NaN on the last rank).
+settings, and where wanted stage, epochs (of six steps; one by default), checkpoint (a folder written after step 3),
+resume (a folder to go on from), rehearse, poison (a step whose pictures hold NaN on the last rank), moments (a file for
+Adam's first moments after the first step), mixed (the first of three ranks gets text alone, the second pictures alone).
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -15,14 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
+from safetensors.torch import save_file
 
-from raylava.corpus.blocks import Blocks
+from raylava.corpus.blocks import Blocks, Sample
 from raylava.model.backbones import load_tokenizer, resolve_vision
 from raylava.model.llava import assemble
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Language, Model, Training, Vision
 from raylava.train.engine import Engine
-from raylava.train.feed import Feed, Layout
+from raylava.train.feed import Feed, Layout, StepWork
 from raylava.train.plan import EpochPlan
 
 DEFAULTS = {"lr": 1e-3, "clip_norm": 1.0, "weight_decay": 0.01, "precision": "fp32"}
@@ -46,7 +50,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     model = Model(language=Language(name=given["language"]), vision=Vision(name=given["vision"]))
     spec = resolve_vision(model.vision)
     corpus = Blocks(Path(given["blocks"]))
-    plan = EpochPlan(len(corpus), 8, epochs=1, seed=0)
+    plan = EpochPlan(len(corpus), 8, epochs=run.get("epochs", 1), seed=0)
     training = Training.model_validate(DEFAULTS | run["training"])
     llava = assemble(model, spec, seed=0, dtype=torch.float32)
     engine = Engine(llava, run.get("stage", "finetune"), training, plan.steps, torch.device("cpu"))
@@ -54,17 +58,56 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
     if run.get("rehearse"):
         engine.rehearse([layout.tensors([corpus[0], corpus[1]])])
-    for work in Feed(corpus, plan, layout, rank, world_size, pack_tokens=384, first=first):
+    feed = Feed(corpus, plan, layout, rank, world_size, pack_tokens=384, first=first)
+    for work in _mixed(corpus, plan, layout, rank, world_size) if run.get("mixed") else feed:
         if work.step.number == run.get("poison") and rank == world_size - 1:
             work.packs[0].pixel_values.fill_(torch.nan)
         result = engine.step(work.step.number, work.packs, work.supervised)
         if work.step.number == 2 and "checkpoint" in run:
             engine.save(Path(run["checkpoint"]), cursor=3)
             engine.written()
+        if work.step.number == 0 and "moments" in run:
+            _write_moments(engine, run["moments"])
         line = {"step": work.step.number, **vars(result)}
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         yield line
+
+
+def _mixed(corpus: Blocks, plan: EpochPlan, layout: Layout, rank: int, world_size: int) -> Iterator[StepWork]:
+    """Steps of 12 samples: on three ranks one has text alone, one pictures alone, one both; on one rank all of them."""
+    for step in itertools.islice(plan.from_step(0), 4):
+        first, second = (
+            [corpus[(12 * step.number + n) % len(corpus)] for n in part] for part in (range(6), range(6, 12))
+        )
+        text = [_without_picture(sample, layout.image_token_id) for sample in first]
+        groups = [text[:2], text[2:4]], [second[:2], second[2:4]], [[text[4], second[4]], [text[5], second[5]]]
+        own = [groups[rank]] if world_size > 1 else groups
+        packs = [layout.tensors(group) for part in own for group in part]
+        supervised = sum(sample.supervised_tokens for sample in [*text, *second])
+        yield StepWork(step, packs, supervised, tokens=0)
+
+
+def _without_picture(sample: Sample, image_token: int) -> Sample:
+    place = sample.input_ids.index(image_token)
+    ids = [token for token in sample.input_ids if token != image_token]
+    spans = [(start - (start > place), stop - (stop > place)) for start, stop in sample.supervised]
+    return Sample(sample.sample_id, ids, spans, [], len(ids))
+
+
+def _write_moments(engine: Engine, file: str) -> None:
+    """Of all trained weights: with a first beta of 0.9 and no clipping, a tenth of the first step's gradient."""
+    optimizer = engine._engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 link too early when there are several groups
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    found = {
+        name: safe_get_full_optimizer_state(weight, "exp_avg").clone()
+        for name, weight in engine.llava.named_parameters()
+        if weight.requires_grad
+    }
+    if dist.get_rank() == 0:
+        save_file(found, file)
 
 
 def _digest(weights: dict[str, torch.Tensor] | None) -> str:

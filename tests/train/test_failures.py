@@ -17,8 +17,8 @@ import pytest
 from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import LanguageSpec, VisionSpec
 from raylava.recipe import Checkpoints, Model, Training, Zero
-from raylava.train.job import TrainJob
-from raylava.train.worker import CHECKPOINTS, LEDGER
+from raylava.train.job import CHECKPOINTS, TrainJob
+from raylava.train.ledger import LEDGER
 
 pytestmark = pytest.mark.slow
 

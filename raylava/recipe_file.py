@@ -1,0 +1,153 @@
+"""A recipe's file: YAML with parents (`extends:`) and `key=value` overrides in, a Recipe or a one-line mistake out."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raylava.errors import UserError
+from raylava.recipe import Recipe, Section
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file, its parents (`extends:`) first, `key=value` overrides last.
+
+    Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
+    """
+    data = _read_with_parents(Path(path), seen=())
+    for override in overrides or []:
+        _apply(data, override)
+    return validate(data, where=path)
+
+
+def validate(data: dict[str, Any], where: str) -> Recipe:
+    """The recipe in a plain mapping. Raises UserError that names the key, the value and the fix."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from error
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends itself through {seen[-1].name}; remove one `extends:`")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merged(_read_with_parents(path.parent / str(parent), (*seen, resolved)), data)
+
+
+def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else in the child replaces the parent's."""
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; a number in the key is a position in a list; the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
+    try:
+        value = _number_or_same(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    *path, last = key.split(".")
+    target: Any = data
+    for depth, part in enumerate(path):
+        target = _enter(target, part, ".".join(path[: depth + 1]))
+    _put(target, last, value, key)
+
+
+def _number_or_same(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _enter(target: Any, part: str, key: str) -> Any:
+    if isinstance(target, list):
+        return target[_position(target, part, key)]
+    if target.get(part) is None:
+        target[part] = {}
+    inner = target[part]
+    if not isinstance(inner, dict | list):
+        raise UserError(f"{key} is a value ({inner!r}), it has no keys below it")
+    return inner
+
+
+def _put(target: Any, part: str, value: Any, key: str) -> None:
+    if isinstance(target, list):
+        target[_position(target, part, key)] = value
+    else:
+        target[part] = value
+
+
+def _position(target: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise UserError(f"{key}: {part!r} is not a position in a list of {len(target)}; count from 0")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line; the number of further ones, if any."""
+    details = error.errors()
+    problem = details[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(problem['loc'])}{more}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; add it to the recipe or give {key}=…{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
+    return f"{key}{shown}: {message}{more}" if key else f"{message}{more}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    known = [
+        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields
+    ]
+    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
+    here, _, last = wanted.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == here]
+    by_name = {key.rpartition(".")[2]: key for key in siblings}
+    close = difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)
+    match = by_name[close[0]] if close else next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)), None)
+    return f"; did you mean {match!r}?" if match else f"; known here: {', '.join(by_name)}"
+
+
+def _sections(section: type[Section], prefix: tuple[str, ...]) -> list[tuple[tuple[str, ...], type[Section]]]:
+    found = [(prefix, section)]
+    for name, info in section.model_fields.items():
+        for inner in _inner_sections(info.annotation):
+            found += _sections(inner, (*prefix, name))
+    return found
+
+
+def _inner_sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [inner for argument in typing.get_args(annotation) for inner in _inner_sections(argument)]
