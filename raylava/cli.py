@@ -34,7 +34,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parse(argv)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -45,6 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with quiet(log) as (out, console):
         return _run(arguments, out, console)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes overrides only where they stand together; people also put them after options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not all("=" in one and not one.startswith("-") and hasattr(arguments, "overrides") for one in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _run(arguments: argparse.Namespace, out: IO[str], console: Console) -> int:

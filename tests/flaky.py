@@ -9,10 +9,14 @@ from urllib.parse import urlsplit
 
 
 class FlakyProxy:
-    """`mode` is "well", "refusing" (503), "hanging" (a second, then the connection is cut) or "slow" (0.1 s more)."""
+    """`mode` is "well", "refusing" (503), "hanging" (a second, then the connection is cut) or "slow" (0.1 s more).
+
+    It holds for requests whose path contains `only`.
+    """
 
     def __init__(self, upstream: str) -> None:
-        self.mode = "well"
+        self.mode, self.only = "well", ""
+        self.failed: list[float] = []  # when requests were refused or left to hang, by time.time()
         self.gets: list[str] = []  # the paths that were read whole
         proxy, target = self, urlsplit(upstream)
 
@@ -21,14 +25,17 @@ class FlakyProxy:
 
             def _pass_on(self) -> None:
                 body = self._body()
-                if proxy.mode == "hanging":
+                mode = proxy.mode if proxy.only in self.path else "well"
+                if mode in ("hanging", "refusing"):
+                    proxy.failed.append(time.time())
+                if mode == "hanging":
                     time.sleep(1.0)  # the fault itself
                     self.close_connection = True
                     return
-                if proxy.mode == "refusing":
+                if mode == "refusing":
                     self._answer(503, {}, b"")
                     return
-                if proxy.mode == "slow":
+                if mode == "slow":
                     time.sleep(0.1)  # the fault itself
                 connection = http.client.HTTPConnection(target.hostname or "", target.port)
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}

@@ -85,6 +85,11 @@ def test_a_wrong_command_line_is_told_in_one_line(arguments: list[str], capfd: C
     assert "--help" in err
 
 
+def test_overrides_may_stand_before_and_after_options(recipe: Path, capfd: Captured) -> None:
+    status, out, _ = run(capfd, "check", recipe, "seed=3", "--json", "finetune.lr=1e-3")
+    assert (status, json.loads(out)["seed"], json.loads(out)["finetune"]["lr"]) == (0, 3, 1e-3)
+
+
 def test_check_needs_no_weights_and_prints_the_whole_recipe(tmp_path: Path, capfd: Captured) -> None:
     status, out, _ = run(capfd, "check", recipes_folder() / "llava-gemma-2b.yaml", "--json")
     assert status == 0

@@ -188,7 +188,8 @@ def test_torchrun_trains_a_stage_to_the_same_bits_as_ray(
     assert trained(alone) == trained(storage)
     (artifact,) = (alone / "finetune").iterdir()
     record = json.loads((artifact / "artifact.json").read_text())
-    assert record["content"] == artifacts["finetune"].record["content"]
+    assert record["fingerprint"] == artifacts["finetune"].fingerprint
+    assert record["inputs"] == artifacts["finetune"].record["inputs"]
     assert not (artifact / "checkpoints").exists()
 
 

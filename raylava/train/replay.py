@@ -55,7 +55,7 @@ def dump(job: TrainJob, engine: "Engine", step: Step, sample_ids: list[str]) -> 
     settings = {
         field.name: getattr(job, field.name)
         for field in dataclasses.fields(job)
-        if field.name not in ("model", "training", "vision", "language")
+        if field.name not in ("model", "training", "vision", "language", "tracking")
     }
     about = settings | {
         "model": job.model.model_dump(mode="json"),

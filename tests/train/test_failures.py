@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ import pytest
 from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import LanguageSpec, VisionSpec
 from raylava.recipe import Checkpoints, Model, Training, Zero
+from raylava.storage import place
 from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.ledger import LEDGER
+from tests.flaky import FlakyProxy
 
 pytestmark = pytest.mark.slow
 
@@ -74,37 +77,42 @@ def train_to_the_end(job: TrainJob, **given: Any) -> Lines:
 
 
 def ledger(job: TrainJob) -> Lines:
-    return [json.loads(line) for line in (Path(job.output) / LEDGER).read_text().splitlines()]
+    return [json.loads(line) for line in (place(job.output) / LEDGER).read_bytes().splitlines()]
 
 
 def weights(job: TrainJob) -> bytes:
-    return (Path(job.output) / "model.safetensors").read_bytes()
+    return (place(job.output) / "model.safetensors").read_bytes()
 
 
 def proof(lines: Lines) -> list[tuple[int, str, float]]:
     return [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
 
 
-def at(job: TrainJob, folder: Path, zero_stage: int = 2) -> TrainJob:
+def at(job: TrainJob, folder: Path | str, zero_stage: int = 2) -> TrainJob:
     training = job.training.model_copy(update={"zero": Zero(stage=zero_stage)})
     return dataclasses.replace(job, output=str(folder), training=training)
 
 
-def kill_all(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
-    """SIGKILL the driver and its whole cluster as soon as something is true."""
+def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
+    """Until something is true of a run that goes on."""
     deadline = time.monotonic() + 180
     while not once():
         assert run.poll() is None, run.communicate()[1][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_all(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
+    """SIGKILL the driver and its whole cluster as soon as something is true."""
+    wait_for(run, once)
     for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
         process.kill()
     run.communicate()
 
 
 def has_checkpoint(job: TrainJob) -> bool:
-    snapshot = Path(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
-    return snapshot.exists() and "step-" in snapshot.read_text()
+    snapshot = place(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    return snapshot.exists() and b"step-" in snapshot.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +183,44 @@ def check_the_same_samples(lines: Lines, expected: Lines) -> None:
     """On another number of workers sums are rounded otherwise: losses agree to 1e-4, samples exactly."""
     assert [line["samples_sha256"] for line in lines] == [line["samples_sha256"] for line in expected]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+
+
+def test_a_run_killed_while_a_checkpoint_uploads_goes_on_from_the_whole_one_before(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], proxy: FlakyProxy, s3: str
+) -> None:
+    job = at(job, f"{s3}/killed-uploading")
+    proxy.mode, proxy.only = "hanging", "step-00000016/state/zero_pp_rank_1"  # the other rank's part gets through
+    half = place(job.output) / CHECKPOINTS / "step-00000016"
+    kill_all(start(job), once=lambda: bool(proxy.failed) and any(half.files_below()))
+    killed = time.time()
+    proxy.mode = "well"
+    lines = train_to_the_end(job)
+    check_the_same(job, lines, peaceful)
+    assert [line["step"] for line in lines if line["time"] < killed] == list(range(8))
+
+
+def test_training_goes_on_while_storage_fails_and_ends_as_if_it_had_not(
+    job: TrainJob, peaceful: tuple[TrainJob, Lines], proxy: FlakyProxy, s3: str
+) -> None:
+    job = at(job, f"{s3}/failing-for-a-while")
+    proxy.mode, proxy.only = "refusing", "step-00000008"
+    run = start(job)
+    wait_for(run, lambda: len(proxy.failed) > 20)
+    proxy.mode = "well"
+    finish(run)
+    lines = ledger(job)
+    check_the_same(job, lines, peaceful)
+    assert any(proxy.failed[0] < line["time"] < proxy.failed[-1] for line in lines), "steps were done meanwhile"
+
+
+def test_storage_that_fails_for_good_ends_the_run_with_the_last_good_checkpoint_named(
+    job: TrainJob, proxy: FlakyProxy, s3: str
+) -> None:
+    training = job.training.model_copy(update={"checkpoints": Checkpoints(every_steps=8, retry_minutes=0.02)})
+    job = dataclasses.replace(job, training=training, output=f"{s3}/failing-for-good")
+    proxy.mode, proxy.only = "refusing", "step-00000016"
+    run = start(job)
+    _, told = run.communicate(timeout=400)
+    assert run.returncode != 0
+    assert "RunError" in told.splitlines()[-1]
+    assert re.search(r"could not be written to .*step-00000016.*the last good checkpoint is .*step-00000008", told)

@@ -1,0 +1,23 @@
+"""What a run without Ray does by itself; that it trains to the same bits is tested in test_road.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raylava.recipe import Checkpoints
+from raylava.storage import place
+from raylava.train.alone import superfluous
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "gone"), [(2, False, [1, 2]), (2, True, [2, 3]), (1, True, [1, 2, 3]), (9, False, [])]
+)
+def test_the_newest_checkpoints_are_kept_or_the_newest_and_the_best(
+    keep: int, best: bool, gone: list[int], tmp_path: Path
+) -> None:
+    for step, loss in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8)):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "done-rank-0.json").write_text(json.dumps({"loss": loss}))
+    found = superfluous(place(tmp_path).children(), Checkpoints(keep=keep, keep_best=best))
+    assert sorted(one.name for one in found) == [f"step-{step}" for step in gone]
