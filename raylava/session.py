@@ -5,6 +5,7 @@ Started here, its dashboard stays on loopback and its token authentication on; w
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,18 +30,44 @@ def ray_session(resources: Resources) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        cpus = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        ray.init(
-            "local",  # without it, Ray joins whatever cluster was last started here, even one that was killed
-            num_cpus=cpus,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start(max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(cpus: int) -> None:
+    """A cluster of this machine alone.
+
+    Its workers must be told where its API is: else Ray's own helpers ask the cluster that was last started here, take
+    Train's controller for dead when that one has never heard of it, and remove the placement group of a running stage;
+    or, when that one was killed, wait ten seconds for it at the end of every stage.
+    """
+    port = _free_port()
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = f"http://127.0.0.1:{port}"  # all of Ray's processes inherit it
+    try:
+        ray.init(
+            "local",  # without it, Ray joins whatever cluster was last started here, even one that was killed
+            num_cpus=cpus,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _hush() -> None:

@@ -8,10 +8,19 @@ from pathlib import Path
 
 SCRIPT = """
 import ray
+from ray.util.state import get_actor
 from raylava.recipe import Resources
-from raylava.session import ray_session
+from raylava.session import Progress, ray_session
+
+@ray.remote(num_cpus=0)
+def seen_by_a_worker(actor):
+    return get_actor(actor).state
+
 with ray_session(Resources(workers=2)):
     assert ray.cluster_resources()["CPU"] >= 2
+    progress = Progress.remote()
+    ray.get(progress.count.remote())
+    assert ray.get(seen_by_a_worker.remote(progress._actor_id.hex())) == "ALIVE"
 """
 
 

@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 
 from raylava.console import Silent
 from raylava.recipe import Resources
+from raylava.session import ray_session
 from raylava.storage import place
 from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.trainer import train
@@ -68,17 +69,16 @@ def main(given: dict[str, Any]) -> None:
     job: TrainJob = pickle.loads(bytes.fromhex(given["job"]))  # noqa: S301 (the test made it)
     cluster, nodes = None, []
     if given.get("nodes"):
+        os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # no dashboard: Ray's helpers must not wait for one
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    else:
-        ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     if given.get("then"):
         threading.Thread(target=befall, args=(given["then"], job, cluster, nodes), daemon=True).start()
     resources = Resources(workers=given["workers"], min_workers=given.get("min_workers"))
-    sys.stdout.write(json.dumps(train(job, resources, Silent())) + "\n")
-    sys.stdout.flush()
-    ray.shutdown()
+    with ray_session(resources):
+        sys.stdout.write(json.dumps(train(job, resources, Silent())) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
