@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
     _takes_overrides(demo)
     _takes_recipe(command("run", _run_recipe, "make every artifact of a recipe that is missing"))
+    sweep = command("sweep", _sweep, "make every variant of a sweep, each piece of work once")
+    sweep.add_argument("sweep", metavar="SWEEP.yaml")
+    sweep.add_argument("--plan", action="store_true", help="show what it comes to, and make nothing")
+    _takes_overrides(sweep)
     train = command("train", _train, "train one stage without Ray: as one process, or under `torchrun --no-python`")
     train.add_argument("recipe", metavar="RECIPE.yaml")
     train.add_argument("stage", metavar="STAGE", choices=("pretrain", "finetune"))
@@ -165,6 +169,31 @@ def _train(arguments: argparse.Namespace, console: Console) -> Outcome:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     artifact = train_alone(recipe, writable(arguments.storage), arguments.stage, console)
     return Outcome(artifact.record if artifact else {})
+
+
+def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.errors import RunError
+    from raylava.storage import writable
+    from raylava.tune.plan import plan
+    from raylava.tune.runner import run_sweep
+    from raylava.tune.sweep import load_sweep
+    from raylava.tune.table import plan_table, results, results_csv, results_table
+    from raylava.tune.variants import variants
+
+    sweep, storage = load_sweep(arguments.sweep), writable(arguments.storage)
+    sweep_plan = plan(variants(sweep, arguments.overrides), storage)
+    console.show(plan_table(sweep_plan))
+    if arguments.plan:
+        return Outcome({"works": [vars(work) for work in sweep_plan.works]})
+    rows = results(sweep_plan, run_sweep(sweep_plan, storage, sweep.max_concurrent_trials, console))
+    file = storage / "sweeps" / sweep.name / "results.csv"
+    file.write_bytes(results_csv(rows))
+    console.show(results_table(rows))
+    console.say(f"results: [bold]{file}[/]")
+    failed = [row for row in rows if row["failure"]]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(rows)} variants failed; run the same command again once that is mended")
+    return Outcome({"results": rows, "file": file.uri})
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -9,18 +9,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Protocol, TextIO
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 logger = logging.getLogger("raylava")
 
+_TABLE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SECONDS = 10.0  # without a terminal, progress is a line now and then
 
 
@@ -36,6 +38,16 @@ class Silent:
 
     def update(self, done: float, total: float, **figures: float) -> None:
         """Nothing."""
+
+
+class Shows(Protocol):
+    """Where a stage that is made shows itself: a person's console, or a trial of a sweep."""
+
+    def say(self, text: str) -> None:
+        """A line (rich markup)."""
+
+    def stage(self, title: str, unit: str) -> AbstractContextManager[Bar]:
+        """A bar for as long as the stage lasts."""
 
 
 class Console:
@@ -68,6 +80,25 @@ class Console:
             bar = _LineBar(self._rich, title, unit)
             yield bar
             bar.finish()
+
+    @contextmanager
+    def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
+        """A table that is drawn anew with each call of what this yields; without a terminal, now and then."""
+        if self._rich.is_terminal:
+            with Live(render(), console=self._rich, auto_refresh=False) as live:
+                yield lambda: live.update(render(), refresh=True)
+                live.update(render(), refresh=True)
+            return
+        shown_at = time.monotonic()
+
+        def now_and_then() -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at >= _TABLE_EVERY_SECONDS:
+                shown_at = time.monotonic()
+                self._rich.print(render())
+
+        yield now_and_then
+        self._rich.print(render())
 
 
 def _live(console: RichConsole) -> Progress:

@@ -18,10 +18,15 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
     """
-    data = _read_with_parents(Path(path), seen=())
+    data = read_recipe(path)
     for override in overrides or []:
-        _apply(data, override)
+        override_key(data, override)
     return validate(data, where=path)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The plain mapping in a YAML file over those of its parents. Raises UserError as `load_recipe` does."""
+    return _read_with_parents(Path(path), seen=())
 
 
 def validate(data: dict[str, Any], where: str) -> Recipe:
@@ -29,7 +34,7 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from error
+        raise UserError(f"{where}: {explained(error, Recipe)}") from error
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -61,20 +66,28 @@ def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; a number in the key is a position in a list; the value is YAML."""
+def override_key(data: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; the value is YAML. Raises UserError for what is not of that form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
     try:
-        value = _number_or_same(yaml.safe_load(text))
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    put(data, key, value)
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the key `a.b.c` of a plain mapping in place; a number in it is a position in a list.
+
+    Raises UserError where the key leads through a value or past the end of a list.
+    """
     *path, last = key.split(".")
     target: Any = data
     for depth, part in enumerate(path):
         target = _enter(target, part, ".".join(path[: depth + 1]))
-    _put(target, last, value, key)
+    _put(target, last, _number_or_same(value), key)
 
 
 def _number_or_same(value: Any) -> Any:
@@ -111,24 +124,24 @@ def _position(target: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError) -> str:
-    """The first mistake in one line; the number of further ones, if any."""
+def explained(error: ValidationError, section: type[Section]) -> str:
+    """The first mistake in what should have been a `section`, in one line; the number of further ones, if any."""
     details = error.errors()
     problem = details[0]
     key = ".".join(str(part) for part in problem["loc"])
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(problem['loc'])}{more}"
+        return f"unknown key {key!r}{_nearest(problem['loc'], section)}{more}"
     if problem["type"] == "missing":
-        return f"{key} is missing; add it to the recipe or give {key}=…{more}"
+        return f"{key} is missing; add it to the file or give {key}=…{more}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
     return f"{key}{shown}: {message}{more}" if key else f"{message}{more}"
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
+def _nearest(location: tuple[int | str, ...], whole: type[Section]) -> str:
     known = [
-        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(Recipe, ()) for name in section.model_fields
+        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(whole, ()) for name in section.model_fields
     ]
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     here, _, last = wanted.rpartition(".")

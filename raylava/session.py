@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylava.errors import first_line
 from raylava.recipe import Resources
@@ -26,7 +27,7 @@ def ray_session(resources: Resources) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _hush()
+    hush()
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
@@ -70,7 +71,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _hush() -> None:
+def here() -> NodeAffinitySchedulingStrategy:
+    """The driver's own node: what watches a run must not go with the nodes that come and go."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def hush() -> None:
     """Ray Data's own progress bars would fight with ours. Both calls must come before datasets are made."""
     import ray.data
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylava.artifacts import Artifact, Draft, lock
-from raylava.console import Bar, Console
+from raylava.console import Bar, Console, Shows
 from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
 from raylava.corpus.sources import SourceFiles, sizes_below
@@ -116,7 +116,7 @@ def run(recipe: Recipe, storage: Place, console: Console) -> dict[str, Artifact]
     return artifacts
 
 
-def make(stage: Stage, console: Console) -> Artifact:
+def make(stage: Stage, console: Shows) -> Artifact:
     """The stage's artifact, built unless it is there. Two runs at once: one builds, the other waits for it."""
     if stage.draft.find() is not None:
         return _found(stage, console)
@@ -129,7 +129,7 @@ def make(stage: Stage, console: Console) -> Artifact:
         return _committed(stage, metrics, started, console)
 
 
-def _committed(stage: Stage, metrics: dict[str, Any], started: float, console: Console) -> Artifact:
+def _committed(stage: Stage, metrics: dict[str, Any], started: float, console: Shows) -> Artifact:
     inputs = {role: draft.fingerprint for role, draft in stage.inputs.items()}
     artifact = stage.draft.commit(metrics, inputs, time.monotonic() - started)
     console.say(f"[green]✓[/] {stage.label:<28} made in {artifact.record['seconds']:.0f} s  [dim]{artifact.place}[/]")
@@ -164,7 +164,7 @@ def _training_stage(stages: list[Stage], label: str) -> Stage:
     return found[label]
 
 
-def _found(stage: Stage, console: Console) -> Artifact:
+def _found(stage: Stage, console: Shows) -> Artifact:
     artifact = stage.draft.find()
     assert artifact is not None
     stage.verify(artifact.metrics)

@@ -361,6 +361,8 @@ def deepspeed_config(training: Training) -> dict[str, Any]:
         "steps_per_print": 1 << 31,
     }
     given = training.deepspeed
+    if training.precision == "bf16" and training.zero.stage >= 2:  # a step's packs are summed in fp32; 0 and 1 can't
+        given = {"data_types": {"grad_accum_dtype": "fp32"}} | given
     return {**given, **ours, "zero_optimization": {**given.get("zero_optimization", {}), **zero}}
 
 

@@ -13,11 +13,11 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylava.console import Bar
 from raylava.errors import RunError, first_line
 from raylava.recipe import Resources
+from raylava.session import here
 from raylava.storage import place
 from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.telemetry import summary
@@ -37,7 +37,7 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
     Raises RunError with the first line of the cause when training fails.
     """
     output = place(job.output)
-    watch = Watch.options(scheduling_strategy=_here()).remote()  # type: ignore[attr-defined]
+    watch = Watch.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
     checkpoints = job.training.checkpoints
     trainer = TorchTrainer(
         train_worker,
@@ -81,11 +81,6 @@ def _fit(trainer: TorchTrainer, stage: str) -> None:
             if attempt == _MAX_LOSSES or not _lost_workers(error):
                 raise RunError(f"{stage} failed: {_cause(error)}") from error
             logger.warning("%s: lost worker %s; going on from the last checkpoint", stage, _lost_workers(error))
-
-
-def _here() -> NodeAffinitySchedulingStrategy:
-    """The driver's own node: what watches a run must not go with the nodes that come and go."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _lost_workers(error: TrainingFailedError) -> list[int]:

@@ -69,6 +69,7 @@ def main(given: dict[str, Any]) -> None:
     job: TrainJob = pickle.loads(bytes.fromhex(given["job"]))  # noqa: S301 (the test made it)
     cluster, nodes = None, []
     if given.get("nodes"):
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # how long a lost node still counts as there
         os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # no dashboard: Ray's helpers must not wait for one
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]
@@ -79,6 +80,7 @@ def main(given: dict[str, Any]) -> None:
     with ray_session(resources):
         sys.stdout.write(json.dumps(train(job, resources, Silent())) + "\n")
         sys.stdout.flush()
+    ray.shutdown()
 
 
 if __name__ == "__main__":

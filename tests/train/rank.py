@@ -3,26 +3,30 @@
 The one argument is JSON: rank, world_size, rendezvous, language, vision, blocks, and `runs`: for each name its training
 settings, and where wanted stage, epochs (of six steps; one by default), checkpoint (a folder written after step 3),
 resume (a folder to go on from), rehearse, poison (a step whose pictures hold NaN on the last rank), moments (a file for
-Adam's first moments after the first step), mixed (the first of three ranks gets text alone, the second pictures alone).
+Adam's first moments after the first step), mixed (the first of three ranks gets text alone, the second pictures alone),
+starve (rehearse a huge pack with hardly any memory left; must be the last).
 """
 
 import hashlib
 import itertools
 import json
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
 from raylava.corpus.blocks import Blocks, Sample
+from raylava.errors import RunError
 from raylava.model.backbones import load_tokenizer, resolve_vision
-from raylava.model.llava import assemble
+from raylava.model.llava import PackTensors, assemble
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Language, Model, Training, Vision
 from raylava.train.engine import Engine
@@ -58,6 +62,9 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
     if run.get("rehearse"):
         engine.rehearse([layout.tensors([corpus[0], corpus[1]])])
+    if run.get("starve"):
+        yield {"told": _starved(engine, layout.tensors([corpus[n] for n in range(len(corpus))] * 20))}
+        return
     feed = Feed(corpus, plan, layout, rank, world_size, pack_tokens=384, first=first)
     for work in _mixed(corpus, plan, layout, rank, world_size) if run.get("mixed") else feed:
         if work.step.number == run.get("poison") and rank == world_size - 1:
@@ -108,6 +115,16 @@ def _write_moments(engine: Engine, file: str) -> None:
     }
     if dist.get_rank() == 0:
         save_file(found, file)
+
+
+def _starved(engine: Engine, pack: PackTensors) -> str:
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+    try:
+        engine.rehearse([pack])
+    except RunError as error:
+        return str(error)
+    return "nothing"
 
 
 def _digest(weights: dict[str, torch.Tensor] | None) -> str:

@@ -207,6 +207,7 @@ def on_two(backbones: dict[str, str], folder: Path) -> dict[str, Lines]:
     runs |= {
         f"moments-{stage}": unclipped(stage, moments=str(folder / f"two-{stage}.safetensors")) for stage in ZERO_STAGES
     }
+    runs |= {f"bf16-{stage}": {"training": {"zero": {"stage": stage}, "precision": "bf16"}} for stage in STAGES}
     runs |= {"connector": zero(1, stage="pretrain", checkpoint=str(folder / "connector"))}
     return run_ranks(2, backbones, runs, folder)
 
@@ -337,6 +338,19 @@ def test_a_rehearsal_changes_nothing(stage: int, on_one: dict[str, Lines]) -> No
 @pytest.mark.parametrize("run", ["recomputed", "auto", "compiled"])
 def test_recomputed_activations_and_compiled_code_follow_the_same_losses(run: str, on_one: dict[str, Lines]) -> None:
     assert losses(on_one[run]) == pytest.approx(losses(on_one["plain-1"]), rel=1e-4)
+
+
+def test_memory_that_does_not_suffice_is_told_before_the_first_step_with_what_to_change(
+    backbones: dict[str, str], folder: Path
+) -> None:
+    (line,) = run_ranks(1, backbones, {"starved": zero(1, starve=True)}, folder)["starved"]
+    assert line["told"].startswith("out of memory in the rehearsal of the largest pack (")
+    assert "lower pack_tokens (now 2048), or set activation_checkpointing=true, or raise zero.stage" in line["told"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_the_losses_of_fp32_within_its_rounding(stage: int, on_two: dict[str, Lines]) -> None:
+    assert losses(on_two[f"bf16-{stage}"]) == pytest.approx(losses(on_two["plain-1"]), rel=0.02)
 
 
 def test_a_connector_checkpoint_holds_the_connector_and_its_moments_only(

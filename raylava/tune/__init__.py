@@ -1,0 +1,6 @@
+"""Many recipes at once: every variant of an experiment, under Ray Tune, each piece of work done once.
+
+`sweep` is the sweep's file: a base recipe, axes, seeds; `variants` crosses them (pure); `plan` says which stages the
+variants have in common and what is there already; `trial` walks one variant's stages within Ray Tune; `board` is where
+trials tell how far they are; `runner` is the driver's side; `table` shows what came of it.
+"""

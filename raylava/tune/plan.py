@@ -1,0 +1,51 @@
+"""What a sweep comes to before anything runs: its variants' stages, those they share, those that are there already."""
+
+from dataclasses import dataclass
+
+from raylava.artifacts import Artifact
+from raylava.stages import Stage, stages_of
+from raylava.storage import Place
+from raylava.tune.variants import Variant
+
+
+@dataclass(frozen=True)
+class Work:
+    """A distinct stage of a sweep: variants that need it share one artifact."""
+
+    stage: str
+    label: str
+    fingerprint: str
+    users: int
+    found: bool
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep's variants, each with its stages, in the same order."""
+
+    variants: tuple[Variant, ...]
+    stages: tuple[tuple[Stage, ...], ...]
+
+    @property
+    def works(self) -> list[Work]:
+        """The distinct stages, in the order in which variants first need them."""
+        first: dict[str, Stage] = {}
+        users: dict[str, int] = {}
+        for stage in (one for stages in self.stages for one in stages):
+            key = str(stage.draft.place)
+            first.setdefault(key, stage)
+            users[key] = users.get(key, 0) + 1
+        return [
+            Work(one.draft.stage, one.label, one.draft.fingerprint, users[key], one.draft.find() is not None)
+            for key, one in first.items()
+        ]
+
+    def artifacts(self, variant: int) -> dict[str, Artifact]:
+        """What is there of one variant, by stage label."""
+        found = {stage.label: stage.draft.find() for stage in self.stages[variant]}
+        return {label: artifact for label, artifact in found.items() if artifact is not None}
+
+
+def plan(variants: list[Variant], storage: Place) -> SweepPlan:
+    """Resolve every variant. Raises UserError for input that cannot work, before any worker starts."""
+    return SweepPlan(tuple(variants), tuple(tuple(stages_of(one.recipe, storage)) for one in variants))
