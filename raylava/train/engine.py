@@ -305,10 +305,12 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
 
     deepspeed.logger.setLevel(logging.WARNING)
     groups = list(parameter_groups(module, training))
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, eps=training.epsilon)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(training), dist_init_required=False
     )
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        state["step"].zero_()  # stage 0 in bf16 has taken a step, at a rate of zero, to allocate Adam's moments
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     engine.checkpoint_engine = BackgroundWriter(trained)
     return engine
@@ -317,7 +319,7 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
     """AdamW's groups, by peak rate (language model, connector, vision tower) and decay.
 
-    Matrices decay, vectors (biases and norms) don't. Every group carries its `peak_lr`.
+    Matrices decay, vectors (biases and norms) don't. Every group carries its `peak_lr`; `lr` is set with each step.
     """
     rates = {
         "connector": training.connector_lr or training.lr,
@@ -330,7 +332,7 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
             chosen = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
             if chosen:
                 decay = training.weight_decay if decays else 0.0
-                yield {"params": chosen, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+                yield {"params": chosen, "weight_decay": decay, "lr": 0.0, "peak_lr": rate}
 
 
 def _part(name: str) -> str:

@@ -29,7 +29,7 @@ from raylava.model.backbones import load_tokenizer, resolve_vision
 from raylava.model.llava import PackTensors, assemble
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Language, Model, Training, Vision
-from raylava.train.engine import Engine
+from raylava.train.engine import DTYPES, Engine
 from raylava.train.feed import Feed, Layout, StepWork
 from raylava.train.plan import EpochPlan
 
@@ -56,7 +56,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     corpus = Blocks(Path(given["blocks"]))
     plan = EpochPlan(len(corpus), 8, epochs=run.get("epochs", 1), seed=0)
     training = Training.model_validate(DEFAULTS | run["training"])
-    llava = assemble(model, spec, seed=0, dtype=torch.float32)
+    llava = assemble(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attention)
     engine = Engine(llava, run.get("stage", "finetune"), training, plan.steps, torch.device("cpu"))
     first = engine.load(Path(run["resume"])) if "resume" in run else 0
     layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
@@ -130,7 +130,7 @@ def _starved(engine: Engine, pack: PackTensors) -> str:
 def _digest(weights: dict[str, torch.Tensor] | None) -> str:
     digest = hashlib.sha256()
     for name, value in sorted((weights or {}).items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.float().numpy().tobytes())
     return digest.hexdigest()
 
 

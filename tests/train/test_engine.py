@@ -367,7 +367,7 @@ def test_the_connector_and_the_vision_tower_may_have_rates_of_their_own(model: P
     training = Training(lr=2e-5, connector_lr=1e-4, vision_lr=2e-6, weight_decay=0.1)
     choose_trainable(model.llava, "finetune", vision=True)
     groups = list(parameter_groups(model, training))
-    assert {group["lr"] for group in groups} == {2e-5, 1e-4, 2e-6}
+    assert {group["peak_lr"] for group in groups} == {2e-5, 1e-4, 2e-6}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for group in groups:
         assert {weight.ndim >= 2 for weight in group["params"]} == {group["weight_decay"] > 0}
