@@ -185,7 +185,8 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     console.show(plan_table(sweep_plan))
     if arguments.plan:
         return Outcome({"works": [vars(work) for work in sweep_plan.works]})
-    rows = results(sweep_plan, run_sweep(sweep_plan, storage, sweep.max_concurrent_trials, console))
+    ended = run_sweep(sweep_plan, storage, sweep.max_concurrent_trials, console)
+    rows = results(sweep_plan, [one.failure for one in ended])
     file = storage / "sweeps" / sweep.name / "results.csv"
     file.write_bytes(results_csv(rows))
     console.show(results_table(rows))

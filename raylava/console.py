@@ -7,6 +7,7 @@ pointed at the file and the person gets copies of the originals.
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,25 @@ class Silent:
 
     def update(self, done: float, total: float, **figures: float) -> None:
         """Nothing."""
+
+
+@contextmanager
+def meanwhile(show: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
+    """Call `show` now and then, from a thread, while the body blocks; and once after it."""
+    stopping = threading.Event()
+
+    def keep_showing() -> None:
+        while not stopping.wait(seconds):
+            show()
+
+    thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+        show()
 
 
 class Shows(Protocol):

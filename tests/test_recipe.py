@@ -11,7 +11,7 @@ from raylava.model.backbones import check_known
 from raylava.recipe import Recipe
 from raylava.recipe_file import load_recipe
 
-SHIPPED = sorted(path.name for path in recipes_folder().glob("*.yaml"))
+SHIPPED = sorted(path.name for path in recipes_folder().glob("*.yaml") if path.name != "ablations.yaml")  # a sweep
 
 MINIMAL = {
     "name": "minimal",

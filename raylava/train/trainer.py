@@ -4,7 +4,6 @@ What a worker does is worker.py's business.
 """
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raylava.console import Bar
+from raylava.console import Bar, meanwhile
 from raylava.errors import RunError, first_line
 from raylava.recipe import Resources
 from raylava.session import here
@@ -102,31 +101,20 @@ def _per_worker(resources: Resources) -> dict[str, float]:
 
 @contextmanager
 def _shown(watch: Any, bar: Bar, stage: str) -> Iterator[None]:
-    """Move the bar from a thread while `fit` blocks, and tell once when a rank holds the others up."""
-    stopping = threading.Event()
+    """Move the bar while `fit` blocks, and tell once when a rank holds the others up."""
+    told: str | None = None
 
-    def show() -> str | None:
+    def show() -> None:
+        nonlocal told
         last, silent = ray.get(watch.look.remote(_SILENCE_SECONDS))
         if last is not None:
             bar.update(last[0], last[1], **last[2])
-        return silent
+        if silent and not told:
+            logger.warning("%s does not move: %s", stage, silent)
+        told = silent
 
-    def keep_showing() -> None:
-        told: str | None = None
-        while not stopping.wait(0.5):
-            silent = show()
-            if silent and not told:
-                logger.warning("%s does not move: %s", stage, silent)
-            told = silent
-
-    thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
-    thread.start()
-    try:
+    with meanwhile(show):
         yield
-    finally:
-        stopping.set()
-        thread.join()
-        show()
 
 
 def _cause(error: TrainingFailedError) -> str:

@@ -7,16 +7,16 @@ checkpoints, and Tune's own state is not needed.
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import tune
 from ray.exceptions import RayTaskError
 
-from raylava.console import Console
+from raylava.console import Console, meanwhile
 from raylava.errors import first_line
 from raylava.recipe import Resources
 from raylava.session import here, ray_session
@@ -29,8 +29,16 @@ from raylava.tune.trial import run_trial
 logger = logging.getLogger(__name__)
 
 
-def run_sweep(sweep_plan: SweepPlan, storage: Place, most: int | None, console: Console) -> list[str | None]:
-    """Make what is missing of every variant. Returns why each failed, in their order; None for one that did not.
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended: the stages that it made itself (the others it found), and why it failed."""
+
+    made: tuple[str, ...]
+    failure: str | None
+
+
+def run_sweep(sweep_plan: SweepPlan, storage: Place, most: int | None, console: Console) -> list[Ended]:
+    """Make what is missing of every variant. Returns how each ended, in their order.
 
     `most` bounds how many are trained at once.
     """
@@ -51,7 +59,7 @@ def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int
     return max(1, fits)
 
 
-def _tune(sweep_plan: SweepPlan, storage: Place, at_once: int, console: Console) -> list[str | None]:
+def _tune(sweep_plan: SweepPlan, storage: Place, at_once: int, console: Console) -> list[Ended]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     count = len(sweep_plan.variants)
@@ -67,12 +75,9 @@ def _tune(sweep_plan: SweepPlan, storage: Place, at_once: int, console: Console)
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
             run_config=tune.RunConfig(storage_path=folder, name="sweep", verbose=0),
         ).fit()
-    failures: list[str | None] = [None] * count
-    for result in results:
-        if result.error is not None:
-            assert result.config is not None
-            failures[result.config["number"]] = _reason(result.error)
-    return failures
+        made = [where.made for where in ray.get(board.look.remote())]
+    failures = {result.config["number"]: _reason(result.error) for result in results if result.config and result.error}
+    return [Ended(tuple(own), failures.get(number)) for number, own in enumerate(made)]
 
 
 def _by_number(config: dict[str, Any]) -> None:
@@ -89,17 +94,5 @@ def _reason(error: Exception) -> str:
 def _shown(board: Any, sweep_plan: SweepPlan, console: Console) -> Iterator[None]:
     """Keep the table in front of the person while Tune blocks."""
     names = [variant.name for variant in sweep_plan.variants]
-    stopping = threading.Event()
-
-    def keep_showing() -> None:
-        with console.live(lambda: progress_table(names, ray.get(board.look.remote()))) as refresh:
-            while not stopping.wait(0.5):
-                refresh()
-
-    thread = threading.Thread(target=keep_showing, name="sweep-progress", daemon=True)
-    thread.start()
-    try:
+    with console.live(lambda: progress_table(names, ray.get(board.look.remote()))) as refresh, meanwhile(refresh):
         yield
-    finally:
-        stopping.set()
-        thread.join()

@@ -45,19 +45,19 @@ class _Teller:
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[Bar]:
-        self._board.tell.remote(self._trial, title, 0.0, 0.0, {})
-        yield _BoardBar(self._board, self._trial, title)
+        self._board.start.remote(self._trial, title)
+        yield _BoardBar(self._board, self._trial)
 
 
 class _BoardBar:
     """Not more often than someone looks."""
 
-    def __init__(self, board: Any, trial: int, title: str) -> None:
-        self._board, self._trial, self._title = board, trial, title
+    def __init__(self, board: Any, trial: int) -> None:
+        self._board, self._trial = board, trial
         self._told = 0.0
 
     def update(self, done: float, total: float, **figures: float) -> None:
         """See console.Bar."""
         if time.monotonic() - self._told >= _TELL_EVERY_SECONDS:
             self._told = time.monotonic()
-            self._board.tell.remote(self._trial, self._title, done, total, figures)
+            self._board.tell.remote(self._trial, done, total, figures)

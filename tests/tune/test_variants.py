@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from raylava.demo import recipes_folder
 from raylava.errors import UserError
+from raylava.recipe_file import load_recipe
 from raylava.tune.sweep import Sweep, load_sweep
 from raylava.tune.variants import variants
 
@@ -35,6 +36,16 @@ def test_axes_and_seeds_are_crossed_and_each_variant_is_the_recipe_with_its_sett
     last = found[-1].recipe
     assert (last.pretrain.enabled, last.finetune.lr, last.seed, last.finetune.epochs) == (False, 1e-3, 1, 2)
     assert len(found) == 8
+
+
+def test_the_papers_ablations_are_its_eight_recipes_with_three_seeds_each() -> None:
+    found = variants(load_sweep(str(recipes_folder() / "ablations.yaml")), [])
+    assert len(found) == 24
+    for one in found:
+        parts = ["llava-gemma", one.levels["language"], *(["dinov2"] if one.levels["vision"] == "dinov2" else [])]
+        name = "-".join([*parts, *(["no-pretrain"] if one.levels["connector"] == "random" else [])])
+        row = load_recipe(str(recipes_folder() / f"{name}.yaml"), [f"seed={one.seed}"])
+        assert one.recipe.content() == row.content(), one.name
 
 
 def test_overrides_of_the_command_line_come_last(tmp_path: Path) -> None:

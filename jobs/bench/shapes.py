@@ -1,0 +1,188 @@
+"""A LLaVA of given proportions with random weights, and a corpus like LLaVA's for it: what train.py measures on."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raylava.corpus.blocks import (
+    LENGTHS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    BlockRecord,
+    Manifest,
+    Sample,
+    block_bytes,
+    lengths_bytes,
+    lengths_of,
+)
+from raylava.corpus.images import encode
+from raylava.model.attention import register
+from raylava.model.backbones import PixelRule, VisionSpec
+from raylava.recipe import Storing
+from raylava.train.engine import DTYPES
+from raylava.train.feed import Layout
+
+StageName = Literal["pretrain", "finetune"]
+RULE_MEAN, RULE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+BEGIN, PICTURES = 2, 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA-Gemma's sizes. Text is `1/text_divisor` as long as in LLaVA's corpora, to keep its share of a sample."""
+
+    width: int
+    layers: int
+    heads: int
+    head_size: int
+    inner: int
+    vocabulary: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    pixels: int
+    text_divisor: int
+    precision: Literal["bf16", "fp32"]
+    pack_tokens: int
+    batch: dict[StageName, int]  # global, in samples
+    micro_batch: dict[StageName, int]  # the reference's, as in LLaVA's scripts
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.pixels // 14) ** 2
+
+    @property
+    def max_length(self) -> int:
+        return 2048 * self.image_tokens // 576
+
+
+SHAPES = {
+    # Gemma-2B and CLIP-L/336 with all widths an eighth, half the layers and a ninth of the tokens.
+    "small": Shape(
+        256,
+        9,
+        8,
+        32,
+        2048,
+        16_384,
+        128,
+        12,
+        4,
+        112,
+        9,
+        "fp32",
+        1024,
+        {"pretrain": 128, "finetune": 64},
+        {"pretrain": 32, "finetune": 16},
+    ),
+    "gemma-2b": Shape(
+        2048,
+        18,
+        8,
+        256,
+        16_384,
+        256_000,
+        1024,
+        24,
+        16,
+        336,
+        1,
+        "bf16",
+        8192,
+        {"pretrain": 128, "finetune": 64},
+        {"pretrain": 32, "finetune": 16},
+    ),
+}
+
+
+def draw(shape: Shape, stage: StageName, count: int) -> list[Sample]:
+    """Noise, in samples with lengths like those of LLaVA's corpora (lognormal; the parameters are estimates)."""
+    rng = np.random.default_rng(0)
+    rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
+    noise = rng.integers(0, 256, (PICTURES, rule.size, rule.size, 3), dtype=np.uint8)
+    pictures = [encode(pixels, Storing()) for pixels in noise]
+    return [_sample(shape, stage, rng, pictures[number % PICTURES], number) for number in range(count)]
+
+
+def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, picture: bytes, number: int) -> Sample:
+    if stage == "pretrain":  # a short request and a caption
+        shown, asked, answered = True, 20.0, float(np.clip(rng.lognormal(2.5, 0.5), 5, 80))
+    else:  # 94 % with a picture; conversations, of which answers are 15 to 75 %
+        shown = bool(rng.random() < 0.94)
+        text = np.clip(rng.lognormal(5.0, 0.7), 20, 1400) if shown else np.clip(rng.lognormal(6.0, 0.8), 20, 2000)
+        answered = float(text * rng.uniform(0.15, 0.75))
+        asked = float(text) - answered
+    before, after = (max(1, round(tokens / shape.text_divisor)) for tokens in (asked, answered))
+    words = [int(word) for word in rng.integers(10, shape.vocabulary - 10, before + after)]
+    ids = [BEGIN, *([_image_token(shape)] if shown else []), *words]
+    length = len(ids) + (shape.image_tokens - 1 if shown else 0)
+    return Sample(str(number), ids, [(len(ids) - after, len(ids))], [picture] if shown else [], length)
+
+
+def _image_token(shape: Shape) -> int:
+    return shape.vocabulary - 1
+
+
+def write_blocks(samples: list[Sample], folder: Path) -> None:
+    """One block of all samples, with what training reads beside it."""
+    folder.mkdir(parents=True)
+    content = block_bytes(samples)
+    (folder / "block.arrow").write_bytes(content)
+    record = BlockRecord("block.arrow", len(samples), 0, 0, len(content), hashlib.sha256(content).hexdigest())
+    supervised = sum(sample.supervised_tokens for sample in samples)
+    tokens, images = sum(sample.length for sample in samples), sum(len(sample.images) for sample in samples)
+    manifest = Manifest(
+        SCHEMA_VERSION, "bench", {}, (record,), len(samples), len(samples), tokens, supervised, images, 0, 0, {}
+    )
+    (folder / LENGTHS).write_bytes(lengths_bytes(lengths_of(samples)))
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+
+
+def build(shape: Shape, attention: str, device: torch.device) -> Any:
+    """The model with random weights, the same each time."""
+    from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    register()
+    text = GemmaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=1,
+        head_dim=shape.head_size,
+        tie_word_embeddings=True,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_width,
+        intermediate_size=4 * shape.vision_width,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=shape.pixels,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=_image_token(shape),
+        image_seq_length=shape.image_tokens,
+        tie_word_embeddings=True,
+    )
+    config.text_config._attn_implementation = attention
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[shape.precision])
+    with device:
+        llava = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    assert llava.config.text_config._attn_implementation == attention
+    return llava
+
+
+def layout(shape: Shape) -> Layout:
+    """How samples lie in packs of this shape."""
+    rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
+    return Layout(VisionSpec("bench", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN)
