@@ -70,7 +70,7 @@ def _tune(sweep_plan: SweepPlan, storage: Place, at_once: int, console: Console)
     ]
     with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, _shown(board, sweep_plan, console):
         results = tune.Tuner(
-            tune.with_resources(_by_number, tune.PlacementGroupFactory([{}])),
+            tune.with_resources(_by_number, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
             param_space={"configs": configs, "number": tune.grid_search(list(range(count)))},
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
             run_config=tune.RunConfig(storage_path=folder, name="sweep", verbose=0),
