@@ -180,4 +180,4 @@ def superfluous(whole: list[Place], settings: Checkpoints) -> list[Place]:
     if settings.keep_best:
         older = sorted(older, key=lambda one: -json.loads((one / _DONE.format(0)).read_bytes())["loss"])
     spared = settings.keep - len(newest)
-    return older[: len(older) - spared] if spared else older
+    return older[: max(0, len(older) - spared)]

@@ -1,6 +1,8 @@
 """What a run without Ray does by itself; that it trains to the same bits is tested in test_road.py."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from raylava.train.alone import superfluous
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "gone"), [(2, False, [1, 2]), (2, True, [2, 3]), (1, True, [1, 2, 3]), (9, False, [])]
+    ("keep", "best", "gone"),
+    [(2, False, [1, 2]), (2, True, [2, 3]), (1, True, [1, 2, 3]), (5, False, []), (9, False, [])],
 )
 def test_the_newest_checkpoints_are_kept_or_the_newest_and_the_best(
     keep: int, best: bool, gone: list[int], tmp_path: Path
@@ -21,3 +24,8 @@ def test_the_newest_checkpoints_are_kept_or_the_newest_and_the_best(
         (tmp_path / f"step-{step}" / "done-rank-0.json").write_text(json.dumps({"loss": loss}))
     found = superfluous(place(tmp_path).children(), Checkpoints(keep=keep, keep_best=best))
     assert sorted(one.name for one in found) == [f"step-{step}" for step in gone]
+
+
+def test_training_alone_needs_no_ray() -> None:
+    script = "import sys, raylava.train.alone; assert not [name for name in sys.modules if name.split('.')[0] == 'ray']"
+    subprocess.run([sys.executable, "-c", script], check=True)
