@@ -175,9 +175,10 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.errors import RunError
     from raylava.storage import writable
     from raylava.tune.plan import plan
+    from raylava.tune.report import write_results
     from raylava.tune.runner import run_sweep
     from raylava.tune.sweep import load_sweep
-    from raylava.tune.table import plan_table, results, results_csv, results_table
+    from raylava.tune.table import plan_table, results_table
     from raylava.tune.variants import variants
 
     sweep, storage = load_sweep(arguments.sweep), writable(arguments.storage)
@@ -186,15 +187,14 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     if arguments.plan:
         return Outcome({"works": [vars(work) for work in sweep_plan.works]})
     ended = run_sweep(sweep_plan, storage, sweep.max_concurrent_trials, console)
-    rows = results(sweep_plan, [one.failure for one in ended])
-    file = storage / "sweeps" / sweep.name / "results.csv"
-    file.write_bytes(results_csv(rows))
+    folder = storage / "sweeps" / sweep.name
+    rows = write_results(sweep, sweep_plan, [one.failure for one in ended], arguments.overrides, folder)
     console.show(results_table(rows))
-    console.say(f"results: [bold]{file}[/]")
+    console.say(f"report: [bold]{folder / 'report.md'}[/]   (results.csv beside it)")
     failed = [row for row in rows if row["failure"]]
     if failed:
         raise RunError(f"{len(failed)} of {len(rows)} variants failed; run the same command again once that is mended")
-    return Outcome({"results": rows, "file": file.uri})
+    return Outcome({"results": rows, "folder": folder.uri})
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> Outcome:

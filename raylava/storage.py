@@ -83,6 +83,12 @@ class Place:
         finally:
             part.unlink(missing_ok=True)
 
+    def forget_parts(self) -> None:
+        """Remove what writers killed within this folder have left of files; for when nobody writes there any more."""
+        if self.is_local:
+            for part in Path(self.path).rglob(".*.part"):
+                part.unlink(missing_ok=True)
+
     def create_exclusively(self, content: bytes) -> bool:
         """Write the file unless it exists; False when it does.
 

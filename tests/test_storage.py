@@ -1,5 +1,7 @@
 """Any URI is a place; what is written there is whole or absent."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,17 @@ def test_a_missing_bucket_is_told_in_one_line(s3: str) -> None:
     with pytest.raises(UserError, match="cannot write there") as error:
         writable("s3://no-such-bucket/x")
     assert "\n" not in str(error.value)
+
+
+def test_what_a_killed_writer_left_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from raylava.storage import place\n"
+        "os.fsync = lambda _: os._exit(9)\n"  # killed after the content, before the rename
+        "place(sys.argv[1]).write_bytes(b'half')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "blocks" / "block.arrow")], check=False)
+    (tmp_path / "blocks" / "whole.arrow").write_bytes(b"whole")
+    assert len(list((tmp_path / "blocks").iterdir())) == 2
+    place(tmp_path).forget_parts()
+    assert [file.name for file in (tmp_path / "blocks").iterdir()] == ["whole.arrow"]

@@ -303,6 +303,7 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
         quarantine=count_reasons(quarantine),
     )
     assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"
+    output.forget_parts()
     _keep_tokenizer(job, output)
     (output / LENGTHS).write_bytes(lengths_bytes(lengths))
     (output / QUARANTINE).write_bytes(quarantine_bytes(quarantine))

@@ -46,8 +46,13 @@ def exact_match(questions: Sequence[Question], texts: Sequence[str | None]) -> S
     return Scores(overall, scores)
 
 
+def matches(text: str | None, reference: str) -> bool:
+    """Whether an answer is right by exact match; no answer (None) is not."""
+    return text is not None and normalise(text) == normalise(reference)
+
+
 def _score(pairs: list[tuple[str | None, str]]) -> Score:
-    right = sum(text is not None and normalise(text) == normalise(reference) for text, reference in pairs)
+    right = sum(matches(text, reference) for text, reference in pairs)
     commonest = Counter(normalise(reference) for _, reference in pairs).most_common(1)[0][1]
     missing = sum(text is None for text, _ in pairs)
     return Score(len(pairs), missing, right / len(pairs), commonest / len(pairs))

@@ -13,10 +13,13 @@ from raylava.tune.sweep import Sweep
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of a sweep: which level of each axis it has, and its seed (None where the sweep names none)."""
+    """One recipe of a sweep: which level of each axis it has, its seed (None where the sweep names none), and the
+    settings that follow.
+    """
 
     levels: dict[str, str]
     seed: int | None
+    settings: dict[str, Any]  # by recipe key, over the sweep's base
     recipe: Recipe
 
     @property
@@ -32,9 +35,7 @@ def variants(sweep: Sweep, overrides: list[str]) -> list[Variant]:
     Raises UserError when a combination is no valid recipe, or all are excluded.
     """
     found = [
-        Variant(levels, seed, _recipe(sweep, levels, seed, overrides))
-        for levels in _combinations(sweep)
-        for seed in sweep.seeds or (None,)
+        _variant(sweep, levels, seed, overrides) for levels in _combinations(sweep) for seed in sweep.seeds or (None,)
     ]
     if not found:
         raise UserError("every combination of the sweep is excluded; remove an `exclude`")
@@ -48,16 +49,16 @@ def _combinations(sweep: Sweep) -> Iterator[dict[str, str]]:
             yield combination
 
 
-def _recipe(sweep: Sweep, levels: dict[str, str], seed: int | None, overrides: list[str]) -> Recipe:
-    data = read_recipe(sweep.recipe)
+def _variant(sweep: Sweep, levels: dict[str, str], seed: int | None, overrides: list[str]) -> Variant:
     settings: dict[str, Any] = dict(sweep.set)
     for axis, level in levels.items():
         settings |= sweep.axes[axis][level]
     if seed is not None:
         settings["seed"] = seed
+    data = read_recipe(sweep.recipe)
     for key, value in settings.items():
         put(data, key, value)
     for override in overrides:
         override_key(data, override)
     where = f"{sweep.name} ({', '.join(f'{axis}={level}' for axis, level in levels.items()) or 'the only variant'})"
-    return validate(data, where)
+    return Variant(levels, seed, settings, validate(data, where))

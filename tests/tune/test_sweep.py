@@ -1,6 +1,7 @@
 """A sweep under Ray Tune: what its variants share is made once, one that fails does not stop the others."""
 
 import json
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,8 +13,10 @@ from raylava.artifacts import Artifact
 from raylava.console import Console
 from raylava.demo import micro_recipe
 from raylava.recipe import Model, Resources
+from raylava.recipe_file import load_recipe
 from raylava.storage import place
 from raylava.tune.plan import SweepPlan, plan
+from raylava.tune.report import write_results
 from raylava.tune.runner import Ended, concurrent_trials, run_sweep
 from raylava.tune.sweep import load_sweep
 from raylava.tune.table import results, results_csv
@@ -24,7 +27,8 @@ SMALL = [
     "finetune.global_batch=48",
     "finetune.epochs=1",
     "resources.workers=1",
-    "evaluate=[]",
+    "evaluate.0.baselines=[]",
+    "evaluate.0.batch_size=10",
 ]
 
 
@@ -71,6 +75,7 @@ def test_the_plan_says_what_variants_share_before_anything_runs(sweep_plan: Swee
         ("pretrain", 1): 2,
         ("prepare instruction", 4): 1,
         ("finetune", 1): 4,
+        ("evaluate heldout", 1): 4,
     }
 
 
@@ -79,7 +84,7 @@ def test_each_distinct_stage_is_made_by_one_trial(sweep_plan: SweepPlan, ended: 
     places = [{stage.label: str(stage.draft.place) for stage in stages} for stages in sweep_plan.stages]
     begun = Counter(of[label] for of, trial in zip(places, ended, strict=True) for label in trial.made)
     assert set(begun.values()) == {1}
-    assert len(begun) == 7, "two corpora, two connectors, and three models: one has no connector to start from"
+    assert len(begun) == 9, "two corpora, two connectors, three models (one has no connector), two evaluations"
 
 
 @pytest.mark.slow
@@ -95,8 +100,28 @@ def test_a_variant_that_fails_is_told_with_its_reason_and_the_others_go_on(
     ]
     reasons = [row["failure"] for row in rows if row["failure"]]
     assert all("1 steps in a row were not finite, the last is step 0" in reason for reason in reasons), reasons
-    assert results_csv(rows).decode().splitlines()[0] == "language,connector,final_loss,model,failure"
+    assert results_csv(rows).decode().splitlines()[0] == "language,connector,heldout,final_loss,model,failure"
     assert "failed" in (storage / "told.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_report_has_scores_effects_failures_and_a_command_for_each_row(
+    sweep_plan: SweepPlan, ended: list[Ended], storage: Path
+) -> None:
+    sweep = load_sweep(str(storage / "sweep.yaml"))
+    write_results(
+        sweep, sweep_plan, [one.failure for one in ended], ["evaluate.0.batch_size=5"], place(storage / "out")
+    )
+    page = (storage / "out" / "report.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| sound | ")]
+    scores = [sweep_plan.artifacts(n)["evaluate heldout"].metrics["overall"]["exact_match"] for n in (0, 1)]
+    assert [row.split(" | ")[2] for row in rows] == [f"{score:.3f}" for score in scores]
+    assert "| broken | random | failed | 0 |" in page
+    assert f"| connector | random | pretrained | {scores[1] - scores[0]:+.3f} | " in page
+    assert "- language=broken connector=random: " in page
+    command = next(line for line in page.splitlines() if line.startswith("raylava run") and "broken" not in line)
+    recipe, *settings = shlex.split(command)[2:]
+    assert load_recipe(recipe, settings).content() == sweep_plan.variants[0].recipe.content()
 
 
 @pytest.mark.slow
