@@ -41,20 +41,26 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"{path}: extends itself through {seen[-1].name}; remove one `extends:`")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the recipe ({error.strerror}); see jobs/recipes/ for the shipped ones"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    data = read_mapping(path, "recipe")
     parent = data.pop("extends", None)
     if parent is None:
         return data
     return _merged(_read_with_parents(path.parent / str(parent), (*seen, resolved)), data)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file that should be a `what`. Raises UserError, in one line, when it is none."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the {what} ({error.strerror}); see jobs/recipes/ for the shipped ones"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a {what} is a mapping of keys to values, this is a {type(data).__name__}")
+    return data
 
 
 def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ does is in its own room.
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,8 +42,6 @@ from raylava.storage import Place, join, place
 
 if TYPE_CHECKING:
     from raylava.train.job import TrainJob
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

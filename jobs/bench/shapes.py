@@ -22,13 +22,16 @@ from raylava.corpus.blocks import (
 from raylava.corpus.images import encode
 from raylava.model.attention import register
 from raylava.model.backbones import PixelRule, VisionSpec
+from raylava.model.llava import StageName
 from raylava.recipe import Storing
 from raylava.train.engine import DTYPES
 from raylava.train.feed import Layout
 
-StageName = Literal["pretrain", "finetune"]
 RULE_MEAN, RULE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 BEGIN, PICTURES = 2, 32
+HEADS = 8
+BATCH: dict[StageName, int] = {"pretrain": 128, "finetune": 64}  # global, in samples
+MICRO_BATCH: dict[StageName, int] = {"pretrain": 32, "finetune": 16}  # the reference's, as in LLaVA's scripts
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,7 @@ class Shape:
 
     width: int
     layers: int
-    heads: int
     head_size: int
-    inner: int
     vocabulary: int
     vision_width: int
     vision_layers: int
@@ -48,53 +49,39 @@ class Shape:
     text_divisor: int
     precision: Literal["bf16", "fp32"]
     pack_tokens: int
-    batch: dict[StageName, int]  # global, in samples
-    micro_batch: dict[StageName, int]  # the reference's, as in LLaVA's scripts
 
     @property
     def image_tokens(self) -> int:
         return (self.pixels // 14) ** 2
 
-    @property
-    def max_length(self) -> int:
-        return 2048 * self.image_tokens // 576
-
 
 SHAPES = {
     # Gemma-2B and CLIP-L/336 with all widths an eighth, half the layers and a ninth of the tokens.
     "small": Shape(
-        256,
-        9,
-        8,
-        32,
-        2048,
-        16_384,
-        128,
-        12,
-        4,
-        112,
-        9,
-        "fp32",
-        1024,
-        {"pretrain": 128, "finetune": 64},
-        {"pretrain": 32, "finetune": 16},
+        width=256,
+        layers=9,
+        head_size=32,
+        vocabulary=16_384,
+        vision_width=128,
+        vision_layers=12,
+        vision_heads=4,
+        pixels=112,
+        text_divisor=9,
+        precision="fp32",
+        pack_tokens=1024,
     ),
     "gemma-2b": Shape(
-        2048,
-        18,
-        8,
-        256,
-        16_384,
-        256_000,
-        1024,
-        24,
-        16,
-        336,
-        1,
-        "bf16",
-        8192,
-        {"pretrain": 128, "finetune": 64},
-        {"pretrain": 32, "finetune": 16},
+        width=2048,
+        layers=18,
+        head_size=256,
+        vocabulary=256_000,
+        vision_width=1024,
+        vision_layers=24,
+        vision_heads=16,
+        pixels=336,
+        text_divisor=1,
+        precision="bf16",
+        pack_tokens=8192,
     ),
 }
 
@@ -150,9 +137,9 @@ def build(shape: Shape, attention: str, device: torch.device) -> Any:
     text = GemmaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
-        intermediate_size=shape.inner,
+        intermediate_size=8 * shape.width,
         num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
+        num_attention_heads=HEADS,
         num_key_value_heads=1,
         head_dim=shape.head_size,
         tie_word_embeddings=True,

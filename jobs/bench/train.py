@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, Shape, StageName, build, draw, layout, write_blocks
+from shapes import BATCH, MICRO_BATCH, SHAPES, Shape, build, draw, layout, write_blocks
 from torch import Tensor, nn
 
 from raylava.corpus.blocks import Blocks
 from raylava.model.attention import VARLEN
-from raylava.model.llava import PackLoss, choose_trainable
+from raylava.model.llava import PackLoss, StageName, choose_trainable
 from raylava.recipe import Training, Zero
 from raylava.train import engine as engine_room
 from raylava.train.engine import DTYPES, Engine, deepspeed_config
@@ -152,7 +152,7 @@ class Bench:
     def __init__(self, way: Way, shape: Shape, stage: StageName, folder: Path, device: torch.device) -> None:
         self._way, self._shape, self._stage, self._device = way, shape, stage, device
         self._blocks = Blocks(folder)
-        self._plan = EpochPlan(len(self._blocks), shape.batch[stage], epochs=1, seed=0)
+        self._plan = EpochPlan(len(self._blocks), BATCH[stage], epochs=1, seed=0)
         self._layout = layout(shape)
         self._training = Training(
             lr=1e-3 if stage == "pretrain" else 2e-5,
@@ -206,13 +206,13 @@ class Bench:
     def _padded(self, llava: Any) -> tuple[float, float, float]:
         import deepspeed
 
-        shape, stage = self._shape, self._stage
+        stage = self._stage
         choose_trainable(llava, stage)
         llava.train()
         if self._way.recompute:
             llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             llava.enable_input_require_grads()
-        batch, micro_batch = shape.batch[stage], shape.micro_batch[stage]
+        batch, micro_batch = BATCH[stage], MICRO_BATCH[stage]
         trained = [weight for weight in llava.parameters() if weight.requires_grad]
         settings = deepspeed_config(self._training) | {
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -324,7 +324,7 @@ def main() -> None:
     for stage in [arguments.stage] if arguments.stage else STAGES:
         with tempfile.TemporaryDirectory() as name:
             folder, shape = Path(name) / "blocks", SHAPES[arguments.shape]
-            write_blocks(draw(shape, stage, shape.batch[stage] * (arguments.steps + 1)), folder)
+            write_blocks(draw(shape, stage, BATCH[stage] * (arguments.steps + 1)), folder)
             found: dict[str, list[Measured]] = {way.name: [] for way in ways}
             for _ in range(arguments.rounds):
                 for way in ways:

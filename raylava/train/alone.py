@@ -6,7 +6,6 @@ its own. Told to stop (SIGTERM), a run saves first.
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -31,8 +30,6 @@ from raylava.train.host import KeptCheckpoint, Upload
 from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.loop import Loop
 from raylava.train.telemetry import summary
-
-logger = logging.getLogger(__name__)
 
 _DONE = "done-rank-{}.json"  # written after all else of a rank's part
 

@@ -4,7 +4,6 @@ The artifacts are the sweep's memory: run again, what is finished is found, what
 checkpoints, and Tune's own state is not needed.
 """
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,8 +24,6 @@ from raylava.tune.board import Board
 from raylava.tune.plan import SweepPlan
 from raylava.tune.table import progress_table
 from raylava.tune.trial import run_trial
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

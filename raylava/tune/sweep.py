@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from raylava.errors import UserError
 from raylava.recipe import Section
-from raylava.recipe_file import explained
+from raylava.recipe_file import explained, read_mapping
 
 Level = dict[str, Any]  # settings by recipe key
 
@@ -53,14 +52,7 @@ def load_sweep(path: str) -> Sweep:
 
     Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the sweep ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a sweep is a mapping of keys to values, this is a {type(data).__name__}")
+    data = read_mapping(Path(path), "sweep")
     try:
         sweep = Sweep.model_validate(data)
     except ValidationError as error:
