@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo ablation test lint format clean
 
 install: $(VENV)/.installed
 
@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/raylava demo
+
+ablation: install
+	$(BIN)/raylava laboratory micro
+	$(BIN)/raylava sweep jobs/recipes/micro-ablations.yaml
 
 test: install
 	$(BIN)/pytest

@@ -174,27 +174,28 @@ def _train(arguments: argparse.Namespace, console: Console) -> Outcome:
 def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.errors import RunError
     from raylava.storage import writable
+    from raylava.tune.findings import Findings
     from raylava.tune.plan import plan
-    from raylava.tune.report import write_results
-    from raylava.tune.runner import run_sweep
+    from raylava.tune.report import write_report
+    from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
     from raylava.tune.table import plan_table, results_table
-    from raylava.tune.variants import variants
 
     sweep, storage = load_sweep(arguments.sweep), writable(arguments.storage)
-    sweep_plan = plan(variants(sweep, arguments.overrides), storage)
-    console.show(plan_table(sweep_plan))
+    run = SweepRun(sweep, arguments.overrides, storage)
+    expected = plan(run.expected(), storage)
+    console.show(plan_table(expected))
     if arguments.plan:
-        return Outcome({"works": [vars(work) for work in sweep_plan.works]})
-    ended = run_sweep(sweep_plan, storage, sweep.max_concurrent_trials, console)
-    folder = storage / "sweeps" / sweep.name
-    rows = write_results(sweep, sweep_plan, [one.failure for one in ended], arguments.overrides, folder)
-    console.show(results_table(rows))
-    console.say(f"report: [bold]{folder / 'report.md'}[/]   (results.csv beside it)")
-    failed = [row for row in rows if row["failure"]]
+        return Outcome({"works": [vars(work) for work in expected.works]})
+    ended = run.run(console)
+    findings = Findings(sweep, arguments.overrides, plan([one.variant for one in ended], storage), ended)
+    write_report(findings, run.folder)
+    console.show(results_table(findings))
+    console.say(f"report: [bold]{run.folder / 'report.html'}[/]   (report.md and results.csv beside it)")
+    failed = [one for one in ended if one.how == "failed"]
     if failed:
-        raise RunError(f"{len(failed)} of {len(rows)} variants failed; run the same command again once that is mended")
-    return Outcome({"results": rows, "folder": folder.uri})
+        raise RunError(f"{len(failed)} of {len(ended)} trials failed, the first: {failed[0].failure}")
+    return Outcome({"results": findings.table(), "folder": run.folder.uri})
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
@@ -256,8 +257,10 @@ def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:
 
     made = make_laboratory(arguments.storage, console)
     folder = Path(arguments.folder)
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; name a new folder")
+    if folder.is_symlink() and folder.resolve().parent.name == made.stage:
+        folder.unlink()  # this laboratory's or an earlier one's
+    elif folder.exists():
+        raise UserError(f"{folder}: is there already and is no laboratory; name a new folder")
     folder.symlink_to(made.place.local_copy(), target_is_directory=True)
     return Outcome(
         {"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml"

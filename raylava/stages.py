@@ -173,7 +173,7 @@ class _Graph:
     """Builds the stages of one recipe; each method makes one kind."""
 
     def __init__(self, recipe: Recipe, storage: Place, facts: Facts) -> None:
-        self._recipe, self._storage, self._facts = _located(recipe), storage, facts
+        self._recipe, self._storage, self._facts = absolute(recipe), storage, facts
 
     def stages(self) -> list[Stage]:
         recipe = self._recipe
@@ -335,7 +335,7 @@ class _Graph:
         return Stage(label, draft, {"model": model.draft}, "questions", build)
 
 
-def _located(recipe: Recipe) -> Recipe:
+def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute places: workers don't run in the directory that its relative ones start from."""
     model, data = recipe.model, place(recipe.data or ".").uri
     weights = model.connector.weights

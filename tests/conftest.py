@@ -28,6 +28,7 @@ TINY = LaboratorySize(
     instruction=48,
     heldout=20,
     language=LanguageSize(width=32, layers=2, heads=2, key_value_heads=1, steps=2, batch=4),
+    small=LanguageSize(width=16, layers=1, heads=2, key_value_heads=1, steps=2, batch=4),
     vision=VisionSize(width=16, layers=2, heads=2, steps=2, batch=4),
 )
 

@@ -1,7 +1,7 @@
 """The laboratory as one artifact: corpus and backbones, made once and kept for the next run.
 
 <storage>/laboratory/<fingerprint>/corpus/{alignment.json, instruction.json, questions.jsonl, pictures/}
-                                   backbones/{gemma, clip, dinov2}
+                                   backbones/{gemma, gemma-small, clip, dinov2}
 """
 
 import tempfile
@@ -22,8 +22,8 @@ from raylava.session import Progress
 from raylava.stages import Stage
 from raylava.storage import Place
 
-BACKBONES = ("gemma", "clip", "dinov2")
-VERSION = 1  # raise it when scenes, their words or the backbones' training change: the laboratory is made anew
+BACKBONES = ("gemma", "gemma-small", "clip", "dinov2")  # the longest first: they share the CPUs
+VERSION = 2  # raise it when scenes, their words or the backbones' training change: the laboratory is made anew
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class LaboratorySize:
     instruction: int = 4800
     heldout: int = 500
     language: LanguageSize = field(default_factory=LanguageSize)
+    small: LanguageSize = field(default_factory=lambda: LanguageSize(width=64, layers=2))
     vision: VisionSize = field(default_factory=VisionSize)
 
     @property
     def steps(self) -> int:
         """Training steps of all backbones."""
-        return self.language.steps + 2 * self.vision.steps
+        return self.language.steps + self.small.steps + 2 * self.vision.steps
 
 
 def laboratory(storage: Place, size: LaboratorySize, seed: int) -> Stage:
@@ -81,7 +82,8 @@ def _backbone(name: str, output: Place, size: LaboratorySize, seed: int, progres
 def _builder(name: str, size: LaboratorySize) -> Callable[[Path, int, Callable[[], None]], None]:
     from raylava.micro import language, vision
 
-    if name == "gemma":
-        return lambda folder, seed, advance: language.build_language_model(folder, size.language, seed, advance)
+    if name.startswith("gemma"):
+        proportions = size.small if name == "gemma-small" else size.language
+        return lambda folder, seed, advance: language.build_language_model(folder, proportions, seed, advance)
     build = {"clip": vision.build_clip, "dinov2": vision.build_dinov2}[name]
     return lambda folder, seed, advance: build(folder, size.vision, seed, advance)

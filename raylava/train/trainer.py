@@ -106,9 +106,9 @@ def _shown(watch: Any, bar: Bar, stage: str) -> Iterator[None]:
 
     def show() -> None:
         nonlocal told
-        last, silent = ray.get(watch.look.remote(_SILENCE_SECONDS))
-        if last is not None:
-            bar.update(last[0], last[1], **last[2])
+        steps, silent = ray.get(watch.look.remote(_SILENCE_SECONDS))
+        for done, total, figures in steps:
+            bar.update(done, total, **figures)
         if silent and not told:
             logger.warning("%s does not move: %s", stage, silent)
         told = silent

@@ -7,6 +7,8 @@ import ray
 
 from raylava.train.host import COMPUTING, LOADING, SAVING
 
+Update = tuple[int, int, dict[str, float]]  # steps done, steps in all, figures of the last of them
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -32,11 +34,11 @@ def silent(beats: list[Beat], now: float, patience: float) -> str | None:
 
 @ray.remote(num_cpus=0)
 class Watch:
-    """Where all ranks are, and the figures of the last step."""
+    """Where all ranks are, and the figures of each step that nobody has looked at yet."""
 
     def __init__(self) -> None:
         self._beats: dict[int, Beat] = {}
-        self._last: tuple[int, int, dict[str, float]] | None = None
+        self._steps: list[Update] = []
 
     def beat(self, rank: int, step: int, doing: str) -> None:
         """A rank sets out to do something."""
@@ -44,8 +46,9 @@ class Watch:
 
     def update(self, done: int, total: int, **figures: float) -> None:
         """A step is done."""
-        self._last = (done, total, figures)
+        self._steps.append((done, total, figures))
 
-    def look(self, patience: float) -> tuple[tuple[int, int, dict[str, float]] | None, str | None]:
-        """The last `update` (None before the first), and who is silent (None while nobody is)."""
-        return self._last, silent(list(self._beats.values()), time.monotonic(), patience)
+    def look(self, patience: float) -> tuple[list[Update], str | None]:
+        """The `update`s since the last look, in order, and who is silent (None while nobody is)."""
+        steps, self._steps = self._steps, []
+        return steps, silent(list(self._beats.values()), time.monotonic(), patience)

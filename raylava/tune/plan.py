@@ -1,6 +1,8 @@
 """What a sweep comes to before anything runs: its variants' stages, those they share, those that are there already."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from raylava.artifacts import Artifact
 from raylava.stages import Stage, stages_of
@@ -21,12 +23,18 @@ class Work:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's variants, each with its stages, in the same order."""
+    """A sweep's variants, each with its stages, in the same order. What is found is looked up once."""
 
     variants: tuple[Variant, ...]
     stages: tuple[tuple[Stage, ...], ...]
 
-    @property
+    @cached_property
+    def _found(self) -> dict[str, Artifact | None]:
+        """By place."""
+        drafts = {str(stage.draft.place): stage.draft for stages in self.stages for stage in stages}
+        return {key: draft.find() for key, draft in drafts.items()}
+
+    @cached_property
     def works(self) -> list[Work]:
         """The distinct stages, in the order in which variants first need them."""
         first: dict[str, Stage] = {}
@@ -36,16 +44,16 @@ class SweepPlan:
             first.setdefault(key, stage)
             users[key] = users.get(key, 0) + 1
         return [
-            Work(one.draft.stage, one.label, one.draft.fingerprint, users[key], one.draft.find() is not None)
+            Work(one.draft.stage, one.label, one.draft.fingerprint, users[key], self._found[key] is not None)
             for key, one in first.items()
         ]
 
     def artifacts(self, variant: int) -> dict[str, Artifact]:
         """What is there of one variant, by stage label."""
-        found = {stage.label: stage.draft.find() for stage in self.stages[variant]}
+        found = {stage.label: self._found[str(stage.draft.place)] for stage in self.stages[variant]}
         return {label: artifact for label, artifact in found.items() if artifact is not None}
 
 
-def plan(variants: list[Variant], storage: Place) -> SweepPlan:
+def plan(variants: Sequence[Variant], storage: Place) -> SweepPlan:
     """Resolve every variant. Raises UserError for input that cannot work, before any worker starts."""
     return SweepPlan(tuple(variants), tuple(tuple(stages_of(one.recipe, storage)) for one in variants))

@@ -1,119 +1,208 @@
-"""What a sweep found out: a CSV of its variants, and a page in Markdown.
+"""What a sweep found out, for people: a page in Markdown, the same as HTML with plots (page.py), and a CSV.
 
-The page has each cell's scores over seeds, what each axis buys, who failed why, and how to make each row again.
+First what each level buys, in words; then each cell's scores over seeds, beside the paper's where it has that cell;
+what a search tried; what it cost; who failed why; and how to make each row again.
 """
 
+import csv
+import io
 import json
 import shlex
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
-from raylava.artifacts import Artifact
-from raylava.evaluate.score import matches
-from raylava.report import benchmarks
 from raylava.storage import Place
-from raylava.tune.effects import Effect, Graded, effects
-from raylava.tune.plan import SweepPlan
-from raylava.tune.sweep import Sweep
-from raylava.tune.table import results, results_csv
-from raylava.tune.variants import Variant
+from raylava.tune.effects import Effect
+from raylava.tune.findings import Findings, Row
+from raylava.tune.page import page
+from raylava.tune.published import SOURCE, published
+from raylava.tune.study import MARKS
+from raylava.tune.variants import shown
 
-_EVALUATE = "evaluate "
-
-
-def write_results(
-    sweep: Sweep, sweep_plan: SweepPlan, failures: list[str | None], overrides: list[str], folder: Place
-) -> list[dict[str, Any]]:
-    """Write results.csv and report.md into `folder`; returns the CSV's rows."""
-    rows = results(sweep_plan, failures)
-    (folder / "results.csv").write_bytes(results_csv(rows))
-    (folder / "report.md").write_bytes(report(sweep, sweep_plan, failures, overrides).encode())
-    return rows
+_TRIALS = 30  # of a search, in the page; results.csv has all
 
 
-def report(sweep: Sweep, sweep_plan: SweepPlan, failures: list[str | None], overrides: list[str]) -> str:
-    """The whole page. `failures` are in the variants' order, None for one that ended well."""
-    found = [sweep_plan.artifacts(number) for number in range(len(sweep_plan.variants))]
-    lines = [f"# {sweep.name}", "", f"{len(found)} variants of `{sweep.recipe}`.", ""]
-    for benchmark in dict.fromkeys(name for artifacts in found for name in benchmarks(artifacts)):
-        lines += [f"## {benchmark}", ""]
-        lines += [*_cells(sweep_plan, found, benchmark), ""]
-        lines += [*_effects(sweep, sweep_plan, found, benchmark), ""]
-    lines += [*_failed(sweep_plan, failures)]
-    lines += ["## To make a row again", "", "```sh", *_commands(sweep, sweep_plan.variants, overrides), "```", ""]
-    return "\n".join(lines)
+def write_report(findings: Findings, folder: Place) -> None:
+    """Write report.md, report.html and results.csv into `folder`."""
+    text = report(findings)
+    (folder / "results.csv").write_bytes(_csv(findings).encode())
+    (folder / "report.md").write_bytes(text.encode())
+    (folder / "report.html").write_bytes(page(findings, text).encode())
 
 
-def _cells(sweep_plan: SweepPlan, found: list[dict[str, Artifact]], benchmark: str) -> Iterator[str]:
-    """A row a combination of levels: the mean over its seeds, and their standard deviation."""
-    scores: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for variant, artifacts in zip(sweep_plan.variants, found, strict=True):
-        own = scores[tuple(variant.levels.values())]
-        if _EVALUATE + benchmark in artifacts:
-            own.append(artifacts[_EVALUATE + benchmark].metrics["overall"]["exact_match"])
-    yield _row([*sweep_plan.variants[0].levels, "exact match", "seeds"])
-    yield _row(["---"] * (len(sweep_plan.variants[0].levels) + 2))
-    for levels, values in scores.items():
+def report(findings: Findings) -> str:
+    """The page in Markdown."""
+    sections: list[Iterable[str]] = [_opening(findings)]
+    for benchmark in findings.benchmarks:
+        sections.append(
+            [f"## {benchmark}", *_statements(findings.effects(benchmark)), "", *_cells(findings, benchmark)]
+        )
+        sections.append(_effects(findings.effects(benchmark)))
+    sections += [_published(findings), _search(findings), _cost(findings), _failed(findings), _commands(findings)]
+    return "\n".join(line for section in sections for line in (*section, ""))
+
+
+def _csv(findings: Findings) -> str:
+    rows = findings.table()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _opening(findings: Findings) -> Iterator[str]:
+    counts = Counter(row.ended.how for row in findings.rows)
+    told = ", ".join(f"{count} {how}" for how, count in counts.items())
+    yield f"# {findings.sweep.name}"
+    yield ""
+    yield f"{len(findings.rows)} trials of `{findings.sweep.recipe}`: {told}."
+
+
+def _statements(found: Iterable[Effect]) -> Iterator[str]:
+    """What each level buys, in a sentence each."""
+    yield ""
+    for one in found:
+        change = f"{one.axis}: {one.level} instead of {one.against}"
+        interval = f"(95 % interval {_signed(one.low)} to {_signed(one.high)})"
+        if one.spans_zero:
+            yield f"- {change}: {_signed(one.difference)} {interval}. The interval spans zero: these runs don't tell."
+        else:
+            verb = "gains" if one.difference > 0 else "costs"
+            yield f"- **{change} {verb} {abs(one.difference):.3f}** of the answers {interval}."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _cells(findings: Findings, benchmark: str) -> Iterator[str]:
+    """A row a combination of levels: the mean over its seeds, their standard deviation, and what the paper has."""
+    cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    papers: dict[tuple[str, ...], float] = {}
+    for row in findings.rows:
+        cells[row.levels] += []
+        if benchmark in published(row.ended.variant.recipe):
+            papers[row.levels] = published(row.ended.variant.recipe)[benchmark]
+    for row in findings.chosen:
+        if benchmark in row.scores:
+            cells[row.levels].append(row.scores[benchmark])
+    yield from _head([*findings.sweep.axes, "exact match", "seeds", *(["published"] if papers else [])])
+    for levels, values in cells.items():
         mean = f"{statistics.mean(values):.3f}" if values else "failed"
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        yield _row([*levels, mean + spread, str(len(values))])
+        paper = [str(papers.get(levels, ""))] if papers else []
+        yield _row([*levels, mean + spread, str(len(values)), *paper])
 
 
-def _effects(sweep: Sweep, sweep_plan: SweepPlan, found: list[dict[str, Artifact]], benchmark: str) -> Iterator[str]:
-    graded = [
-        Graded(variant.levels, variant.seed, _graded(artifacts[_EVALUATE + benchmark]))
-        for variant, artifacts in zip(sweep_plan.variants, found, strict=True)
-        if _EVALUATE + benchmark in artifacts
-    ]
-    measured = effects(graded, {axis: list(levels) for axis, levels in sweep.axes.items()})
-    if not measured:
+def _effects(found: list[Effect]) -> Iterator[str]:
+    if not found:
         return
     yield "What a level buys, all else and the seed being equal: the difference in the share of right answers, with its"
     yield "95 % interval (paired bootstrap over runs and questions)."
     yield ""
-    yield _row(["axis", "level", "against", "difference", "95 % interval", "pairs of runs", ""])
-    yield _row(["---"] * 7)
-    for one in measured:
-        yield _row(_told(one))
+    yield from _head(["axis", "level", "against", "difference", "95 % interval", "pairs of runs", "questions"])
+    for one in found:
+        interval = f"{_signed(one.low)} to {_signed(one.high)}"
+        figures = [_signed(one.difference), interval, str(one.pairs), str(one.questions)]
+        yield _row([one.axis, one.level, one.against, *figures])
 
 
-def _told(one: Effect) -> list[str]:
-    verdict = "the interval spans zero: these runs don't tell" if one.spans_zero else ""
-    interval = f"{one.low:+.3f} to {one.high:+.3f}"
-    return [one.axis, one.level, one.against, f"{one.difference:+.3f}", interval, str(one.pairs), verdict]
+def _published(findings: Findings) -> Iterator[str]:
+    """The paper's table, where the sweep has its cells."""
+    cells = {row.levels: published(row.ended.variant.recipe) for row in findings.rows}
+    found = {levels: scores for levels, scores in cells.items() if scores}
+    if not found:
+        return
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    yield "## Published"
+    yield ""
+    yield f"The paper's figures for these cells ({SOURCE}): one run each, so a difference of a point may be chance."
+    yield ""
+    yield from _head([*findings.sweep.axes, *names])
+    for levels, scores in found.items():
+        yield _row([*levels, *(f"{scores[name]:g}" if name in scores else "" for name in names)])
 
 
-def _graded(evaluation: Artifact) -> dict[str, bool]:
-    """By question id, whether the answer was right. Answers join questions by id, never by position."""
-    references = {line["question_id"]: line["reference"] for line in _lines(evaluation, "questions.jsonl")}
-    return {
-        line["question_id"]: matches(line["text"], references[line["question_id"]])
-        for line in _lines(evaluation, "answers.jsonl")
-    }
+def _search(findings: Findings) -> Iterator[str]:
+    """The trials of a search, the best first."""
+    search = findings.sweep.search
+    if search is None:
+        return
+    name, direction = next(iter(search.objective.items()))
+    rows = sorted(findings.rows, key=lambda row: _rank(row, name, direction))
+    yield "## Search"
+    yield ""
+    yield f"Each variant's best trial, by {name}, stands in the tables above. Where that is a benchmark's score, it"
+    yield "flatters the trial a little: it was chosen among many by it."
+    yield ""
+    yield from _head(
+        [*findings.sweep.axes, *(["seed"] if findings.sweep.seeds else []), *search.space, *search.objective, "ended"]
+    )
+    for row in rows[:_TRIALS]:
+        variant = row.ended.variant
+        seed = [str(variant.seed)] if findings.sweep.seeds else []
+        values = [f"{row.values[one]:.4g}" if one in row.values else "" for one in search.objective]
+        settings = [shown(value) for value in variant.searched.values()]
+        yield _row([*row.levels, *seed, *settings, *values, _how(row)])
+    if len(rows) > _TRIALS:
+        yield ""
+        yield f"{len(rows) - _TRIALS} more in results.csv."
 
 
-def _lines(artifact: Artifact, file: str) -> Iterator[dict[str, str]]:
-    for line in (artifact.place / file).read_bytes().splitlines():
-        yield json.loads(line)
+def _rank(row: Row, name: str, direction: str) -> tuple[bool, float]:
+    value = row.values.get(name, 0.0)
+    return name not in row.values, -value if direction == "max" else value
 
 
-def _failed(sweep_plan: SweepPlan, failures: list[str | None]) -> Iterator[str]:
-    told = [(variant, failure) for variant, failure in zip(sweep_plan.variants, failures, strict=True) if failure]
+def _how(row: Row) -> str:
+    if row.ended.how != "stopped" or row.ended.tried is None:
+        return row.ended.how
+    marks = row.ended.tried.losses
+    return f"stopped at {100 * max(marks) // MARKS} %, loss {marks[max(marks)]:.3f}" if marks else "stopped"
+
+
+def _cost(findings: Findings) -> Iterator[str]:
+    """Device-hours, with and without sharing."""
+    if not findings.unshared:
+        return
+    gpus = any(row.ended.variant.recipe.resources.gpus_per_worker for row in findings.rows)
+    unit = "GPU-hours" if gpus else "CPU-core-hours"
+    saved = findings.unshared - findings.paid
+    yield "## Cost"
+    yield ""
+    yield (
+        f"{findings.paid:.2f} {unit} of training that was finished; one by one the trials would have taken "
+        f"{findings.unshared:.2f}: sharing saved {saved:.2f} ({saved / findings.unshared:.0%})."
+    )
+    yield ""
+    yield from _head(["trial", "all it needs", "its share"])
+    for row in findings.rows[:_TRIALS]:
+        yield _row([row.ended.variant.name or "the only one", f"{row.cost:.3f}", f"{row.share:.3f}"])
+
+
+def _failed(findings: Findings) -> Iterator[str]:
+    told = [row.ended for row in findings.rows if row.ended.failure]
     if not told:
         return
     yield from ("## Failed", "")
-    for variant, failure in told:
-        yield f"- {variant.name}: {failure}"
-    yield ""
+    for ended in told:
+        yield f"- {ended.variant.name}: {ended.failure}"
 
 
-def _commands(sweep: Sweep, variants: tuple[Variant, ...], overrides: list[str]) -> Iterator[str]:
-    for variant in variants:
-        settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
-        words = [shlex.quote(word) for word in (sweep.recipe, *settings, *overrides)]
+def _commands(findings: Findings) -> Iterator[str]:
+    yield from ("## To make a row again", "", "```sh")
+    for row in findings.rows:
+        settings = [f"{key}={json.dumps(value)}" for key, value in row.ended.variant.settings.items()]
+        words = [shlex.quote(word) for word in (findings.sweep.recipe, *settings, *findings.overrides)]
         yield f"raylava run {' '.join(words)}"
+    yield "```"
+
+
+def _head(cells: list[str]) -> Iterator[str]:
+    yield _row(cells)
+    yield _row(["---"] * len(cells))
 
 
 def _row(cells: list[str]) -> str:

@@ -1,49 +1,144 @@
 """The driver's side of a sweep: Ray Tune over its variants, a table that lives, and who failed why.
 
-The artifacts are the sweep's memory: run again, what is finished is found, what was under way goes on from its
-checkpoints, and Tune's own state is not needed.
+The artifacts and studies are the sweep's memory: run again, what is finished is found, what was under way goes on from
+its checkpoints, and Tune's own state is not needed.
 """
 
+import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
+from rich.table import Table
 
+from raylava.artifacts import lock
 from raylava.console import Console, meanwhile
-from raylava.errors import first_line
 from raylava.recipe import Resources
 from raylava.session import here, ray_session
+from raylava.stages import absolute
 from raylava.storage import Place
-from raylava.tune.board import Board
-from raylava.tune.plan import SweepPlan
+from raylava.tune.board import Board, Where
+from raylava.tune.searcher import EarlyStop, Once, Source, Trials
+from raylava.tune.study import Studies, Tried, VariantSearch, drawn
+from raylava.tune.sweep import Search, Sweep
 from raylava.tune.table import progress_table
 from raylava.tune.trial import run_trial
+from raylava.tune.variants import Variant, variants, with_settings
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOSSES = 8  # processes that a trial may lose before it is given up
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended: the stages that it made itself (the others it found), and why it failed."""
+    """A variant with all its settings, and how its trial ended: done, stopped (early) or failed, and why.
 
-    made: tuple[str, ...]
-    failure: str | None
-
-
-def run_sweep(sweep_plan: SweepPlan, storage: Place, most: int | None, console: Console) -> list[Ended]:
-    """Make what is missing of every variant. Returns how each ended, in their order.
-
-    `most` bounds how many are trained at once.
+    `tried` is what its study knows of it, when it is of a search.
     """
-    resources = [variant.recipe.resources for variant in sweep_plan.variants]
-    largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
-    with ray_session(largest):
-        at_once = concurrent_trials(resources, ray.cluster_resources())
-        return _tune(sweep_plan, storage, min(at_once, most or at_once), console)
+
+    variant: Variant
+    how: str
+    failure: str | None = None
+    tried: Tried | None = None
+
+
+class SweepRun:
+    """One sweep in one storage."""
+
+    def __init__(self, sweep: Sweep, overrides: list[str], storage: Place) -> None:
+        """Raises UserError for what is no sweep of valid recipes."""
+        self.sweep, self._overrides, self._storage = sweep, overrides, storage
+        self.folder = storage / "sweeps" / sweep.name
+        self._variants = variants(sweep, overrides)
+        self.begun: list[Where] = []  # where the trials of the last `run` ended, in the order they began
+
+    def expected(self) -> list[Variant]:
+        """The variants of all trials. Of a search, those tried before and, for those to come, points drawn from its
+        space: which they will be is not known yet, what stages they share is.
+        """
+        search = self.sweep.search
+        if search is None:
+            return self._variants
+        found, studies = [], self._studies(search)
+        for variant in self._variants:
+            known = [one.settings for one in studies.look(variant)]
+            missing = max(0, (search.trials or 1) - len(known))
+            found += [self._with(variant, settings) for settings in (*known, *drawn(search, missing))]
+        return found
+
+    def run(self, console: Console) -> list[Ended]:
+        """Make what is missing. Returns how every trial ended, those of earlier runs of this sweep included."""
+        resources = [variant.recipe.resources for variant in self._variants]
+        largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
+        with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
+            sources = self._sources()
+            clock = _Clock(self.folder / "spent.json", self.sweep.search.hours if self.sweep.search else None)
+            at_once = concurrent_trials(resources, ray.cluster_resources())
+            self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
+            return [one for source in sources for one in self._ended(source)]
+
+    @property
+    def _expected(self) -> int | None:
+        """Trials in all, where somebody knows."""
+        each = self.sweep.search.trials if self.sweep.search else 1
+        return each and each * len(self._variants)
+
+    def _studies(self, search: Search) -> Studies:
+        return Studies(search, search.study or self.sweep.name, self.folder)
+
+    def _with(self, variant: Variant, settings: Mapping[str, Any]) -> Variant:
+        return with_settings(self.sweep, variant, settings, self._overrides)
+
+    def _sources(self) -> list[Once] | list[VariantSearch]:
+        search = self.sweep.search
+        if search is None:
+            return [Once(variant) for variant in self._variants]
+        return self._studies(search).take(self._variants)
+
+    def _tune(self, sources: Sequence[Source], clock: "_Clock", at_once: int, console: Console) -> None:
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else it would make a result of what Ctrl-C cut off
+        board = Board.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+        trials = Trials(
+            sources,
+            self._with,
+            lambda variant: ray.get(board.join.remote(variant.name, absolute(variant.recipe).model_dump_json())),
+            lambda number: board.end.remote(number, "stopped"),
+            clock.is_over,
+        )
+        settings = {"storage": self._storage.uri, "board": board, "search": self.sweep.search is not None}
+        with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, _shown(board, self._expected, console):
+            tune.Tuner(
+                tune.with_resources(run_trial, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
+                param_space=settings,
+                tune_config=tune.TuneConfig(
+                    search_alg=trials, scheduler=EarlyStop(trials), num_samples=-1, max_concurrent_trials=at_once
+                ),
+                run_config=tune.RunConfig(
+                    storage_path=folder,
+                    name="sweep",
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=_MAX_LOSSES),
+                ),
+            ).fit()
+            self.begun = ray.get(board.look.remote())
+
+    def _ended(self, source: Once | VariantSearch) -> list[Ended]:
+        if isinstance(source, Once):
+            return [Ended(source.variant, "failed" if source.failure else "done", source.failure)]
+        return [
+            Ended(self._with(source.variant, one.settings), one.ended or "failed", one.failure, one)
+            for one in source.tried
+        ]
 
 
 def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int:
@@ -56,40 +151,33 @@ def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int
     return max(1, fits)
 
 
-def _tune(sweep_plan: SweepPlan, storage: Place, at_once: int, console: Console) -> list[Ended]:
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    count = len(sweep_plan.variants)
-    board = Board.options(scheduling_strategy=here()).remote(count)  # type: ignore[attr-defined]
-    configs = [
-        {"trial": number, "recipe": variant.recipe, "storage": storage.uri, "board": board}
-        for number, variant in enumerate(sweep_plan.variants)
-    ]
-    with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, _shown(board, sweep_plan, console):
-        results = tune.Tuner(
-            tune.with_resources(_by_number, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
-            param_space={"configs": configs, "number": tune.grid_search(list(range(count)))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
-            run_config=tune.RunConfig(storage_path=folder, name="sweep", verbose=0),
-        ).fit()
-        made = [where.made for where in ray.get(board.look.remote())]
-    failures = {result.config["number"]: _reason(result.error) for result in results if result.config and result.error}
-    return [Ended(tuple(own), failures.get(number)) for number, own in enumerate(made)]
+class _Clock:
+    """Counts the hours that a search has had, over all its runs, in a file of the sweep's folder."""
 
+    def __init__(self, file: Place, hours: float | None) -> None:
+        self._file, self._seconds = file, None if hours is None else 3600 * hours
+        self._before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
+        self._started = time.monotonic()
 
-def _by_number(config: dict[str, Any]) -> None:
-    run_trial(config["configs"][config["number"]])
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return float(self._before) + time.monotonic() - self._started
 
-
-def _reason(error: Exception) -> str:
-    """The trial's own error rather than Ray's wrapping of it."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return first_line(cause)
+    def is_over(self) -> bool:
+        """Whether no new trial should begin. Asked before each one, which is when the file is brought up to date."""
+        if self._seconds is None:
+            return False
+        self._file.write_bytes(json.dumps({"seconds": self.spent}).encode())
+        return self.spent >= self._seconds
 
 
 @contextmanager
-def _shown(board: Any, sweep_plan: SweepPlan, console: Console) -> Iterator[None]:
+def _shown(board: Any, expected: int | None, console: Console) -> Iterator[None]:
     """Keep the table in front of the person while Tune blocks."""
-    names = [variant.name for variant in sweep_plan.variants]
-    with console.live(lambda: progress_table(names, ray.get(board.look.remote()))) as refresh, meanwhile(refresh):
+
+    def render() -> Table:
+        return progress_table(ray.get(board.look.remote()), time.time(), expected)
+
+    with console.live(render) as refresh, meanwhile(refresh):
         yield

@@ -1,26 +1,31 @@
 """A sweep under Ray Tune: what its variants share is made once, one that fails does not stop the others."""
 
 import json
+import re
 import shlex
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from safetensors.torch import load_file, save_file
 
 from raylava.artifacts import Artifact
+from raylava.cli import main
 from raylava.console import Console
 from raylava.demo import micro_recipe
+from raylava.model.backbones import VisionSpec
 from raylava.recipe import Model, Resources
 from raylava.recipe_file import load_recipe
 from raylava.storage import place
-from raylava.tune.plan import SweepPlan, plan
-from raylava.tune.report import write_results
-from raylava.tune.runner import Ended, concurrent_trials, run_sweep
+from raylava.tune.findings import Findings
+from raylava.tune.plan import plan
+from raylava.tune.report import write_report
+from raylava.tune.runner import SweepRun, concurrent_trials
 from raylava.tune.sweep import load_sweep
-from raylava.tune.table import results, results_csv
-from raylava.tune.variants import variants
 
 SMALL = [
     "pretrain.global_batch=40",
@@ -38,7 +43,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sweep_plan(lab: Artifact, storage: Path, micro_model: Model) -> SweepPlan:
+def sweep_file(lab: Artifact, storage: Path, micro_model: Model) -> str:
     """With and without a pretrained connector, on a sound language model and on one with a NaN in its embedding."""
     broken = storage / "broken-gemma"
     shutil.copytree(micro_model.language.name, broken)
@@ -46,30 +51,69 @@ def sweep_plan(lab: Artifact, storage: Path, micro_model: Model) -> SweepPlan:
     weights["model.embed_tokens.weight"][7, 3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     (storage / "base.yaml").write_text(json.dumps(micro_recipe(lab.place, SMALL).model_dump(mode="json")))
-    sweep = {
-        "name": "small",
-        "recipe": "base.yaml",
-        "set": {"finetune.stop_after_skipped": 1, "pretrain.stop_after_skipped": 1},
-        "axes": {
-            "language": {
-                "sound": {"model.language.name": micro_model.language.name},
-                "broken": {"model.language.name": str(broken)},
-            },
-            "connector": {"pretrained": {"pretrain.enabled": True}, "random": {"pretrain.enabled": False}},
+    axes = {
+        "language": {
+            "sound": {"model.language.name": micro_model.language.name},
+            "broken": {"model.language.name": str(broken)},
         },
+        "connector": {"pretrained": {"pretrain.enabled": True}, "random": {"pretrain.enabled": False}},
     }
-    (storage / "sweep.yaml").write_text(json.dumps(sweep))
-    return plan(variants(load_sweep(str(storage / "sweep.yaml")), []), place(storage))
+    return written(
+        storage, "small", axes=axes, set={"finetune.stop_after_skipped": 1, "pretrain.stop_after_skipped": 1}
+    )
+
+
+def written(folder: Path, name: str, **settings: Any) -> str:
+    """A sweep of the folder's base.yaml."""
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps({"name": name, "recipe": "base.yaml"} | settings))
+    return str(file)
+
+
+def swept(sweep_file: str, storage: Path, *overrides: str) -> tuple[SweepRun, Findings]:
+    """Run a sweep as the command does. What a person would have seen is in told.txt."""
+    run = SweepRun(load_sweep(sweep_file), list(overrides), place(storage))
+    with (storage / "told.txt").open("a") as stream:
+        ended = run.run(Console(stream))
+    return run, Findings(run.sweep, overrides, plan([one.variant for one in ended], place(storage)), ended)
 
 
 @pytest.fixture(scope="module")
-def ended(sweep_plan: SweepPlan, storage: Path, ray_cluster: None) -> list[Ended]:
-    with (storage / "told.txt").open("w") as stream:
-        return run_sweep(sweep_plan, place(storage), None, Console(stream))
+def run_and_findings(sweep_file: str, storage: Path, ray_cluster: None) -> tuple[SweepRun, Findings]:
+    return swept(sweep_file, storage)
 
 
-def test_the_plan_says_what_variants_share_before_anything_runs(sweep_plan: SweepPlan) -> None:
-    works = Counter((work.label, work.users) for work in sweep_plan.works)
+@pytest.fixture(scope="module")
+def run(run_and_findings: tuple[SweepRun, Findings]) -> SweepRun:
+    return run_and_findings[0]
+
+
+@pytest.fixture(scope="module")
+def findings(run_and_findings: tuple[SweepRun, Findings]) -> Findings:
+    return run_and_findings[1]
+
+
+def builds(run: SweepRun, findings: Findings) -> Counter[str]:
+    """How often each artifact was set out to be made, by its place."""
+    places = [{stage.label: str(stage.draft.place) for stage in stages} for stages in findings.plan.stages]
+    return Counter(of[label] for of, trial in zip(places, run.begun, strict=True) for label in trial.made)
+
+
+def reserved() -> list[dict[str, Any]]:
+    """Placement groups that still hold something."""
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def wait_until_nothing_is_reserved(seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while reserved():
+        assert time.monotonic() < until, f"placement groups leaked: {reserved()}"
+        time.sleep(0.2)
+
+
+def test_the_plan_says_what_variants_share_before_anything_runs(sweep_file: str, storage: Path) -> None:
+    run = SweepRun(load_sweep(sweep_file), [], place(storage))
+    works = Counter((work.label, work.users) for work in plan(run.expected(), place(storage)).works)
     assert works == {
         ("prepare alignment", 2): 1,
         ("pretrain", 1): 2,
@@ -80,55 +124,131 @@ def test_the_plan_says_what_variants_share_before_anything_runs(sweep_plan: Swee
 
 
 @pytest.mark.slow
-def test_each_distinct_stage_is_made_by_one_trial(sweep_plan: SweepPlan, ended: list[Ended]) -> None:
-    places = [{stage.label: str(stage.draft.place) for stage in stages} for stages in sweep_plan.stages]
-    begun = Counter(of[label] for of, trial in zip(places, ended, strict=True) for label in trial.made)
+def test_each_distinct_stage_is_made_by_one_trial(run: SweepRun, findings: Findings) -> None:
+    begun = builds(run, findings)
     assert set(begun.values()) == {1}
     assert len(begun) == 9, "two corpora, two connectors, three models (one has no connector), two evaluations"
 
 
 @pytest.mark.slow
-def test_a_variant_that_fails_is_told_with_its_reason_and_the_others_go_on(
-    sweep_plan: SweepPlan, ended: list[Ended], storage: Path
-) -> None:
-    rows = results(sweep_plan, [one.failure for one in ended])
-    assert [(row["language"], row["failure"] is None, "final_loss" in row) for row in rows] == [
-        ("sound", True, True),
-        ("sound", True, True),
-        ("broken", False, False),
-        ("broken", False, False),
+def test_trials_leave_no_placement_group_behind(run: SweepRun) -> None:
+    wait_until_nothing_is_reserved()
+
+
+@pytest.mark.slow
+def test_a_variant_that_fails_is_told_with_its_reason_and_the_others_go_on(findings: Findings, storage: Path) -> None:
+    rows = findings.table()
+    assert [(row["language"], row["ended"], row["final_loss"] is not None) for row in rows] == [
+        ("sound", "done", True),
+        ("sound", "done", True),
+        ("broken", "failed", False),
+        ("broken", "failed", False),
     ]
     reasons = [row["failure"] for row in rows if row["failure"]]
     assert all("1 steps in a row were not finite, the last is step 0" in reason for reason in reasons), reasons
-    assert results_csv(rows).decode().splitlines()[0] == "language,connector,heldout,final_loss,model,failure"
-    assert "failed" in (storage / "told.txt").read_text()
+    assert "2 done, 2 failed" in (storage / "told.txt").read_text()
 
 
 @pytest.mark.slow
-def test_the_report_has_scores_effects_failures_and_a_command_for_each_row(
-    sweep_plan: SweepPlan, ended: list[Ended], storage: Path
-) -> None:
-    sweep = load_sweep(str(storage / "sweep.yaml"))
-    write_results(
-        sweep, sweep_plan, [one.failure for one in ended], ["evaluate.0.batch_size=5"], place(storage / "out")
-    )
-    page = (storage / "out" / "report.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| sound | ")]
-    scores = [sweep_plan.artifacts(n)["evaluate heldout"].metrics["overall"]["exact_match"] for n in (0, 1)]
-    assert [row.split(" | ")[2] for row in rows] == [f"{score:.3f}" for score in scores]
-    assert "| broken | random | failed | 0 |" in page
-    assert f"| connector | random | pretrained | {scores[1] - scores[0]:+.3f} | " in page
-    assert "- language=broken connector=random: " in page
-    command = next(line for line in page.splitlines() if line.startswith("raylava run") and "broken" not in line)
+def test_the_report_has_scores_effects_failures_and_a_command_for_each_row(findings: Findings, storage: Path) -> None:
+    write_report(findings, place(storage / "out"))
+    text = (storage / "out" / "report.md").read_text()
+    scores = [findings.rows[number].scores["heldout"] for number in (0, 1)]
+    rows = [line for line in text.splitlines() if line.startswith("| sound | ")]
+    assert [row.split(" | ")[2] for row in rows[:2]] == [f"{score:.3f}" for score in scores]
+    assert "| broken | random | failed | 0 |" in text
+    assert f"| connector | random | pretrained | {scores[1] - scores[0]:+.3f} | " in text
+    assert "- language=broken connector=random: " in text
+    command = next(line for line in text.splitlines() if line.startswith("raylava run") and "broken" not in line)
     recipe, *settings = shlex.split(command)[2:]
-    assert load_recipe(recipe, settings).content() == sweep_plan.variants[0].recipe.content()
+    assert load_recipe(recipe, settings).content() == findings.plan.variants[0].recipe.content()
+    header = (storage / "out" / "results.csv").read_text().splitlines()[0]
+    assert header.startswith("language,connector,heldout,final_loss,ended,failure,")
 
 
 @pytest.mark.slow
-def test_run_again_a_sweep_makes_only_what_is_missing(sweep_plan: SweepPlan, ended: list[Ended], storage: Path) -> None:
-    with (storage / "again.txt").open("w") as stream:
-        again = run_sweep(sweep_plan, place(storage), None, Console(stream))
-    assert [one.made for one in again] == [(), (), ("pretrain",), ("finetune",)]
+def test_the_page_stands_alone_and_says_what_the_report_says(findings: Findings, storage: Path) -> None:
+    write_report(findings, place(storage / "out"))
+    page = (storage / "out" / "report.html").read_text()
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="http', page), "it must open without network"
+    assert "Finetuning loss" in page
+    assert "<td>pretrained</td>" in page
+
+
+@pytest.mark.slow
+def test_sharing_is_counted_in_the_cost(findings: Findings) -> None:
+    first, second = findings.rows[:2]
+    assert first.cost == first.share > second.cost > 0, "no other variant uses the first one's connector"
+    assert findings.paid == pytest.approx(sum(row.cost for row in findings.rows))
+
+
+@pytest.mark.slow
+def test_run_again_a_sweep_makes_only_what_is_missing(sweep_file: str, run: SweepRun, storage: Path) -> None:
+    again, _ = swept(sweep_file, storage)
+    assert [one.made for one in again.begun] == [[], [], ["pretrain"], ["finetune"]]
+
+
+SEARCH = {
+    "space": {"finetune.lr": {"loguniform": [1e-5, 1e-1]}, "finetune.warmup": {"uniform": [0.0, 0.3]}},
+    "objective": {"loss": "min"},
+    "asha": {"grace": 0.1, "reduction": 2},
+    "trials": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def searched(sweep_file: str, storage: Path, ray_cluster: None) -> tuple[SweepRun, Findings]:
+    """One at a time: each is weighed against all before it."""
+    settings = {"finetune.epochs": 4, "finetune.global_batch": 12, "evaluate": []}
+    return swept(written(storage, "rates", search=SEARCH, set=settings, max_concurrent_trials=1), storage)
+
+
+@pytest.mark.slow
+def test_a_search_pretrains_once_and_stops_the_hopeless_early(searched: tuple[SweepRun, Findings]) -> None:
+    run, findings = searched
+    begun = builds(run, findings)
+    assert max(begun.values()) == 1
+    assert sum("/finetune/" in place for place in begun) == 6
+    assert sum("/pretrain/" in place for place in begun) <= 1
+    how = Counter(row.ended.how for row in findings.rows)
+    assert how["done"] + how["stopped"] == 6
+    assert how["stopped"] >= 1, how
+    worst = max(row.values["loss"] for row in findings.rows if row.values)
+    stopped = [row.ended.tried for row in findings.rows if row.ended.how == "stopped"]
+    assert all(one and min(one.losses.values()) > 0 for one in stopped)
+    assert findings.chosen[0].values["loss"] <= worst
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_stopped_holds_nothing_any_more(searched: tuple[SweepRun, Findings]) -> None:
+    wait_until_nothing_is_reserved()
+
+
+@pytest.mark.slow
+def test_a_finished_search_run_again_begins_nothing(searched: tuple[SweepRun, Findings], storage: Path) -> None:
+    again, findings = swept(str(storage / "rates.yaml"), storage)
+    assert again.begun == []
+    assert [row.ended for row in findings.rows] == [row.ended for row in searched[1].rows]
+
+
+@pytest.mark.slow
+def test_the_page_of_a_search_shows_optunas_plots(searched: tuple[SweepRun, Findings], storage: Path) -> None:
+    write_report(searched[1], place(storage / "out"))
+    page = (storage / "out" / "report.html").read_text()
+    assert "trials by their settings and loss" in page or sum(row.ended.how == "done" for row in searched[1].rows) < 4
+    assert "stopped at " in (storage / "out" / "report.md").read_text()
+
+
+def test_a_sweep_with_a_failed_trial_says_so_in_its_exit_status(
+    sweep_file: str, storage: Path, vision: VisionSpec, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    axes = {"rows": {"short": {"corpora.instruction.max_length": vision.image_tokens + 1}}}
+    file = written(storage, "short", axes=axes, set={"pretrain.enabled": False, "evaluate": []})
+    assert main(["sweep", file, "--storage", str(storage)]) == 1
+    told = capfd.readouterr().err
+    assert "1 of 1 trials failed, the first: " in told
+    assert "too_long" in told
+    assert (storage / "sweeps" / "short" / "report.html").exists()
 
 
 def test_as_many_trials_run_at_once_as_the_hungriest_recipe_allows() -> None:

@@ -14,6 +14,8 @@ from raylava.recipe_file import load_recipe
 from raylava.tune.sweep import Sweep, load_sweep
 from raylava.tune.variants import variants
 
+SPACE = {"finetune.lr": {"loguniform": [1e-6, 1e-4]}}
+LOSS = {"loss": "min"}
 AXES = {
     "connector": {"pretrained": {"pretrain.enabled": True}, "random": {"pretrain.enabled": False}},
     "rate": {"low": {"finetune.lr": 1e-5}, "high": {"finetune.lr": 1e-3}},
@@ -89,6 +91,22 @@ def test_there_are_as_many_variants_as_combinations_and_no_two_alike(sizes: list
         ({"axes": AXES, "seeds": [1, 1]}, "must differ"),
         ({"axis": AXES}, "did you mean 'axes'?"),
         ({"recipe": "nowhere.yaml"}, "cannot read the recipe"),
+        ({"search": {"space": SPACE, "objective": LOSS}}, "a search needs an end"),
+        ({"search": {"space": {}, "objective": LOSS, "trials": 2}}, "search.space"),
+        ({"search": {"space": SPACE, "objective": {"los": "min"}, "trials": 2}}, "known here: loss, seconds"),
+        ({"search": {"space": {"finetune.lr": {"loguniform": [0, 1]}}, "objective": LOSS, "trials": 2}}, "above 0"),
+        ({"search": {"space": {"finetune.lr": {"uniform": [1, 0.1]}}, "objective": LOSS, "trials": 2}}, "be below"),
+        ({"search": {"space": {"finetune.lr": {"uniform": [1, 2], "int": [1, 2]}}, "objective": LOSS}}, "give one of"),
+        (
+            {"search": {"space": {"finetune.lr": {"uniform": [1e-5, 5]}}, "objective": LOSS, "trials": 2}},
+            "finetune.lr=5",
+        ),
+        ({"search": {"space": {"finetune.lrr": {"int": [1, 2]}}, "objective": LOSS, "trials": 2}}, "'finetune.lr'?"),
+        ({"axes": AXES, "search": {"space": SPACE, "objective": LOSS, "trials": 2}}, "is set by an axis, `set`"),
+        (
+            {"search": {"space": SPACE, "objective": LOSS | {"seconds": "min"}, "trials": 2, "asha": {}}},
+            "one objective",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_the_fix(settings: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""What a sweep found, read from its artifacts: a row a trial, what levels buy, what it cost. report.py writes it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from raylava.artifacts import Artifact
+from raylava.evaluate.score import matches
+from raylava.recipe import Resources
+from raylava.report import benchmarks
+from raylava.train.telemetry import METRICS
+from raylava.tune.effects import Effect, Graded, effects
+from raylava.tune.plan import SweepPlan
+from raylava.tune.runner import Ended
+from raylava.tune.sweep import Sweep
+from raylava.tune.trial import objectives
+
+_EVALUATE = "evaluate "
+_CURVE_POINTS = 200
+_TRAINED = ("pretrain", "finetune")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial: its artifacts by stage label, its scores by benchmark, its objectives by name.
+
+    `cost` is device-hours of training (GPUs, or CPU cores where there are none) of all the stages that it needs,
+    `share` its part of them when stages are paid for by all that use them.
+    """
+
+    ended: Ended
+    artifacts: Mapping[str, Artifact]
+    scores: Mapping[str, float]
+    values: Mapping[str, float]
+    cost: float
+    share: float
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """One of each axis."""
+        return tuple(self.ended.variant.levels.values())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A sweep that ran. Rows are in the trials' order."""
+
+    sweep: Sweep
+    overrides: Sequence[str]
+    plan: SweepPlan
+    ended: Sequence[Ended]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """A row a trial."""
+        found = []
+        for number, ended in enumerate(self.ended):
+            artifacts = self.plan.artifacts(number)
+            values = objectives(artifacts) if ended.how == "done" else {}
+            names = benchmarks(artifacts)
+            scores = {name: artifacts[_EVALUATE + name].metrics["overall"]["exact_match"] for name in names}
+            costs = self._costs(number, artifacts)
+            found.append(
+                Row(ended, artifacts, scores, values, sum(costs), sum(self._costs(number, artifacts, shared=True)))
+            )
+        return found
+
+    def _costs(self, number: int, artifacts: Mapping[str, Artifact], shared: bool = False) -> list[float]:
+        """Device-hours of each of a trial's trainings."""
+        hours = device_hours(self.plan.variants[number].recipe.resources)
+        users = {work.fingerprint: work.users for work in self.plan.works} if shared else {}
+        return [
+            hours * one.record["seconds"] / users.get(one.fingerprint, 1)
+            for one in artifacts.values()
+            if one.stage in _TRAINED
+        ]
+
+    @cached_property
+    def chosen(self) -> list[Row]:
+        """One row a variant: its only trial, or the best that its search found. Variants without one are left out."""
+        if self.sweep.search is None:
+            return [row for row in self.rows if row.ended.how == "done"]
+        name, direction = next(iter(self.sweep.search.objective.items()))
+        sign = 1.0 if direction == "max" else -1.0
+        best: dict[tuple[object, ...], Row] = {}
+        for row in self.rows:
+            key = (*row.levels, row.ended.variant.seed)
+            if row.values and (key not in best or sign * row.values[name] > sign * best[key].values[name]):
+                best[key] = row
+        return list(best.values())
+
+    @cached_property
+    def benchmarks(self) -> list[str]:
+        """All that a variant was scored on."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def effects(self, benchmark: str) -> list[Effect]:
+        """What each level buys, among the chosen rows."""
+        graded = [
+            Graded(row.ended.variant.levels, row.ended.variant.seed, _graded(row.artifacts[_EVALUATE + benchmark]))
+            for row in self.chosen
+            if benchmark in row.scores
+        ]
+        return effects(graded, {axis: list(levels) for axis, levels in self.sweep.axes.items()})
+
+    @property
+    def paid(self) -> float:
+        """Device-hours of training that were spent, on what was finished."""
+        return sum(row.share for row in self.rows)
+
+    @property
+    def unshared(self) -> float:
+        """Device-hours that the same trials would have taken one by one."""
+        return sum(row.cost for row in self.rows)
+
+    def curves(self) -> Iterator[tuple[Row, list[tuple[int, float]]]]:
+        """(step, loss) of each trial's finetuning, thinned to the means of so many stretches; of stopped ones too."""
+        for number, row in enumerate(self.rows):
+            place = next(stage.draft.place for stage in self.plan.stages[number] if stage.label == "finetune")
+            if (place / METRICS).exists():
+                yield row, _thinned((place / METRICS).read_bytes())
+
+    def table(self) -> list[dict[str, Any]]:
+        """results.csv: a mapping a trial, all with the same keys."""
+        found = []
+        for row in self.rows:
+            variant, model = row.ended.variant, row.artifacts.get("finetune")
+            found.append(
+                {
+                    **variant.levels,
+                    **({} if variant.seed is None else {"seed": variant.seed}),
+                    **variant.searched,
+                    **{name: row.scores.get(name) for name in self.benchmarks},
+                    "final_loss": model and model.metrics["final_loss"],
+                    "ended": row.ended.how,
+                    "failure": row.ended.failure,
+                    "cost_hours": row.cost,
+                    "share_hours": row.share,
+                    "model": model and str(model.place),
+                }
+            )
+        return found
+
+
+def device_hours(resources: Resources) -> float:
+    """Device-hours of one second of training."""
+    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
+
+
+def _graded(evaluation: Artifact) -> dict[str, bool]:
+    """By question id, whether the answer was right. Answers join questions by id, never by position."""
+    references = {line["question_id"]: line["reference"] for line in _lines(evaluation, "questions.jsonl")}
+    return {
+        line["question_id"]: matches(line["text"], references[line["question_id"]])
+        for line in _lines(evaluation, "answers.jsonl")
+    }
+
+
+def _lines(artifact: Artifact, file: str) -> Iterator[dict[str, str]]:
+    for line in (artifact.place / file).read_bytes().splitlines():
+        yield json.loads(line)
+
+
+def _thinned(metrics: bytes) -> list[tuple[int, float]]:
+    """Steps whose loss is missing (not finite) are left out, as is a last line that was cut off."""
+    lines = [json.loads(line) for line in metrics.decode().splitlines(keepends=True) if line.endswith("\n")]
+    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    size = max(1, -(-len(steps) // _CURVE_POINTS))
+    parts = [steps[at : at + size] for at in range(0, len(steps), size)]
+    return [(part[-1][0] + 1, sum(loss for _, loss in part) / len(part)) for part in parts]

@@ -1,0 +1,139 @@
+"""A sweep whose driver, trial or node is killed: the same command finishes it, and what was done is not done again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raylava.artifacts import Artifact
+from raylava.demo import micro_recipe
+from raylava.storage import place
+from raylava.train.telemetry import METRICS
+from raylava.tune.study import Studies, Tried
+from raylava.tune.sweep import load_sweep
+from raylava.tune.variants import variants
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "pretrain.enabled=false",
+    "finetune.global_batch=4",
+    "finetune.epochs=4",
+    "finetune.checkpoints.every_steps=8",
+    "resources.workers=1",
+    "evaluate=[]",
+]
+SEARCH = {
+    "space": {"finetune.lr": {"loguniform": [1e-4, 1e-2]}, "finetune.warmup": {"uniform": [0.0, 0.3]}},
+    "objective": {"loss": "min"},
+    "trials": 3,
+}
+
+
+@pytest.fixture
+def sweep_file(lab: Artifact, tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(json.dumps(micro_recipe(lab.place, SMALL).model_dump(mode="json")))
+    sweep = {"name": "rates", "recipe": "base.yaml", "search": SEARCH, "max_concurrent_trials": 1}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    return tmp_path / "sweep.yaml"
+
+
+def start(sweep_file: Path) -> "subprocess.Popen[str]":
+    command = ["sweep", str(sweep_file), "--storage", str(sweep_file.parent / "storage")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylava.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+
+
+def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not once():
+        assert run.poll() is None, run.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def tried(sweep_file: Path) -> list[Tried]:
+    sweep = load_sweep(str(sweep_file))
+    assert sweep.search
+    folder = place(sweep_file.parent / "storage") / "sweeps" / "rates"
+    return Studies(sweep.search, "rates", folder).look(variants(sweep, [])[0])
+
+
+def under_way(sweep_file: Path, trial: int) -> Path | None:
+    """The finetuning draft of the trial that runs, once it has a checkpoint."""
+    known = tried(sweep_file)
+    if len(known) <= trial or known[trial].ended:
+        return None
+    found = list(sweep_file.parent.glob("storage/finetune/*/checkpoints/checkpoint_manager_snapshot.json"))
+    return next((one.parent.parent for one in found if b"step-" in one.read_bytes()), None)
+
+
+def lines_before_the_first_checkpoint(draft: Path) -> list[str]:
+    return (draft / METRICS).read_text().splitlines()[:8]
+
+
+def trial_process(run: "subprocess.Popen[str]") -> psutil.Process | None:
+    children = psutil.Process(run.pid).children(recursive=True)
+    return next((one for one in children if "run_trial" in " ".join(one.cmdline())), None)
+
+
+def test_a_search_whose_driver_and_then_whose_trial_is_killed_ends_as_if_neither_had_been(sweep_file: Path) -> None:
+    run = start(sweep_file)
+    wait_for(run, lambda: under_way(sweep_file, 1) is not None)
+    before, draft = tried(sweep_file), under_way(sweep_file, 1)
+    assert draft is not None
+    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
+        process.kill()  # SIGKILL, driver and cluster alike
+    run.communicate()
+    finished = {file: file.stat().st_mtime_ns for file in sweep_file.parent.glob("storage/*/*/artifact.json")}
+    steps = lines_before_the_first_checkpoint(draft)
+
+    again = start(sweep_file)
+    wait_for(again, lambda: (sweep_file.parent / f"storage/finetune/{draft.name}/artifact.json").exists())
+    assert lines_before_the_first_checkpoint(draft) == steps, "it went on from its checkpoint"
+    wait_for(again, lambda: under_way(sweep_file, 2) is not None)
+    last = under_way(sweep_file, 2)
+    assert last is not None
+    steps = lines_before_the_first_checkpoint(last)
+    process = trial_process(again)
+    assert process is not None
+    process.kill()
+    _, told = again.communicate(timeout=300)
+    assert again.returncode == 0, told[-4000:]
+    assert lines_before_the_first_checkpoint(last) == steps, "Tune began it again, and it went on from its checkpoint"
+
+    after = tried(sweep_file)
+    assert [one.ended for one in after] == ["done"] * 3
+    assert [one.settings for one in after[:2]] == [one.settings for one in before]
+    assert after[0] == before[0], "what was finished was not repeated"
+    assert len({one.settings["finetune.lr"] for one in after}) == 3
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+
+
+def test_a_sweep_survives_the_loss_of_a_node(lab: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(json.dumps(micro_recipe(lab.place, SMALL).model_dump(mode="json")))
+    axes = {"rate": {"low": {"finetune.lr": 1e-4}, "high": {"finetune.lr": 1e-2}}}
+    sweep = {"name": "rates", "recipe": "base.yaml", "axes": axes}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    script = str(Path(__file__).parent / "driver.py")
+    given = json.dumps({"sweep": str(tmp_path / "sweep.yaml"), "storage": str(storage)})
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.run(
+        [sys.executable, script, given], capture_output=True, text=True, timeout=400, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert (storage / "lost").exists(), "the node was not lost while a trial trained"
+    assert json.loads(run.stdout) == [["done", None]] * 2
