@@ -12,13 +12,13 @@ from raylava.recipe import Resources
 from raylava.report import benchmarks
 from raylava.train.telemetry import METRICS
 from raylava.tune.effects import Effect, Graded, effects
+from raylava.tune.outcome import Ended
 from raylava.tune.plan import SweepPlan
-from raylava.tune.runner import Ended
 from raylava.tune.sweep import Sweep
 from raylava.tune.trial import objectives
 
 _EVALUATE = "evaluate "
-_CURVE_POINTS = 200
+_CURVE_POINTS = 60
 _TRAINED = ("pretrain", "finetune")
 
 

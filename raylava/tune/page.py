@@ -1,6 +1,7 @@
 """The report as one self-contained HTML page: its Markdown rendered, and plots (plotly; Optuna's own for searches)."""
 
 import html
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -12,8 +13,11 @@ from optuna.trial import FrozenTrial, create_trial
 
 from raylava.tune.effects import Effect
 from raylava.tune.findings import Findings, Row
-from raylava.tune.study import Tried, distribution
+from raylava.tune.outcome import Tried
+from raylava.tune.study import distribution
 from raylava.tune.sweep import Search
+
+COMMANDS, CURVES, SEARCH = "To make a row again", "Finetuning loss", "Search"  # titles of the report's sections
 
 _INK, _ACCENT, _MUTED = "#1d1d22", "#3454d1", "#8a8a96"
 _COLOURS = ("#3454d1", "#d1495b", "#2a9d8f", "#e09f3e", "#7b2d8b", "#5c677d", "#9c6644", "#00798c")
@@ -22,32 +26,47 @@ _ENOUGH = 4  # finished trials without which a plot of parameters says nothing
 
 
 def page(findings: Findings, text: str) -> str:
-    """The whole page; opens without network. `text` is the report's Markdown."""
+    """The whole page; opens without network. `text` is the report's Markdown: each section gets its plots below it."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    figures = "".join(
-        f"<figure>{figure.to_html(full_html=False, include_plotlyjs=number == 0, config={'displaylogo': False})}"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for number, (caption, figure) in enumerate(_figures(findings))
-    )
-    words, heading, commands = markdown.render(text).partition("<h2>To make a row again</h2>")
-    return (
-        _TOP.format(title=html.escape(findings.sweep.name))
-        + f"<article>{words}</article><section>{figures}</section>"
-        + (f"<details><summary>To make a row again</summary>{commands}</details></html>" if heading else "</html>")
-    )
+    plots = _Plots()
+    body = []
+    for section in re.split(r"(?=<h2>)", markdown.render(text)):
+        title, _, rest = section.removeprefix("<h2>").partition("</h2>")
+        if title == COMMANDS:
+            body.append(f"<details><summary>{title}</summary>{rest}</details>")
+        else:
+            body += [section, *(plots.html(*one) for one in _figures(findings, html.unescape(title)))]
+    return _TOP.format(title=html.escape(findings.sweep.name)) + "\n".join(body) + "</html>\n"
 
 
-def _figures(findings: Findings) -> Iterator[tuple[str, go.Figure]]:
-    """(caption, figure) in the page's order; those that have nothing to show are left out."""
-    for benchmark in findings.benchmarks:
-        found = findings.effects(benchmark)
+class _Plots:
+    """Figures as HTML; the first brings plotly's own script along."""
+
+    def __init__(self) -> None:
+        self._script = True
+
+    def html(self, caption: str, figure: go.Figure) -> str:
+        plot = figure.to_html(full_html=False, include_plotlyjs=self._script, config={"displayModeBar": False})
+        self._script = False
+        return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _figures(findings: Findings, section: str) -> Iterator[tuple[str, go.Figure]]:
+    """(caption, figure) for a section of the report; those that have nothing to show are left out."""
+    if section in findings.benchmarks:
+        found = findings.effects(section)
         if found:
-            yield f"{benchmark}: what each level buys, with 95 % intervals over runs and questions", _forest(found)
-            yield f"{benchmark}: every run, by cell", _runs(findings, benchmark)
-    curves = list(findings.curves())
-    if curves:
-        yield "Finetuning loss (a line a run; means of neighbouring steps)", _curves(curves)
-    if findings.sweep.search:
+            yield (
+                "What each level buys, with 95 % intervals over runs and questions; grey where one spans zero",
+                _forest(found),
+            )
+            yield "Every run, by cell", _runs(findings, section)
+    elif section == CURVES:
+        yield (
+            "A line a run; means of neighbouring steps; pale where a run was stopped early",
+            _curves(list(findings.curves())),
+        )
+    elif section == SEARCH and findings.sweep.search:
         yield from _searched(findings, findings.sweep.search)
 
 

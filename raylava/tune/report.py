@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from raylava.storage import Place
 from raylava.tune.effects import Effect
 from raylava.tune.findings import Findings, Row
-from raylava.tune.page import page
+from raylava.tune.page import COMMANDS, CURVES, SEARCH, page
 from raylava.tune.published import SOURCE, published
 from raylava.tune.study import MARKS
 from raylava.tune.variants import shown
@@ -39,7 +39,8 @@ def report(findings: Findings) -> str:
             [f"## {benchmark}", *_statements(findings.effects(benchmark)), "", *_cells(findings, benchmark)]
         )
         sections.append(_effects(findings.effects(benchmark)))
-    sections += [_published(findings), _search(findings), _cost(findings), _failed(findings), _commands(findings)]
+    sections += [_published(findings), _curves(findings), _search(findings), _cost(findings), _failed(findings)]
+    sections.append(_commands(findings))
     return "\n".join(line for section in sections for line in (*section, ""))
 
 
@@ -125,6 +126,25 @@ def _published(findings: Findings) -> Iterator[str]:
         yield _row([*levels, *(f"{scores[name]:g}" if name in scores else "" for name in names)])
 
 
+def _curves(findings: Findings) -> Iterator[str]:
+    """Where each cell's loss came to; the page has the curves."""
+    losses: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in findings.rows:
+        if "loss" in row.values:
+            losses[row.levels].append(row.values["loss"])
+    if not losses:
+        return
+    yield f"## {CURVES}"
+    yield ""
+    yield "The mean of the last twentieth of the steps; report.html has the curves."
+    yield ""
+    yield from _head([*findings.sweep.axes, "loss", "lowest", "highest", "runs"])
+    for levels, values in losses.items():
+        yield _row(
+            [*levels, *(f"{one:.3f}" for one in (statistics.mean(values), min(values), max(values))), str(len(values))]
+        )
+
+
 def _search(findings: Findings) -> Iterator[str]:
     """The trials of a search, the best first."""
     search = findings.sweep.search
@@ -132,7 +152,7 @@ def _search(findings: Findings) -> Iterator[str]:
         return
     name, direction = next(iter(search.objective.items()))
     rows = sorted(findings.rows, key=lambda row: _rank(row, name, direction))
-    yield "## Search"
+    yield f"## {SEARCH}"
     yield ""
     yield f"Each variant's best trial, by {name}, stands in the tables above. Where that is a benchmark's score, it"
     yield "flatters the trial a little: it was chosen among many by it."
@@ -170,11 +190,13 @@ def _cost(findings: Findings) -> Iterator[str]:
     gpus = any(row.ended.variant.recipe.resources.gpus_per_worker for row in findings.rows)
     unit = "GPU-hours" if gpus else "CPU-core-hours"
     saved = findings.unshared - findings.paid
+    needed = sum(work.users for work in findings.plan.works)
     yield "## Cost"
     yield ""
     yield (
         f"{findings.paid:.2f} {unit} of training that was finished; one by one the trials would have taken "
-        f"{findings.unshared:.2f}: sharing saved {saved:.2f} ({saved / findings.unshared:.0%})."
+        f"{findings.unshared:.2f}: sharing saved {saved:.2f} ({saved / findings.unshared:.0%}). The trials need "
+        f"{needed} stages, preparations and evaluations among them, of which {len(findings.plan.works)} are distinct."
     )
     yield ""
     yield from _head(["trial", "all it needs", "its share"])
@@ -192,7 +214,7 @@ def _failed(findings: Findings) -> Iterator[str]:
 
 
 def _commands(findings: Findings) -> Iterator[str]:
-    yield from ("## To make a row again", "", "```sh")
+    yield from (f"## {COMMANDS}", "", "```sh")
     for row in findings.rows:
         settings = [f"{key}={json.dumps(value)}" for key, value in row.ended.variant.settings.items()]
         words = [shlex.quote(word) for word in (findings.sweep.recipe, *settings, *findings.overrides)]

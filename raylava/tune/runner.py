@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,8 +24,9 @@ from raylava.session import here, ray_session
 from raylava.stages import absolute
 from raylava.storage import Place
 from raylava.tune.board import Board, Where
+from raylava.tune.outcome import Ended
 from raylava.tune.searcher import EarlyStop, Once, Source, Trials
-from raylava.tune.study import Studies, Tried, VariantSearch, drawn
+from raylava.tune.study import Studies, VariantSearch, drawn
 from raylava.tune.sweep import Search, Sweep
 from raylava.tune.table import progress_table
 from raylava.tune.trial import run_trial
@@ -35,19 +35,6 @@ from raylava.tune.variants import Variant, variants, with_settings
 logger = logging.getLogger(__name__)
 
 _MAX_LOSSES = 8  # processes that a trial may lose before it is given up
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A variant with all its settings, and how its trial ended: done, stopped (early) or failed, and why.
-
-    `tried` is what its study knows of it, when it is of a search.
-    """
-
-    variant: Variant
-    how: str
-    failure: str | None = None
-    tried: Tried | None = None
 
 
 class SweepRun:

@@ -7,8 +7,7 @@ checkpoints are found; one that is stopped early is told as pruned, with the los
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optuna
@@ -24,6 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raylava.artifacts import fingerprint
 from raylava.errors import UserError
 from raylava.storage import Place
+from raylava.tune.outcome import Tried
 from raylava.tune.sweep import Range, Search
 from raylava.tune.variants import Variant
 
@@ -31,21 +31,6 @@ MARKS = 10  # how often in a training its loss is compared
 _FAILURE = "failure"
 _OWNER = "raylava"
 _JOURNAL = "study"
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A trial of a study: its settings, how it ended (None while it runs), why it failed, what it reached.
-
-    `values` are the objectives, once it is done; `losses` the finetuning loss by mark.
-    """
-
-    number: int
-    settings: Mapping[str, Any]
-    ended: str | None
-    failure: str | None
-    values: Mapping[str, float]
-    losses: Mapping[int, float]
 
 
 def distribution(found: Range) -> BaseDistribution:

@@ -15,7 +15,8 @@ from raylava.artifacts import Artifact
 from raylava.demo import micro_recipe
 from raylava.storage import place
 from raylava.train.telemetry import METRICS
-from raylava.tune.study import Studies, Tried
+from raylava.tune.outcome import Tried
+from raylava.tune.study import Studies
 from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
 

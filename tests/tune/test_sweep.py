@@ -247,7 +247,7 @@ def test_a_sweep_with_a_failed_trial_says_so_in_its_exit_status(
     assert main(["sweep", file, "--storage", str(storage)]) == 1
     told = capfd.readouterr().err
     assert "1 of 1 trials failed, the first: " in told
-    assert "too_long" in told
+    assert "48 of 48 rows had to be set aside" in told
     assert (storage / "sweeps" / "short" / "report.html").exists()
 
 

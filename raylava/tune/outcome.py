@@ -1,0 +1,35 @@
+"""How trials end: what a study knows of one, and what a sweep tells of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylava.tune.variants import Variant
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial of a study: its settings, how it ended (None while it runs), why it failed, what it reached.
+
+    `values` are the objectives, once it is done; `losses` the finetuning loss by mark.
+    """
+
+    number: int
+    settings: Mapping[str, Any]
+    ended: str | None
+    failure: str | None
+    values: Mapping[str, float]
+    losses: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A variant with all its settings, and how its trial ended: done, stopped (early) or failed, and why.
+
+    `tried` is what its study knows of it, when it is of a search.
+    """
+
+    variant: Variant
+    how: str
+    failure: str | None = None
+    tried: Tried | None = None
