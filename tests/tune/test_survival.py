@@ -24,9 +24,9 @@ pytestmark = pytest.mark.slow
 
 SMALL = [
     "pretrain.enabled=false",
-    "finetune.global_batch=4",
+    "finetune.global_batch=6",
     "finetune.epochs=4",
-    "finetune.checkpoints.every_steps=8",
+    "finetune.checkpoints.every_steps=5",
     "resources.workers=1",
     "evaluate=[]",
 ]
@@ -61,7 +61,7 @@ def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
     while not once():
         assert run.poll() is None, run.communicate()[1][-4000:]
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.5)  # what is asked here reads recipe and study: not more often, beside a run on two cores
 
 
 def tried(sweep_file: Path) -> list[Tried]:
@@ -81,12 +81,12 @@ def under_way(sweep_file: Path, trial: int) -> Path | None:
 
 
 def lines_before_the_first_checkpoint(draft: Path) -> list[str]:
-    return (draft / METRICS).read_text().splitlines()[:8]
+    return (draft / METRICS).read_text().splitlines()[:5]
 
 
 def trial_process(run: "subprocess.Popen[str]") -> psutil.Process | None:
     children = psutil.Process(run.pid).children(recursive=True)
-    return next((one for one in children if "run_trial" in " ".join(one.cmdline())), None)
+    return next((one for one in children if "ImplicitFunc" in " ".join(one.cmdline())), None)
 
 
 def test_a_search_whose_driver_and_then_whose_trial_is_killed_ends_as_if_neither_had_been(sweep_file: Path) -> None:
@@ -137,4 +137,4 @@ def test_a_sweep_survives_the_loss_of_a_node(lab: Artifact, tmp_path: Path) -> N
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert (storage / "lost").exists(), "the node was not lost while a trial trained"
-    assert json.loads(run.stdout) == [["done", None]] * 2
+    assert json.loads(run.stdout.splitlines()[-1]) == [["done", None]] * 2, run.stdout[-2000:]
