@@ -120,6 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact", metavar="PATH")
     inspect.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page (%(default)s)")
     inspect.add_argument("--html", metavar="FILE", help="where the page goes (inspect-FINGERPRINT.html)")
+    score = command("score", _score, "score anybody's file of answers to a benchmark")
+    score.add_argument("benchmark", metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or own")
+    score.add_argument("--answers", metavar="FILE", help="JSONL of question_id and text, or an official result file")
+    score.add_argument(
+        "--data", metavar="DIR", required=True, help="the official files; for own, the file of questions"
+    )
+    score.add_argument(
+        "--rule", metavar="RULE", default="exact_match", help="for own: exact_match, vqa_accuracy, yes_no"
+    )
+    score.add_argument("--protocol", metavar="NAME", default="", help="where toolkits differ (pope: llava, lmms-eval)")
+    score.add_argument("--grades", metavar="FILE", help="for mm-vet: the judge's reply file")
     laboratory = command("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
     laboratory.add_argument("folder", metavar="FOLDER")
     replay = command("replay", _replay, "compute each sample of a step that was not finite alone")
@@ -250,6 +261,21 @@ def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
     bad = [one.sample_id for one in found if not one.finite]
     told = f"{len(bad)} of {len(found)} samples are not finite alone" + (f": {', '.join(bad[:5])}" if bad else "")
     return Outcome({"samples": [asdict(one) for one in found]}, told)
+
+
+def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.evaluate.scoring import score_file
+    from raylava.report import result_table
+
+    if arguments.answers is None and arguments.grades is None:
+        raise UserError("score wants the answers; give --answers FILE (for mm-vet --grades FILE)")
+    given = (arguments.answers or "", arguments.rule, arguments.protocol, arguments.grades)
+    result = score_file(arguments.benchmark, arguments.data, *given)
+    metrics = result.metrics()
+    console.show(result_table(metrics))
+    if result.missing:
+        console.say(f"[yellow]without an answer[/], counted as wrong: {', '.join(result.missing[:10])}")
+    return Outcome(metrics | {"missing": list(result.missing)})
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:

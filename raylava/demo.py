@@ -13,7 +13,7 @@ from raylava.artifacts import Artifact
 from raylava.console import Console
 from raylava.errors import UserError
 from raylava.evaluate.answer import read_answers
-from raylava.evaluate.score import normalise
+from raylava.evaluate.score.exact import matches
 from raylava.micro.laboratory import LaboratorySize, laboratory
 from raylava.recipe import Recipe, Resources
 from raylava.recipe_file import load_recipe
@@ -79,7 +79,7 @@ def write_sheet(evaluation: Artifact, pictures: Place, console: Console) -> Plac
     shown = list(zip(questions[:_SHOWN], answers[:_SHOWN], strict=True))
     console.say("")
     for question, answer in shown:
-        mark = "[green]✓[/]" if normalise(answer["text"]) == normalise(question["reference"]) else "[red]✗[/]"
+        mark = "[green]✓[/]" if matches(answer["text"], question["references"]) else "[red]✗[/]"
         console.say(
             f"  {mark} [dim]{question['image']}[/]  {escape(question['text'])}  [bold]{escape(answer['text'])}[/]"
         )
@@ -90,7 +90,7 @@ def write_sheet(evaluation: Artifact, pictures: Place, console: Console) -> Plac
 
 def _card(question: dict[str, Any], answer: dict[str, Any], pictures: Place) -> str:
     picture = base64.b64encode((pictures / question["image"]).read_bytes()).decode()
-    right = normalise(answer["text"]) == normalise(question["reference"])
+    right = matches(answer["text"], question["references"])
     return (
         f'<figure><img src="data:image/png;base64,{picture}" alt="{html.escape(question["image"])}">'
         f"<figcaption><p>{html.escape(question['text'])}</p>"

@@ -224,7 +224,7 @@ class Benchmark(Section):
     limit: int | None = Field(None, ge=1)
     suffix: str = ""
     categories: dict[str, str] = {}
-    score: Literal["exact_match"] = "exact_match"
+    score: Literal["exact_match", "vqa_accuracy", "yes_no"] = "exact_match"
     max_new_tokens: int = Field(32, ge=1)
     batch_size: int = scale(32, ge=1)
     baselines: tuple[Literal["blank_pictures", "untrained"], ...] = ()

@@ -43,29 +43,54 @@ def benchmarks(artifacts: dict[str, Artifact]) -> list[str]:
     return [label for label in labels if not label.endswith(")")]
 
 
+def headline(evaluation: Artifact) -> float:
+    """The figure that an evaluation is known by."""
+    return float(evaluation.metrics["figures"][evaluation.metrics["headline"]]["value"])
+
+
 def score_table(name: str, artifacts: dict[str, Artifact]) -> Table:
-    """Exact match by question type: the model, its baselines, and the best constant answer."""
+    """The headline by question type: the model with its 95 % interval, its baselines, and the best constant answer."""
     columns = {"model": artifacts[_EVALUATE + name].metrics}
     for baseline, title in (("blank", "blank pictures"), ("untrained", "before training")):
         artifact = artifacts.get(f"{_EVALUATE}{name} ({baseline})")
         if artifact is not None:
             columns[title] = artifact.metrics
-    table = Table(title=f"{name}: share of answers that match exactly", title_justify="left")
+    model = columns["model"]
+    figure = model["headline"]
+    table = Table(title=f"{name}: {figure.replace('_', ' ')} ({model['protocol']})", title_justify="left")
     table.add_column("question type")
-    table.add_column("questions", justify="right")
-    for title in columns:
+    for title in ("questions", *columns, "majority answer"):
         table.add_column(title, justify="right")
-    table.add_column("majority answer", justify="right")
-    for category in columns["model"]["by_category"]:
-        _add_row(table, category, [column["by_category"][category] for column in columns.values()])
+    for category, figures in model["by_category"].items():
+        scores = [column["by_category"][category][figure] for column in columns.values()]
+        _add_row(table, category, figures["units"], [*scores, model["majority"][category]])
     table.add_section()
-    _add_row(table, "all", [column["overall"] for column in columns.values()])
+    scores = [column["figures"][figure]["value"] for column in columns.values()]
+    _add_row(table, "all", model["questions"], [*scores, model["majority"]["all"]])
+    interval = model["figures"][figure]
+    table.caption = f"the model's 95 % interval: {interval['low']:.2f} to {interval['high']:.2f}"
+    table.caption_justify = "left"
     return table
 
 
-def _add_row(table: Table, title: str, scores: list[dict[str, Any]]) -> None:
-    figures = [f"{score['exact_match']:.2f}" for score in scores]
-    table.add_row(title, str(scores[0]["questions"]), *figures, f"{scores[0]['majority']:.2f}")
+def _add_row(table: Table, title: str, questions: float, scores: list[float]) -> None:
+    table.add_row(title, f"{questions:.0f}", *(f"{score:.2f}" for score in scores))
+
+
+def result_table(metrics: dict[str, Any]) -> Table:
+    """One benchmark's figures: over all with 95 % intervals, then each category's. `metrics` as of Result.metrics."""
+    title = f"{metrics['benchmark']}: {metrics['questions']:,} questions, {metrics['missing']:,} without an answer "
+    table = Table(title=f"{title}(protocol {metrics['protocol']})", title_justify="left")
+    table.add_column("")
+    for name in metrics["figures"]:
+        table.add_column(name.replace("_", " "), justify="right")
+    cells = [f"{one['value']:.4g} [dim]{one['low']:.4g}–{one['high']:.4g}[/]" for one in metrics["figures"].values()]
+    table.add_row("all", *cells)
+    if len(metrics["by_category"]) > 1:
+        table.add_section()
+        for category, figures in metrics["by_category"].items():
+            table.add_row(escape(category), *(f"{figures[name]:.4g}" for name in metrics["figures"]))
+    return table
 
 
 def corpus_table(inspection: Inspection) -> Table:

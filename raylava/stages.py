@@ -24,7 +24,8 @@ from raylava.corpus.sources import SourceFiles, sizes_below
 from raylava.errors import UserError
 from raylava.evaluate.answer import Asking, answer, answers_bytes
 from raylava.evaluate.questions import Question, identity, read_questions
-from raylava.evaluate.score import exact_match
+from raylava.evaluate.score.exact import majority
+from raylava.evaluate.score.rules import SCORING_VERSION, score
 from raylava.model.backbones import (
     LanguageSpec,
     VisionSpec,
@@ -36,12 +37,15 @@ from raylava.model.backbones import (
     tokenizer_identity,
     weights_identity,
 )
-from raylava.recipe import Benchmark, Corpus, Recipe
+from raylava.recipe import Benchmark, Corpus, Recipe, Resources
 from raylava.session import ray_session
 from raylava.storage import Place, join, place
 
 if TYPE_CHECKING:
     from raylava.train.job import TrainJob
+
+
+CREDIT = "credit.json"  # of an evaluation: what each question earned, by id
 
 
 @dataclass(frozen=True)
@@ -323,6 +327,7 @@ class _Graph:
             "questions": identity(questions, pictures),
             "benchmark": benchmark.content(),
             "blank_pictures": blank,
+            "scoring": SCORING_VERSION,
         }
         draft = self._draft("evaluate", content)
         asking = Asking(
@@ -330,7 +335,8 @@ class _Graph:
         )
 
         def build(bar: Bar) -> dict[str, Any]:
-            return _answer_and_score(questions, asking, model.draft.fingerprint, draft.place, bar, recipe)
+            made_by = model.draft.fingerprint
+            return _answer_and_score(questions, asking, benchmark, made_by, draft.place, bar, recipe.resources)
 
         return Stage(label, draft, {"model": model.draft}, "questions", build)
 
@@ -348,14 +354,21 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def _answer_and_score(
-    questions: list[Question], asking: Asking, model_id: str, output: Place, bar: Bar, recipe: Recipe
+    questions: list[Question],
+    asking: Asking,
+    benchmark: Benchmark,
+    model_id: str,
+    output: Place,
+    bar: Bar,
+    resources: Resources,
 ) -> dict[str, Any]:
-    answers = answer(questions, asking, recipe.resources, bar)
-    scores = exact_match(questions, [item.text for item in answers])
+    answers = answer(questions, asking, resources, bar)
+    result = score(benchmark.name, benchmark.score, questions, {item.question_id: item.text for item in answers})
     (output / "answers.jsonl").write_bytes(answers_bytes(answers, model_id))
     lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in questions]
     (output / "questions.jsonl").write_bytes("".join(line + "\n" for line in lines).encode())
-    return dataclasses.asdict(scores)
+    (output / CREDIT).write_bytes(json.dumps(result.credit).encode())
+    return result.metrics() | {"majority": majority(questions)}
 
 
 def _connector_identity(folder: str) -> str:

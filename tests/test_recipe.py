@@ -11,7 +11,9 @@ from raylava.model.backbones import check_known
 from raylava.recipe import Recipe
 from raylava.recipe_file import load_recipe
 
-SHIPPED = sorted(path.name for path in recipes_folder().glob("*.yaml") if path.name != "ablations.yaml")  # a sweep
+SHIPPED = sorted(
+    path.name for path in recipes_folder().glob("*.yaml") if "ablations" not in path.name
+)  # those are sweeps
 
 MINIMAL = {
     "name": "minimal",

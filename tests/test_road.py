@@ -59,7 +59,7 @@ def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
         "connector": artifacts["pretrain"].fingerprint,
     }
     assert artifacts["pretrain"].metrics["steps"] == 3
-    assert artifacts["evaluate heldout"].metrics["overall"]["questions"] == 20
+    assert artifacts["evaluate heldout"].metrics["questions"] == 20
 
 
 def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:

@@ -95,7 +95,8 @@ def answers_bytes(answers: list[Answer], model_id: str) -> bytes:
 
 def _question(item: dict[str, Any]) -> Question:
     """A question that went through JSON."""
-    return Question(**item | {"history": tuple((asked, said) for asked, said in item["history"])})
+    history = tuple((asked, said) for asked, said in item["history"])
+    return Question(**item | {"history": history, "references": tuple(item["references"])})
 
 
 class _Answerer:

@@ -24,15 +24,18 @@ from raylava.storage import Place
 class Question:
     """One question: `image` is a path below the benchmark's image folder, or None for text alone.
 
-    `history` is the conversation before it, as (question, answer) pairs; the picture is shown at its start.
+    `references` are what its benchmark scores by: right answers, mostly. `history` is the conversation before it, as
+    (question, answer) pairs; the picture is shown at its start. `unit` names those that are scored together (MME's two
+    of a picture, MMVP's pair).
     """
 
     question_id: str
     image: str | None
     text: str
     category: str
-    reference: str
+    references: tuple[str, ...]
     history: tuple[tuple[str, str], ...] = ()
+    unit: str = ""
 
 
 def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
@@ -63,14 +66,16 @@ def _from_jsonl(file: Place, benchmark: Benchmark) -> Iterator[Question]:
                 yield _jsonl_question(raw)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}:{number}: not a question ({error!r}); each line has question_id, text, answer, and may have "
-                "image and category"
+                f"{file}:{number}: not a question ({error!r}); each line has question_id, text, answer (or answers), "
+                "and may have image and category"
             ) from error
 
 
 def _jsonl_question(raw: dict[str, Any]) -> Question:
+    known = raw["answers"] if "answers" in raw else [raw["answer"]]
+    references = tuple(str(one["answer"] if isinstance(one, dict) else one) for one in known)
     return Question(
-        str(raw["question_id"]), raw.get("image"), str(raw["text"]), str(raw.get("category", "all")), str(raw["answer"])
+        str(raw["question_id"]), raw.get("image"), str(raw["text"]), str(raw.get("category", "all")), references
     )
 
 
@@ -88,7 +93,7 @@ def _from_llava(file: Place, benchmark: Benchmark) -> Iterator[Question]:
         history: tuple[tuple[str, str], ...] = ()
         for turn, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
             text = human.text.replace(IMAGE_TOKEN, "").strip()
-            yield Question(f"{row.sample_id}-{turn}", image, text, "all", answer.text, history)
+            yield Question(f"{row.sample_id}-{turn}", image, text, "all", (answer.text,), history)
             history = (*history, (text, answer.text))
 
 

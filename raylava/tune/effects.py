@@ -17,11 +17,11 @@ _INTERVAL = (2.5, 97.5)  # percentiles
 
 @dataclass(frozen=True)
 class Graded:
-    """One variant's answers to one benchmark: whether each was right, by question id."""
+    """One variant's answers to one benchmark: what each earned (0 to 1), by question id."""
 
     levels: Mapping[str, str]
     seed: int | None
-    right: Mapping[str, bool]
+    credit: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def _effect(axis: str, level: str, against: str, pairs: list[tuple[Graded, Grade
 
 
 def _differences(one: Graded, other: Graded) -> npt.NDArray[np.float64]:
-    """By question, 1 where only the one was right and -1 where only the other was."""
-    if one.right.keys() != other.right.keys():
-        apart = sorted(one.right.keys() ^ other.right.keys())
+    """By question, what the one earned more than the other."""
+    if one.credit.keys() != other.credit.keys():
+        apart = sorted(one.credit.keys() ^ other.credit.keys())
         raise ValueError(f"variants answered different questions: {', '.join(apart[:3])}")
-    return np.array([float(right) - float(other.right[name]) for name, right in one.right.items()])
+    return np.array([float(credit) - float(other.credit[name]) for name, credit in one.credit.items()])
 
 
 def _bootstrap(differences: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from raylava.artifacts import Artifact
-from raylava.evaluate.score import matches
 from raylava.recipe import Resources
-from raylava.report import benchmarks
+from raylava.report import benchmarks, headline
+from raylava.stages import CREDIT
+from raylava.storage import Place
 from raylava.train.telemetry import METRICS
 from raylava.tune.effects import Effect, Graded, effects
 from raylava.tune.outcome import Ended
@@ -60,7 +61,7 @@ class Findings:
             artifacts = self.plan.artifacts(number)
             values = objectives(artifacts) if ended.how == "done" else {}
             names = benchmarks(artifacts)
-            scores = {name: artifacts[_EVALUATE + name].metrics["overall"]["exact_match"] for name in names}
+            scores = {name: headline(artifacts[_EVALUATE + name]) for name in names}
             costs = self._costs(number, artifacts)
             found.append(
                 Row(ended, artifacts, scores, values, sum(costs), sum(self._costs(number, artifacts, shared=True)))
@@ -68,14 +69,16 @@ class Findings:
         return found
 
     def _costs(self, number: int, artifacts: Mapping[str, Artifact], shared: bool = False) -> list[float]:
-        """Device-hours of each of a trial's trainings."""
+        """Device-hours of each of a trial's trainings, those that were stopped or failed on the way among them."""
         hours = device_hours(self.plan.variants[number].recipe.resources)
         users = {work.fingerprint: work.users for work in self.plan.works} if shared else {}
-        return [
-            hours * one.record["seconds"] / users.get(one.fingerprint, 1)
-            for one in artifacts.values()
-            if one.stage in _TRAINED
-        ]
+        found = []
+        for stage in self.plan.stages[number]:
+            if stage.draft.stage in _TRAINED:
+                made = artifacts.get(stage.label)
+                seconds = made.record["seconds"] if made else _seconds_of_steps(stage.draft.place / METRICS)
+                found.append(hours * seconds / users.get(stage.draft.fingerprint, 1))
+        return found
 
     @cached_property
     def chosen(self) -> list[Row]:
@@ -91,6 +94,11 @@ class Findings:
                 best[key] = row
         return list(best.values())
 
+    def headline(self, benchmark: str) -> str:
+        """The name of the figure that a benchmark is known by."""
+        row = next(row for row in self.rows if benchmark in row.scores)
+        return str(row.artifacts[_EVALUATE + benchmark].metrics["headline"]).replace("_", " ")
+
     @cached_property
     def benchmarks(self) -> list[str]:
         """All that a variant was scored on."""
@@ -99,7 +107,7 @@ class Findings:
     def effects(self, benchmark: str) -> list[Effect]:
         """What each level buys, among the chosen rows."""
         graded = [
-            Graded(row.ended.variant.levels, row.ended.variant.seed, _graded(row.artifacts[_EVALUATE + benchmark]))
+            Graded(row.ended.variant.levels, row.ended.variant.seed, _credit(row.artifacts[_EVALUATE + benchmark]))
             for row in self.chosen
             if benchmark in row.scores
         ]
@@ -107,7 +115,7 @@ class Findings:
 
     @property
     def paid(self) -> float:
-        """Device-hours of training that were spent, on what was finished."""
+        """Device-hours of training that were spent."""
         return sum(row.share for row in self.rows)
 
     @property
@@ -149,18 +157,19 @@ def device_hours(resources: Resources) -> float:
     return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
-def _graded(evaluation: Artifact) -> dict[str, bool]:
-    """By question id, whether the answer was right. Answers join questions by id, never by position."""
-    references = {line["question_id"]: line["reference"] for line in _lines(evaluation, "questions.jsonl")}
-    return {
-        line["question_id"]: matches(line["text"], references[line["question_id"]])
-        for line in _lines(evaluation, "answers.jsonl")
-    }
+def _credit(evaluation: Artifact) -> dict[str, float]:
+    """By question id."""
+    return json.loads((evaluation.place / CREDIT).read_bytes())
 
 
-def _lines(artifact: Artifact, file: str) -> Iterator[dict[str, str]]:
-    for line in (artifact.place / file).read_bytes().splitlines():
-        yield json.loads(line)
+def _seconds_of_steps(metrics: Place) -> float:
+    """What the steps of a training that has no artifact took; 0 where none is known."""
+    if not metrics.exists():
+        return 0.0
+    lines = [
+        json.loads(line) for line in metrics.read_bytes().decode().splitlines(keepends=True) if line.endswith("\n")
+    ]
+    return sum(line["seconds"] / (1.0 - line["waiting_share"]) for line in lines)
 
 
 def _thinned(metrics: bytes) -> list[tuple[int, float]]:

@@ -3,18 +3,17 @@
 import html
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import optuna
 import plotly.graph_objects as go
 from markdown_it import MarkdownIt
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import create_trial
 
 from raylava.tune.effects import Effect
 from raylava.tune.findings import Findings, Row
 from raylava.tune.outcome import Tried
-from raylava.tune.study import distribution
+from raylava.tune.study import MARKS, distribution
 from raylava.tune.sweep import Search
 
 COMMANDS, CURVES, SEARCH = "To make a row again", "Finetuning loss", "Search"  # titles of the report's sections
@@ -22,7 +21,7 @@ COMMANDS, CURVES, SEARCH = "To make a row again", "Finetuning loss", "Search"  #
 _INK, _ACCENT, _MUTED = "#1d1d22", "#3454d1", "#8a8a96"
 _COLOURS = ("#3454d1", "#d1495b", "#2a9d8f", "#e09f3e", "#7b2d8b", "#5c677d", "#9c6644", "#00798c")
 _HEIGHT = 360  # pixels
-_ENOUGH = 4  # finished trials without which a plot of parameters says nothing
+_ENOUGH = 4  # trials without which a plot of parameters says nothing
 
 
 def page(findings: Findings, text: str) -> str:
@@ -107,7 +106,7 @@ def _runs(findings: Findings, benchmark: str) -> go.Figure:
         )
     )
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, "exact match", "", height=120 + 34 * len({row.levels for row in rows}))
+    return _styled(figure, findings.headline(benchmark), "", height=120 + 34 * len({row.levels for row in rows}))
 
 
 def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Figure:
@@ -139,37 +138,37 @@ def _searched(findings: Findings, search: Search) -> Iterator[tuple[str, go.Figu
         if row.ended.tried:
             studies[f"{' · '.join(row.levels)}{seed}: ".removeprefix(": ")].append(row.ended.tried)
     for name, tried in studies.items():
-        study = _study(search, tried)
-        if sum(one.ended == "done" for one in tried) < _ENOUGH:
-            continue
-        plots = optuna.visualization
-        for at, objective in enumerate(search.objective):
-            target = _value(at)
-            yield (
-                f"{name}trials by their settings and {objective}",
-                _styled(plots.plot_parallel_coordinate(study, target=target, target_name=objective)),
-            )
-            if len(search.space) > 1:
-                yield (
-                    f"{name}how much of the differences in {objective} each setting explains (fANOVA)",
-                    _styled(plots.plot_param_importances(study, target=target, target_name=objective), height=240),
-                )
+        for caption, values in _weighed(search, tried):
+            if len(values) >= _ENOUGH:
+                yield from _plots_of(search, f"{name}{caption}", values)
 
 
-def _value(at: int) -> Callable[[FrozenTrial], float]:
-    return lambda trial: trial.values[at]
+Weighed = list[tuple[Tried, float]]
 
 
-def _study(search: Search, tried: list[Tried]) -> optuna.Study:
-    """The trials that reached the objectives, as a study in memory."""
-    directions = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-    study = optuna.create_study(directions=[directions[one] for one in search.objective.values()])
+def _weighed(search: Search, tried: list[Tried]) -> Iterator[tuple[str, Weighed]]:
+    """What trials are compared by: the objectives, of those that reached them; early losses, of those stopped too."""
+    for objective in search.objective:
+        yield objective, [(one, one.values[objective]) for one in tried if objective in one.values]
+    if search.asha:
+        first = round(MARKS * search.asha.grace)
+        caption = f"loss after {100 * first // MARKS} % of finetuning"
+        yield caption, [(one, one.losses[first]) for one in tried if first in one.losses]
+
+
+def _plots_of(search: Search, caption: str, weighed: Weighed) -> Iterator[tuple[str, go.Figure]]:
+    study = optuna.create_study()
     space = {key: distribution(one) for key, one in search.space.items()}
-    for one in tried:
-        if one.ended == "done":
-            values = [one.values[name] for name in search.objective]
-            study.add_trial(create_trial(params=dict(one.settings), distributions=space, values=values))
-    return study
+    for one, value in weighed:
+        study.add_trial(create_trial(params=dict(one.settings), distributions=space, value=value))
+    plots, name = optuna.visualization, caption.rpartition(": ")[2]
+    yield f"{caption}, trials by their settings", _styled(plots.plot_parallel_coordinate(study, target_name=name))
+    if len(search.space) > 1:
+        figure = plots.plot_param_importances(study, target_name=name)
+        yield (
+            f"{caption}: the share of its differences that each setting explains (fANOVA)",
+            _styled(figure, height=240),
+        )
 
 
 def _styled(figure: go.Figure, across: str | None = None, up: str | None = None, height: int = _HEIGHT) -> go.Figure:

@@ -89,7 +89,7 @@ def _cells(findings: Findings, benchmark: str) -> Iterator[str]:
     for row in findings.chosen:
         if benchmark in row.scores:
             cells[row.levels].append(row.scores[benchmark])
-    yield from _head([*findings.sweep.axes, "exact match", "seeds", *(["published"] if papers else [])])
+    yield from _head([*findings.sweep.axes, findings.headline(benchmark), "seeds", *(["published"] if papers else [])])
     for levels, values in cells.items():
         mean = f"{statistics.mean(values):.3f}" if values else "failed"
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -194,7 +194,7 @@ def _cost(findings: Findings) -> Iterator[str]:
     yield "## Cost"
     yield ""
     yield (
-        f"{findings.paid:.2f} {unit} of training that was finished; one by one the trials would have taken "
+        f"{findings.paid:.2f} {unit} of training; one by one the trials would have taken "
         f"{findings.unshared:.2f}: sharing saved {saved:.2f} ({saved / findings.unshared:.0%}). The trials need "
         f"{needed} stages, preparations and evaluations among them, of which {len(findings.plan.works)} are distinct."
     )

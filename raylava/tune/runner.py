@@ -25,7 +25,7 @@ from raylava.stages import absolute
 from raylava.storage import Place
 from raylava.tune.board import Board, Where
 from raylava.tune.outcome import Ended
-from raylava.tune.searcher import EarlyStop, Once, Source, Trials
+from raylava.tune.searcher import EarlyStop, Once, Trials
 from raylava.tune.study import Studies, VariantSearch, drawn
 from raylava.tune.sweep import Search, Sweep
 from raylava.tune.table import progress_table
@@ -35,6 +35,9 @@ from raylava.tune.variants import Variant, variants, with_settings
 logger = logging.getLogger(__name__)
 
 _MAX_LOSSES = 8  # processes that a trial may lose before it is given up
+
+
+Sources = Sequence[Once] | Sequence[VariantSearch]
 
 
 class SweepRun:
@@ -72,11 +75,11 @@ class SweepRun:
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
 
-    @property
-    def _expected(self) -> int | None:
-        """Trials in all, where somebody knows."""
+    def _expected(self, sources: "Sources") -> int | None:
+        """Trials that this run will begin, where somebody knows."""
         each = self.sweep.search.trials if self.sweep.search else 1
-        return each and each * len(self._variants)
+        ended = [one for source in sources if isinstance(source, VariantSearch) for one in source.tried if one.ended]
+        return each and each * len(sources) - len(ended)
 
     def _studies(self, search: Search) -> Studies:
         return Studies(search, search.study or self.sweep.name, self.folder)
@@ -90,7 +93,7 @@ class SweepRun:
             return [Once(variant) for variant in self._variants]
         return self._studies(search).take(self._variants)
 
-    def _tune(self, sources: Sequence[Source], clock: "_Clock", at_once: int, console: Console) -> None:
+    def _tune(self, sources: "Sources", clock: "_Clock", at_once: int, console: Console) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else it would make a result of what Ctrl-C cut off
@@ -103,7 +106,8 @@ class SweepRun:
             clock.is_over,
         )
         settings = {"storage": self._storage.uri, "board": board, "search": self.sweep.search is not None}
-        with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, _shown(board, self._expected, console):
+        shown = _shown(board, self._expected(sources), console)
+        with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, shown:
             tune.Tuner(
                 tune.with_resources(run_trial, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
                 param_space=settings,

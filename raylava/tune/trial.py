@@ -17,7 +17,7 @@ from raylava.artifacts import Artifact
 from raylava.console import Bar
 from raylava.errors import first_line
 from raylava.recipe import Recipe
-from raylava.report import benchmarks
+from raylava.report import benchmarks, headline
 from raylava.session import hush
 from raylava.stages import make, stages_of
 from raylava.storage import place
@@ -51,7 +51,7 @@ def run_trial(config: dict[str, Any]) -> None:
 
 def objectives(artifacts: dict[str, Artifact]) -> dict[str, float]:
     """All that a search may weigh of a finished variant, by name."""
-    scores = {name: artifacts[f"evaluate {name}"].metrics["overall"]["exact_match"] for name in benchmarks(artifacts)}
+    scores = {name: headline(artifacts[f"evaluate {name}"]) for name in benchmarks(artifacts)}
     seconds = sum(one.record["seconds"] for one in artifacts.values() if one.stage in ("pretrain", "finetune"))
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
 

@@ -20,8 +20,8 @@ def test_jsonl_questions(tmp_path: Path) -> None:
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     assert read_questions(place(tmp_path / "q.jsonl"), BENCHMARK) == [
-        Question("1", "a.png", "How many?", "count", "two"),
-        Question("x", None, "Hello", "talk", "Hi"),
+        Question("1", "a.png", "How many?", "count", ("two",)),
+        Question("x", None, "Hello", "talk", ("Hi",)),
     ]
 
 
@@ -36,8 +36,8 @@ def test_each_human_turn_of_llava_json_is_asked_with_what_came_before(tmp_path: 
     (tmp_path / "q.json").write_text(json.dumps(rows))
     held_out = BENCHMARK.model_copy(update={"include": ("5/*",)})
     assert read_questions(place(tmp_path / "q.json"), held_out) == [
-        Question("r#1-0", "5/a.png", "Is it true?", "truth", "yes"),
-        Question("r#1-1", "5/a.png", "How many cats?", "count", "2", (("Is it true?", "yes"),)),
+        Question("r#1-0", "5/a.png", "Is it true?", "truth", ("yes",)),
+        Question("r#1-1", "5/a.png", "How many cats?", "count", ("2",), (("Is it true?", "yes"),)),
     ]
     assert len(read_questions(place(tmp_path / "q.json"), BENCHMARK.model_copy(update={"limit": 3}))) == 3
 
