@@ -120,6 +120,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact", metavar="PATH")
     inspect.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page (%(default)s)")
     inspect.add_argument("--html", metavar="FILE", help="where the page goes (inspect-FINGERPRINT.html)")
+    evaluate = command("evaluate", _evaluate, "have a model answer a benchmark, and score it")
+    evaluate.add_argument("model", metavar="MODEL", help="a finetune artifact, a Hugging Face folder, or a hub id")
+    evaluate.add_argument("--benchmark", metavar="NAME", required=True, help="as for score")
+    evaluate.add_argument("--data", metavar="DIR", required=True, help="the official files; for own, the questions")
+    evaluate.add_argument("--images", metavar="DIR", default="", help="where the pictures are, if not below --data")
+    evaluate.add_argument("--rule", metavar="RULE", default="exact_match", help="for own, as for score")
+    evaluate.add_argument("--protocol", metavar="NAME", default="", help="as for score")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="(16; mm-vet 512)")
+    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="(%(default)s)")
+    evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
+    evaluate.add_argument("--workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
+    evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
     score = command("score", _score, "score anybody's file of answers to a benchmark")
     score.add_argument("benchmark", metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or own")
     score.add_argument("--answers", metavar="FILE", help="JSONL of question_id and text, or an official result file")
@@ -131,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--protocol", metavar="NAME", default="", help="where toolkits differ (pope: llava, lmms-eval)")
     score.add_argument("--grades", metavar="FILE", help="for mm-vet: the judge's reply file")
+    compare = command("compare", _compare, "two or more evaluations side by side, and where they part")
+    compare.add_argument("evaluations", metavar="PATH", nargs="+", help="evaluate artifacts, of one benchmark or more")
+    compare.add_argument("--html", metavar="FILE", default="compare.html", help="where the page goes (%(default)s)")
     laboratory = command("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
     laboratory.add_argument("folder", metavar="FOLDER")
     replay = command("replay", _replay, "compute each sample of a step that was not finite alone")
@@ -263,6 +279,29 @@ def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
     return Outcome({"samples": [asdict(one) for one in found]}, told)
 
 
+def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.evaluate.scoring import exam_named
+    from raylava.evaluations import evaluate_model
+    from raylava.recipe import Resources
+    from raylava.report import result_table
+    from raylava.storage import writable
+
+    given = arguments
+    benchmark, exam = exam_named(
+        given.benchmark, given.data, given.images, given.rule, given.protocol, given.limit, given.max_new_tokens,
+        given.batch_size,
+    )  # fmt: skip
+    resources = Resources(workers=given.workers, gpus_per_worker=given.gpus_per_worker)
+    storage = writable(given.storage)
+    artifact = evaluate_model(given.model, benchmark, exam, storage, resources, given.judge, console)
+    if "figures" in artifact.metrics:
+        console.show(result_table(artifact.metrics))
+    else:
+        told = artifact.place / artifact.metrics["answers_for_a_judge"]
+        console.say(f"answers: [bold]{told}[/]   (for a judge; then `raylava score {given.benchmark} --grades FILE`)")
+    return Outcome(artifact.record)
+
+
 def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.evaluate.scoring import score_file
     from raylava.report import result_table
@@ -276,6 +315,25 @@ def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
     if result.missing:
         console.say(f"[yellow]without an answer[/], counted as wrong: {', '.join(result.missing[:10])}")
     return Outcome(metrics | {"missing": list(result.missing)})
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.artifacts import load
+    from raylava.evaluate.compare import compare
+    from raylava.evaluate.compare_page import page
+    from raylava.report import comparison_table
+
+    found = compare([load(path) for path in arguments.evaluations])
+    Path(arguments.html).write_text(page(found), encoding="utf-8")
+    for one in found:
+        console.show(comparison_table(one))
+    console.say(f"page: [bold]{arguments.html}[/]   (the questions where they part, with their pictures)")
+    return Outcome(
+        {
+            one.benchmark: {"credit": one.credit, "differences": [vars(each) for each in one.differences]}
+            for one in found
+        }
+    )
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:

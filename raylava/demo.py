@@ -19,7 +19,8 @@ from raylava.recipe import Recipe, Resources
 from raylava.recipe_file import load_recipe
 from raylava.report import closing, summary
 from raylava.session import ray_session
-from raylava.stages import make, run
+from raylava.stage import make
+from raylava.stages import run
 from raylava.storage import Place, writable
 
 SEED = 0
@@ -95,7 +96,7 @@ def _card(question: dict[str, Any], answer: dict[str, Any], pictures: Place) -> 
         f'<figure><img src="data:image/png;base64,{picture}" alt="{html.escape(question["image"])}">'
         f"<figcaption><p>{html.escape(question['text'])}</p>"
         f'<p class="{"right" if right else "wrong"}">{html.escape(answer["text"]) or "(nothing)"}</p>'
-        f"<small>right answer: {html.escape(question['reference'])}</small></figcaption></figure>"
+        f"<small>right answer: {html.escape(question['references'][0])}</small></figcaption></figure>"
     )
 
 

@@ -10,6 +10,7 @@ from raylava.console import Console
 from raylava.corpus.inspect import Inspection
 
 if TYPE_CHECKING:
+    from raylava.evaluate.compare import Comparison
     from raylava.train.replay import Replayed
 
 _EVALUATE = "evaluate "
@@ -90,6 +91,21 @@ def result_table(metrics: dict[str, Any]) -> Table:
         table.add_section()
         for category, figures in metrics["by_category"].items():
             table.add_row(escape(category), *(f"{figures[name]:.4g}" for name in metrics["figures"]))
+    return table
+
+
+def comparison_table(comparison: "Comparison") -> Table:
+    """Each evaluation's mean credit, and its difference to the first with a 95 % interval."""
+    apart = sum(asked.parts for asked in comparison.asked)
+    title = f"{comparison.benchmark}: {len(comparison.asked):,} questions, on {apart:,} of which they part"
+    table = Table("model", title=title, title_justify="left")
+    for heading in ("mean credit", "difference", "95 % interval"):
+        table.add_column(heading, justify="right")
+    differences = {one.name: one for one in comparison.differences}
+    for name, mean in comparison.credit.items():
+        one = differences.get(name)
+        told = (f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}") if one else ("", "")
+        table.add_row(escape(name), f"{mean:.3f}", *told)
     return table
 
 

@@ -9,23 +9,19 @@ does is in its own room.
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylava.artifacts import Artifact, Draft, lock
-from raylava.console import Bar, Console, Shows
+from raylava.console import Bar, Console
 from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
-from raylava.corpus.sources import SourceFiles, sizes_below
+from raylava.corpus.sources import SourceFiles
 from raylava.errors import UserError
-from raylava.evaluate.answer import Asking, answer, answers_bytes
-from raylava.evaluate.questions import Question, identity, read_questions
-from raylava.evaluate.score.exact import majority
-from raylava.evaluate.score.rules import SCORING_VERSION, score
+from raylava.evaluate.scoring import exam_of
+from raylava.evaluations import Asked, evaluation
 from raylava.model.backbones import (
     LanguageSpec,
     VisionSpec,
@@ -37,28 +33,13 @@ from raylava.model.backbones import (
     tokenizer_identity,
     weights_identity,
 )
-from raylava.recipe import Benchmark, Corpus, Recipe, Resources
+from raylava.recipe import Benchmark, Corpus, Recipe
 from raylava.session import ray_session
+from raylava.stage import Stage, committed, found, make
 from raylava.storage import Place, join, place
 
 if TYPE_CHECKING:
     from raylava.train.job import TrainJob
-
-
-CREDIT = "credit.json"  # of an evaluation: what each question earned, by id
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One node of the graph: what makes its artifact, from which others. `label` names it among the recipe's stages."""
-
-    label: str
-    draft: Draft
-    inputs: dict[str, Draft]
-    unit: str
-    build: Callable[[Bar], dict[str, Any]]
-    verify: Callable[[dict[str, Any]], None] = lambda metrics: None
-    job: "Callable[[], TrainJob] | None" = None  # of a training stage
 
 
 @dataclass(frozen=True)
@@ -110,31 +91,11 @@ def run(recipe: Recipe, storage: Place, console: Console) -> dict[str, Artifact]
     artifacts: dict[str, Artifact] = {}
     missing = [stage for stage in stages if stage.draft.find() is None]
     if not missing:
-        return {stage.label: _found(stage, console) for stage in stages}
+        return {stage.label: found(stage, console) for stage in stages}
     with ray_session(recipe.resources):
         for stage in stages:
             artifacts[stage.label] = make(stage, console)
     return artifacts
-
-
-def make(stage: Stage, console: Shows) -> Artifact:
-    """The stage's artifact, built unless it is there. Two runs at once: one builds, the other waits for it."""
-    if stage.draft.find() is not None:
-        return _found(stage, console)
-    with lock(stage.draft.place, stage.label):
-        if stage.draft.find() is not None:  # another run finished it while we waited
-            return _found(stage, console)
-        started = time.monotonic()
-        with console.stage(stage.label, stage.unit) as bar:
-            metrics = stage.build(bar)
-        return _committed(stage, metrics, started, console)
-
-
-def _committed(stage: Stage, metrics: dict[str, Any], started: float, console: Shows) -> Artifact:
-    inputs = {role: draft.fingerprint for role, draft in stage.inputs.items()}
-    artifact = stage.draft.commit(metrics, inputs, time.monotonic() - started)
-    console.say(f"[green]✓[/] {stage.label:<28} made in {artifact.record['seconds']:.0f} s  [dim]{artifact.place}[/]")
-    return artifact
 
 
 def train_alone(recipe: Recipe, storage: Place, label: str, console: Console) -> Artifact | None:
@@ -146,13 +107,13 @@ def train_alone(recipe: Recipe, storage: Place, label: str, console: Console) ->
 
     stage = _training_stage(stages_of(recipe, storage), label)
     if stage.draft.find() is not None:
-        return _found(stage, console)
+        return found(stage, console)
     assert stage.job is not None
     started = time.monotonic()
     with lock(stage.draft.place, label) if Ranks.from_environment().rank == 0 else nullcontext():
         with console.stage(label, stage.unit) as bar:
             metrics = train(stage.job(), recipe.resources, bar)
-        return None if metrics is None else _committed(stage, metrics, started, console)
+        return None if metrics is None else committed(stage, metrics, started, console)
 
 
 def _training_stage(stages: list[Stage], label: str) -> Stage:
@@ -163,14 +124,6 @@ def _training_stage(stages: list[Stage], label: str) -> Stage:
         if draft.find() is None:
             raise UserError(f"{label} reads {draft.place}, which is not made yet; make it with `raylava run`")
     return found[label]
-
-
-def _found(stage: Stage, console: Shows) -> Artifact:
-    artifact = stage.draft.find()
-    assert artifact is not None
-    stage.verify(artifact.metrics)
-    console.say(f"[green]✓[/] {stage.label:<28} found             [dim]{artifact.place}[/]")
-    return artifact
 
 
 class _Graph:
@@ -318,27 +271,9 @@ class _Graph:
         return Stage("untrained", draft, {}, "models", build)
 
     def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank: bool) -> Stage:
-        recipe = self._recipe
-        images = join(recipe.data, benchmark.images)
-        questions = read_questions(place(join(recipe.data, benchmark.questions)), benchmark)
-        pictures = sizes_below(place(images), {question.image for question in questions if question.image})
-        content = {
-            "model": model.draft.fingerprint,
-            "questions": identity(questions, pictures),
-            "benchmark": benchmark.content(),
-            "blank_pictures": blank,
-            "scoring": SCORING_VERSION,
-        }
-        draft = self._draft("evaluate", content)
-        asking = Asking(
-            model.draft.place.uri, images, benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size, blank
-        )
-
-        def build(bar: Bar) -> dict[str, Any]:
-            made_by = model.draft.fingerprint
-            return _answer_and_score(questions, asking, benchmark, made_by, draft.place, bar, recipe.resources)
-
-        return Stage(label, draft, {"model": model.draft}, "questions", build)
+        exam = exam_of(benchmark, self._recipe.data)
+        asked = Asked(model.draft.place.uri, model.draft.fingerprint, {"model": model.draft})
+        return evaluation(label, benchmark, exam, asked, self._storage, self._recipe.resources, blank)
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -351,24 +286,6 @@ def absolute(recipe: Recipe) -> Recipe:
         "connector": model.connector.model_copy(update={"weights": weights and place(weights).uri}),
     }
     return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
-
-
-def _answer_and_score(
-    questions: list[Question],
-    asking: Asking,
-    benchmark: Benchmark,
-    model_id: str,
-    output: Place,
-    bar: Bar,
-    resources: Resources,
-) -> dict[str, Any]:
-    answers = answer(questions, asking, resources, bar)
-    result = score(benchmark.name, benchmark.score, questions, {item.question_id: item.text for item in answers})
-    (output / "answers.jsonl").write_bytes(answers_bytes(answers, model_id))
-    lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in questions]
-    (output / "questions.jsonl").write_bytes("".join(line + "\n" for line in lines).encode())
-    (output / CREDIT).write_bytes(json.dumps(result.credit).encode())
-    return result.metrics() | {"majority": majority(questions)}
 
 
 def _connector_identity(folder: str) -> str:

@@ -17,7 +17,7 @@ from raylava.micro.vision import VisionSize
 from raylava.model.backbones import LanguageSpec, VisionSpec, resolve_language, resolve_vision
 from raylava.recipe import Language, Model, Resources, Vision
 from raylava.session import ray_session
-from raylava.stages import make
+from raylava.stage import make
 from raylava.storage import place
 from tests.flaky import FlakyProxy
 

@@ -18,7 +18,9 @@ from raylava.corpus.images import decode
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import image_place
 from raylava.errors import RunError, UserError
-from raylava.evaluate.questions import Question
+from raylava.evaluate.kept import KeptAnswers
+from raylava.evaluate.questions import Answer, Question
+from raylava.model.backbones import backbone_path
 from raylava.recipe import Resources
 from raylava.session import told
 from raylava.storage import Place, place
@@ -42,25 +44,35 @@ class Asking:
     blank_pictures: bool = False
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the model said; `text` is None, with the `problem`, when the question's picture could not be shown."""
+def answer(
+    questions: list[Question], asking: Asking, resources: Resources, bar: Bar, kept: KeptAnswers | None = None
+) -> list[Answer]:
+    """One answer for each question, in the questions' order; `kept` has those of an earlier attempt, and gets more.
 
-    question_id: str
-    prompt: str
-    text: str | None
-    problem: str | None = None
+    Raises RunError, with its first line, when the model cannot be asked.
+    """
+    found = {one.question_id: one for one in kept.known} if kept else {}
+    missing = [question for question in questions if question.question_id not in found]
+    for answers in _asked(missing, asking, resources):
+        found |= {one.question_id: one for one in answers}
+        if kept:
+            kept.add(answers)
+        bar.update(len(found), len(questions))
+    if kept:
+        kept.flush()
+    return [found[question.question_id] for question in questions]
 
 
-def answer(questions: list[Question], asking: Asking, resources: Resources, bar: Bar) -> list[Answer]:
-    """One answer for each question, in the questions' order."""
+def _asked(questions: list[Question], asking: Asking, resources: Resources) -> Iterator[list[Answer]]:
+    """Answers to batches of questions of like length, as they come."""
     import ray.data
 
-    order = sorted(range(len(questions)), key=lambda number: len(questions[number].text))
-    batches = [
-        {"numbers": order[start : start + asking.batch_size]} for start in range(0, len(order), asking.batch_size)
-    ]
-    rows = [{"batch": json.dumps([asdict(questions[n]) for n in batch["numbers"]]), **batch} for batch in batches]
+    if not questions:
+        return
+    by_length = sorted(questions, key=lambda question: len(question.text))
+    size = asking.batch_size
+    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    rows = [{"batch": json.dumps([asdict(question) for question in batch])} for batch in batches]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Answerer,
         fn_constructor_args=(asking, resources.cpus_per_worker, resources.gpus_per_worker > 0),
@@ -68,13 +80,10 @@ def answer(questions: list[Question], asking: Asking, resources: Resources, bar:
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
     )
-    found: dict[int, Answer] = {}
     for row in answered.iter_rows():
         if row["problem"]:
             raise RunError(f"answering with {asking.model} failed: {row['problem']}")
-        found |= dict(zip(row["numbers"], [Answer(**item) for item in json.loads(row["answers"])], strict=True))
-        bar.update(len(found), len(questions))
-    return [found[number] for number in range(len(questions))]
+        yield [Answer(**item) for item in json.loads(row["answers"])]
 
 
 def answers_bytes(answers: list[Answer], model_id: str) -> bytes:
@@ -111,9 +120,9 @@ class _Answerer:
         questions = [_question(item) for item in json.loads(row["batch"])]
         try:
             answers = json.dumps([asdict(item) for item in self._answer(questions)])
-            return {"numbers": row["numbers"], "answers": answers, "problem": ""}
+            return {"answers": answers, "problem": ""}
         except Exception as error:
-            return {"numbers": row["numbers"], "answers": "", "problem": told(error)}
+            return {"answers": "", "problem": told(error)}
 
     @functools.cached_property
     def _chat(self) -> "Chat":
@@ -155,7 +164,7 @@ class Chat:
     def __init__(self, model: str, device: torch.device) -> None:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-        folder = str(place(model).local_copy())
+        folder = backbone_path(model)
         self._processor = AutoProcessor.from_pretrained(folder, backend="pil")
         self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
 

@@ -38,6 +38,16 @@ class Question:
     unit: str = ""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; `text` is None, with the `problem`, when the question's picture could not be shown."""
+
+    question_id: str
+    prompt: str
+    text: str | None
+    problem: str | None = None
+
+
 def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
     """All selected questions of a benchmark. Raises UserError when the file holds none or is neither format."""
     if not file.exists():

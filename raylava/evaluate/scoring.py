@@ -1,46 +1,97 @@
 """Anybody's answers to a benchmark → its score: the official files and the answers file in, a Result out."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from raylava.errors import UserError
 from raylava.evaluate.answers import joined, read_said
-from raylava.evaluate.official import OFFICIAL, read_official
+from raylava.evaluate.official import OFFICIAL, images_of, read_official
 from raylava.evaluate.questions import Question, read_questions
 from raylava.evaluate.score.rules import RULES, judged, score
 from raylava.evaluate.score.tally import Result
 from raylava.recipe import Benchmark
-from raylava.storage import Place, place
+from raylava.storage import Place, join, place
 
 OWN = "own"
+OWN_RULES = ("exact_match", "vqa_accuracy", "yes_no")
 
 
-def questions_of(name: str, data: str, rule: str = "exact_match") -> tuple[list[Question], str]:
-    """A benchmark's questions and the rule they are scored by; for one's `own`, `data` is the file of questions.
+@dataclass(frozen=True)
+class Exam:
+    """A benchmark ready to be asked: questions, the folder of their pictures, the rule and protocol of its score."""
 
-    Raises UserError for an unknown name, and for files that don't hold what they should.
+    questions: list[Question]
+    images: str
+    rule: str
+    protocol: str
+
+
+def exam_of(benchmark: Benchmark, root: str) -> Exam:
+    """Read a benchmark's files; relative places start at `root`.
+
+    Raises UserError for files that are missing, malformed or don't fit each other, and for an unknown protocol.
     """
-    if name == OWN:
-        if rule not in RULES:
-            raise UserError(f"--rule {rule}: known here: {', '.join(RULES)}")
-        return read_questions(place(data), Benchmark(name=OWN, questions=data)), rule
+    data, images = join(root, benchmark.questions), join(root, benchmark.images) if benchmark.images else ""
+    if benchmark.kind == OWN:
+        return Exam(read_questions(place(data), benchmark), images or root, benchmark.score, "")
+    return official_exam(benchmark.kind, data, images, benchmark.protocol, benchmark.limit)
+
+
+def official_exam(name: str, data: str, images: str = "", protocol: str = "", limit: int | None = None) -> Exam:
+    """One of the paper's benchmarks, of its official files. Raises UserError as exam_of."""
     if name not in OFFICIAL:
         raise UserError(f"{name}: no such benchmark; known here: {', '.join([*OFFICIAL, OWN])}")
-    return read_official(name, place(data)), OFFICIAL[name].rule
+    rule = OFFICIAL[name].rule
+    if protocol and protocol not in RULES.get(rule, {}):
+        raise UserError(f"protocol {protocol}: {name} has {', '.join(RULES.get(rule, ['judge']))}")
+    questions = read_official(name, place(data))[:limit]
+    return Exam(questions, images or images_of(name, place(data)).uri, rule, protocol)
+
+
+def exam_named(
+    name: str,
+    data: str,
+    images: str,
+    rule: str,
+    protocol: str,
+    limit: int | None,
+    max_new_tokens: int | None,
+    batch_size: int,
+) -> tuple[Benchmark, Exam]:
+    """A benchmark as a command names it, and its exam. Raises UserError as exam_of."""
+    given: dict[str, Any] = {"questions": data, "images": images, "limit": limit, "batch_size": batch_size}
+    if name == OWN:
+        exam = _own(data, rule, images, limit)
+        given |= {"score": rule}
+    else:
+        exam = official_exam(name, data, images, protocol, limit)
+        given |= {"protocol": protocol} | ({} if exam.rule == "judged" else {"kind": name})
+    tokens = max_new_tokens or (OFFICIAL[name].max_new_tokens if name in OFFICIAL else 32)
+    return Benchmark(name=name, max_new_tokens=tokens, **given), exam
 
 
 def score_file(
     name: str, data: str, answers: str, rule: str = "exact_match", protocol: str = "", grades: str | None = None
 ) -> Result:
-    """Score a file of answers; of MM-Vet, a judge's file of grades. Raises UserError for what doesn't fit together."""
-    questions, rule = questions_of(name, data, rule)
-    if rule == "judged":
+    """Score a file of answers; of MM-Vet, a judge's file of grades. For one's `own`, `data` is the file of questions.
+
+    Raises UserError for what doesn't fit together.
+    """
+    exam = _own(data, rule) if name == OWN else official_exam(name, data, protocol=protocol)
+    if exam.rule == "judged":
         if grades is None:
-            raise UserError(f"{name} is graded by a judge; give its reply file as --grades, or a program as --judge")
-        return judged(name, questions, read_grades(place(grades), questions))
-    if protocol and protocol not in RULES[rule]:
-        raise UserError(f"--protocol {protocol}: {name} has {', '.join(RULES[rule])}")
-    return score(name, rule, questions, joined(read_said(place(answers)), questions, answers), protocol)
+            raise UserError(f"{name} is graded by a judge; give its reply file as --grades")
+        return judged(name, exam.questions, read_grades(place(grades), exam.questions))
+    said = joined(read_said(place(answers)), exam.questions, answers)
+    return score(name, exam.rule, exam.questions, said, protocol)
+
+
+def _own(data: str, rule: str, images: str = "", limit: int | None = None) -> Exam:
+    if rule not in OWN_RULES:
+        raise UserError(f"--rule {rule}: known here: {', '.join(OWN_RULES)}")
+    benchmark = Benchmark(name=OWN, questions=data, images=images, score=rule, limit=limit)  # type: ignore[arg-type]
+    return exam_of(benchmark, "")
 
 
 def read_grades(file: Place, questions: list[Question]) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from raylava.micro.corpus import write_corpus
 from raylava.micro.language import LanguageSize
 from raylava.micro.vision import VisionSize
 from raylava.session import Progress
-from raylava.stages import Stage
+from raylava.stage import Stage
 from raylava.storage import Place
 
 BACKBONES = ("gemma", "gemma-small", "clip", "dinov2")  # the longest first: they share the CPUs

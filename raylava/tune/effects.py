@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_DRAWS = 4000
-_INTERVAL = (2.5, 97.5)  # percentiles
+from raylava.evaluate.score.tally import paired_interval
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ def _rest(one: Graded, axis: str) -> tuple[object, ...]:
 
 def _effect(axis: str, level: str, against: str, pairs: list[tuple[Graded, Graded]]) -> Effect:
     differences = np.stack([_differences(one, other) for one, other in pairs])
-    low, high = np.percentile(_bootstrap(differences), _INTERVAL)
+    low, high = paired_interval(differences)
     count, questions = differences.shape
-    return Effect(axis, level, against, float(differences.mean()), float(low), float(high), count, questions)
+    return Effect(axis, level, against, float(differences.mean()), low, high, count, questions)
 
 
 def _differences(one: Graded, other: Graded) -> npt.NDArray[np.float64]:
@@ -80,12 +79,3 @@ def _differences(one: Graded, other: Graded) -> npt.NDArray[np.float64]:
         apart = sorted(one.credit.keys() ^ other.credit.keys())
         raise ValueError(f"variants answered different questions: {', '.join(apart[:3])}")
     return np.array([float(credit) - float(other.credit[name]) for name, credit in one.credit.items()])
-
-
-def _bootstrap(differences: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Means over pairs and questions drawn with replacement."""
-    pairs, questions = differences.shape
-    generator = np.random.default_rng(0)
-    drawn_pairs = generator.multinomial(pairs, np.full(pairs, 1 / pairs), _DRAWS) / pairs
-    drawn_questions = generator.multinomial(questions, np.full(questions, 1 / questions), _DRAWS) / questions
-    return np.einsum("dp,pq,dq->d", drawn_pairs, differences, drawn_questions, optimize=True)

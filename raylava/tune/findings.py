@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from raylava.artifacts import Artifact
+from raylava.evaluate.compare import CREDIT
 from raylava.recipe import Resources
 from raylava.report import benchmarks, headline
-from raylava.stages import CREDIT
 from raylava.storage import Place
 from raylava.train.telemetry import METRICS
 from raylava.tune.effects import Effect, Graded, effects

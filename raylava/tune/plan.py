@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from raylava.artifacts import Artifact
-from raylava.stages import Stage, stages_of
+from raylava.stage import Stage
+from raylava.stages import stages_of
 from raylava.storage import Place
 from raylava.tune.variants import Variant
 

@@ -19,7 +19,8 @@ from raylava.errors import first_line
 from raylava.recipe import Recipe
 from raylava.report import benchmarks, headline
 from raylava.session import hush
-from raylava.stages import make, stages_of
+from raylava.stage import make
+from raylava.stages import stages_of
 from raylava.storage import place
 from raylava.tune.study import MARKS
 from raylava.tune.variants import LOSS, SECONDS

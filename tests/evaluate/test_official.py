@@ -245,7 +245,7 @@ def test_mm_vet_wants_a_judge_and_takes_its_official_reply(tmp_path: Path) -> No
         (["popee", "--answers", "x"], "no such benchmark; known here: pope, "),
         (["gqa"], "give --answers FILE"),
         (["gqa", "--answers", "nowhere"], "nowhere: no such file"),
-        (["pope", "--answers", "x", "--protocol", "vlmevalkit"], "--protocol vlmevalkit: pope has llava, lmms-eval"),
+        (["pope", "--answers", "x", "--protocol", "vlmevalkit"], "protocol vlmevalkit: pope has llava, lmms-eval"),
     ],
 )
 def test_a_mistake_in_the_command_is_told_in_one_line(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _DRAWS = 2000
+_PAIRED_DRAWS = 4000
 _INTERVAL = (2.5, 97.5)  # percentiles
 _AT_ONCE = 20_000_000  # weights held at a time
 
@@ -109,6 +110,21 @@ class Tally:
                 weights = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), draws)
                 total[start : start + draws] += weights @ own
         return total
+
+
+def paired_interval(differences: Array) -> tuple[float, float]:
+    """The 95 % interval of the mean of (runs, questions) differences in credit, both drawn with replacement."""
+    runs, questions = differences.shape
+    generator = np.random.default_rng(0)
+    drawn_runs = generator.multinomial(runs, np.full(runs, 1 / runs), _PAIRED_DRAWS) / runs
+    means = np.empty(_PAIRED_DRAWS)
+    step = max(1, _AT_ONCE // questions)
+    for start in range(0, _PAIRED_DRAWS, step):
+        part = slice(start, min(start + step, _PAIRED_DRAWS))
+        drawn = generator.multinomial(questions, np.full(questions, 1 / questions), part.stop - start) / questions
+        means[part] = np.einsum("dp,pq,dq->d", drawn_runs[part], differences, drawn, optimize=True)
+    low, high = np.percentile(means, _INTERVAL)
+    return float(low), float(high)
 
 
 def share(right: Array, of: Array) -> Array:

@@ -54,7 +54,7 @@ def test_the_best_constant_answer_is_told_by_category() -> None:
         asked(3, "one", "count"),
         asked(4, "red", "colour"),
     ]
-    assert exact.majority(questions) == {"count": pytest.approx(2 / 3), "hue": 1.0, "all": 0.75}
+    assert exact.majority(questions) == {"count": pytest.approx(2 / 3), "colour": 1.0, "all": 0.75}
 
 
 # POPE

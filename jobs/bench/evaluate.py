@@ -1,0 +1,129 @@
+"""How fast a model answers: raylava's batches beside the usual loop, one question at a time as in LLaVA's scripts.
+
+    python jobs/bench/evaluate.py [--questions N] [--workers W] [--model FOLDER --data FILE --images DIR]
+
+Both ask the same model the same questions on the same cores and must say the same. Without a model, the demo's
+laboratory is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out what
+raylava needs to start (Ray's actors, loading the model); the loop's model is loaded before its clock starts. Padding
+is the share of prompt positions that hold none of a question's tokens.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from raylava.console import Console as Told
+from raylava.demo import make_laboratory, micro_recipe
+from raylava.evaluate.answer import Asking, Chat, answer
+from raylava.evaluate.questions import Question, read_questions
+from raylava.model.backbones import resolve_language, resolve_vision
+from raylava.model.untrained import publish_untrained
+from raylava.recipe import Benchmark, Resources
+from raylava.session import ray_session
+from raylava.storage import place
+
+MAX_NEW_TOKENS = 8
+
+
+class Clock:
+    """A bar that notes when the first answers came, and how many they were."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None
+
+    def update(self, done: float, total: float, **figures: float) -> None:
+        """See console.Bar."""
+        self.first = self.first or (time.monotonic(), done)
+
+
+def main() -> None:
+    given = arguments()
+    logging.getLogger().setLevel(logging.ERROR)
+    model, data, images = (given.model, given.data, given.images) if given.model else laboratory(given.storage)
+    asked = read_questions(place(data), Benchmark(name="bench", questions=data, limit=given.questions))
+    loop, loop_seconds = one_by_one(model, asked, images)
+    resources = Resources(workers=given.workers)
+    clock = Clock()
+    with ray_session(resources):
+        started = time.monotonic()
+        asking = Asking(model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size)
+        answers = answer(asked, asking, resources, clock)
+        ended = time.monotonic()
+    assert clock.first is not None
+    steady = (len(asked) - clock.first[1]) / (ended - clock.first[0])
+    differ = sum(one.text != other for one, other in zip(answers, loop, strict=True))
+    show(len(asked), loop_seconds, ended - started, steady, differ, waste(model, asked, given.batch_size))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--storage", default="raylava-storage")
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--images")
+    return parser.parse_args()
+
+
+def laboratory(storage: str) -> tuple[str, str, str]:
+    """The demo's LLaVA before any training, its held-out questions, their pictures."""
+    made = make_laboratory(storage, Told(open(os.devnull, "w")))  # noqa: SIM115 (for the length of the bench)
+    recipe = micro_recipe(made.place, [])
+    folder = place(tempfile.mkdtemp(prefix="raylava-bench-"))
+    vision, language = resolve_vision(recipe.model.vision), resolve_language(recipe.model.language)
+    publish_untrained(recipe.model, vision, language, 0, "pad", folder)
+    corpus = made.place / "corpus"
+    return folder.uri, (corpus / "questions.jsonl").uri, (corpus / "pictures").uri
+
+
+def one_by_one(model: str, asked: list[Question], images: str) -> tuple[list[str], float]:
+    """The usual loop's answers, and its seconds."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    chat = Chat(model, torch.device("cpu"))
+    started = time.monotonic()
+    found = []
+    for question in asked:
+        picture = Image.open(Path(images) / question.image).convert("RGB") if question.image else None
+        found += chat.answer([question.text], [picture], MAX_NEW_TOKENS)
+    return found, time.monotonic() - started
+
+
+def waste(model: str, asked: list[Question], batch_size: int) -> tuple[float, float]:
+    """The share of padding in batches by length, and in batches as the file has them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(tokenizer(question.text).input_ids) for question in asked]
+    by_length = sorted(range(len(asked)), key=lambda number: len(asked[number].text))
+    return _padding([lengths[number] for number in by_length], batch_size), _padding(lengths, batch_size)
+
+
+def _padding(lengths: list[int], size: int) -> float:
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+
+
+def show(count: int, loop: float, whole: float, steady: float, differ: int, padding: tuple[float, float]) -> None:
+    table = Table("way", title=f"{count} questions, {os.cpu_count()} cores", title_justify="left")
+    for heading in ("answers/s", "of the loop"):
+        table.add_column(heading, justify="right")
+    rates = {"one by one": count / loop, "raylava, with its start": count / whole, "raylava, steady": steady}
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:.1f}", f"{rate * loop / count:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"answers that differ: {differ}; padding {padding[0]:.1%} by length, {padding[1]:.1%} in file order")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A judge that is somebody else's program: it reads a prompt on standard input and prints a grade from 0 to 1.
+
+Nothing here calls a network; what the program does is its owner's business.
+"""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+from raylava.console import Bar
+from raylava.errors import RunError, UserError
+from raylava.evaluate.questions import Answer, Question
+
+_SECONDS = 600  # that a judge may take for one answer
+
+PROMPT = """Grade an answer to a question about a picture, from 0.0 (wrong) to 1.0 (right), by how much of the truth it
+has.
+In the truth, <AND> joins parts that must all be there, <OR> parts of which one suffices.
+
+Question: {question}
+Truth: {truth}
+Answer: {answer}
+
+Print the grade alone, as a number.
+"""
+
+
+def graded(questions: Sequence[Question], answers: Sequence[Answer], command: str, bar: Bar) -> dict[str, float | None]:
+    """A grade for each answer, by question id; None where there is no answer.
+
+    Raises UserError for a program that is not there, RunError where it fails or prints no number from 0 to 1.
+    """
+    found: dict[str, float | None] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        found[question.question_id] = None if answer.text is None else _grade(question, answer.text, command)
+        bar.update(len(found), len(questions))
+    return found
+
+
+def _grade(question: Question, text: str, command: str) -> float:
+    prompt = PROMPT.format(question=question.text, truth=question.references[0], answer=text)
+    try:
+        run = subprocess.run(
+            shlex.split(command), input=prompt, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except OSError as error:
+        raise UserError(
+            f"--judge {command}: cannot be run ({error.strerror}); give a program and its arguments"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{question.question_id}: the judge took longer than {_SECONDS} s") from error
+    try:
+        grade = float(run.stdout.split()[-1])
+    except (ValueError, IndexError) as error:
+        raise RunError(f"{question.question_id}: the judge printed no number but {run.stdout[-80:]!r}") from error
+    if run.returncode != 0 or not 0 <= grade <= 1:
+        raise RunError(f"{question.question_id}: the judge ended with {run.returncode} and printed {grade}")
+    return grade

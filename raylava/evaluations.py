@@ -1,0 +1,119 @@
+"""The evaluate stage: a model answers a benchmark and is scored, as part of a recipe or by itself."""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from raylava.artifacts import RECORD, Artifact, Draft, fingerprint, load
+from raylava.console import Bar, Console
+from raylava.corpus.sources import sizes_below
+from raylava.errors import UserError
+from raylava.evaluate.answer import Asking, answer, answers_bytes
+from raylava.evaluate.compare import ANSWERS, CREDIT, QUESTIONS
+from raylava.evaluate.judge import graded
+from raylava.evaluate.kept import KeptAnswers
+from raylava.evaluate.questions import Answer, identity
+from raylava.evaluate.score.exact import majority
+from raylava.evaluate.score.rules import SCORING_VERSION, judged, score
+from raylava.evaluate.score.tally import Result
+from raylava.evaluate.scoring import Exam
+from raylava.model.backbones import is_folder, located, weights_identity
+from raylava.recipe import Benchmark, Resources
+from raylava.session import ray_session
+from raylava.stage import Stage, make
+from raylava.storage import Place, place
+
+OFFICIAL_ANSWERS = "answers.json"  # what a judge is given
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model to be asked: where it is (a folder or hub id), what identifies it, the drafts that it comes from."""
+
+    model: str
+    identity: str
+    inputs: dict[str, Draft]
+
+
+def evaluation(
+    label: str,
+    benchmark: Benchmark,
+    exam: Exam,
+    asked: Asked,
+    storage: Place,
+    resources: Resources,
+    blank: bool = False,
+    judge: str = "",
+) -> Stage:
+    """The stage that has a model answer a benchmark, and scores it. `blank` shows the mean colour for each picture;
+    `judge` is the program that grades what no rule can.
+    """
+    pictures = sizes_below(place(exam.images), {question.image for question in exam.questions if question.image})
+    content = {
+        "model": asked.identity,
+        "questions": identity(exam.questions, pictures),
+        "benchmark": benchmark.content(),
+        "blank_pictures": blank,
+        "scoring": SCORING_VERSION,
+    } | ({"judge": judge} if judge else {})
+    draft = Draft("evaluate", content, storage)
+    asking = Asking(
+        asked.model, exam.images, benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size, blank_pictures=blank
+    )
+
+    def build(bar: Bar) -> dict[str, Any]:
+        answers = answer(exam.questions, asking, resources, bar, KeptAnswers(draft.place))
+        result = _scored(benchmark.name, exam, answers, judge, bar)
+        _keep(exam, answers, asked.identity, draft.place)
+        if result is None:
+            return {"benchmark": benchmark.name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS}
+        (draft.place / CREDIT).write_bytes(json.dumps(result.credit).encode())
+        return result.metrics() | {"majority": majority(exam.questions), "images": exam.images}
+
+    return Stage(label, draft, asked.inputs, "questions", build)
+
+
+def _scored(name: str, exam: Exam, answers: list[Answer], judge: str, bar: Bar) -> Result | None:
+    """None where a judge is wanted and none is given."""
+    if exam.rule == "judged" and not judge:
+        return None
+    if exam.rule == "judged":
+        return judged(name, exam.questions, graded(exam.questions, answers, judge, bar))
+    texts = {item.question_id: item.text for item in answers}
+    return score(name, exam.rule, exam.questions, texts, exam.protocol)
+
+
+def _keep(exam: Exam, answers: list[Answer], model_id: str, output: Place) -> None:
+    """LLaVA's answers file and the questions; for a judge, the official mapping of ids to answers as well."""
+    (output / ANSWERS).write_bytes(answers_bytes(answers, model_id))
+    lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in exam.questions]
+    (output / QUESTIONS).write_bytes("".join(line + "\n" for line in lines).encode())
+    if exam.rule == "judged":
+        texts = {item.question_id: item.text or "" for item in answers}
+        (output / OFFICIAL_ANSWERS).write_bytes(json.dumps(texts, ensure_ascii=False, indent=1).encode())
+
+
+def evaluate_model(
+    model: str, benchmark: Benchmark, exam: Exam, storage: Place, resources: Resources, judge: str, console: Console
+) -> Artifact:
+    """The evaluation of any model: a raylava artifact, a Hugging Face folder of a LLaVA, or a hub id.
+
+    Raises UserError when there is no such model.
+    """
+    label, asked = f"evaluate {benchmark.name}", asked_model(model)
+    stage = evaluation(label, benchmark, exam, asked, storage, resources, judge=judge)
+    with nullcontext() if stage.draft.find() else ray_session(resources):
+        return make(stage, console)
+
+
+def asked_model(model: str) -> Asked:
+    """What identifies a model: its artifact's fingerprint, or its weights'. Raises UserError when there is none."""
+    folder = place(model)
+    if is_folder(model) and not (folder / "config.json").exists():
+        raise UserError(f"{model}: no model there (no config.json); give a finetune artifact or a Hugging Face folder")
+    if (folder / RECORD).exists():
+        return Asked(folder.uri, load(model).fingerprint, {})
+    weights = weights_identity(located(model), "main")
+    return Asked(located(model), fingerprint("model", {"weights": weights}), {})

@@ -1,0 +1,212 @@
+"""Any LLaVA is asked and scored by one command; a killed evaluation goes on; two evaluations are compared."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from raylava.artifacts import Artifact, load
+from raylava.cli import main
+from raylava.console import Silent
+from raylava.errors import RunError, UserError
+from raylava.evaluate.answer import Asking, Chat, answer
+from raylava.evaluate.compare import compare
+from raylava.evaluate.compare_page import page
+from raylava.evaluate.judge import graded
+from raylava.evaluate.kept import KeptAnswers
+from raylava.evaluate.questions import Answer, Question
+from raylava.evaluate.score.tally import paired_interval
+from raylava.model.backbones import LanguageSpec, VisionSpec
+from raylava.model.untrained import publish_untrained
+from raylava.recipe import Model, Resources
+from raylava.storage import place
+
+
+@pytest.fixture(scope="module")
+def model(
+    micro_model: Model, vision: VisionSpec, language: LanguageSpec, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "gemma"
+    publish_untrained(micro_model, vision, language, 0, "pad", place(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA that is not ours: a Llama with random weights, and the processor of another folder."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    told = json.loads((model / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = LlamaConfig(
+        vocab_size=told["text_config"]["vocab_size"],
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**told["vision_config"]),
+        text_config=text,
+        image_token_index=told["image_token_index"],
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(1)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    for file in model.iterdir():
+        if not (folder / file.name).exists() and "model" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def run(lab: Artifact, model: Path, storage: Path, capfd: pytest.CaptureFixture[str], *more: str) -> dict[str, object]:
+    corpus = Path((lab.place / "corpus").path)
+    given = ["--benchmark", "own", "--data", str(corpus / "questions.jsonl"), "--images", str(corpus / "pictures")]
+    assert main(["evaluate", str(model), *given, "--storage", str(storage), "--json", *more]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_a_folder_is_asked_scored_and_found_again(
+    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
+    metrics = first["metrics"]
+    assert isinstance(metrics, dict)
+    assert (metrics["questions"], metrics["missing"], metrics["headline"]) == (20, 0, "exact_match")
+    again = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3", "--batch-size", "7")
+    assert again["finished"] == first["finished"], "how many at once does not make it another evaluation"
+
+
+def test_a_llava_on_llama_answers_as_well_and_two_are_compared(
+    lab: Artifact, model: Path, llama: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = [run(lab, one, tmp_path, capfd, "--max-new-tokens", "3") for one in (model, llama)]
+    folders = [tmp_path / "evaluate" / str(one["fingerprint"]) for one in made]
+    (only,) = compare([load(str(folder)) for folder in folders])
+    assert only.benchmark == "own"
+    assert list(only.credit.values()) == [one["metrics"]["figures"]["exact_match"]["value"] for one in made]  # type: ignore[index]
+    html = page([only])
+    assert "http" not in html.replace("http-equiv", "")
+    command = ["compare", *map(str, folders), "--html", str(tmp_path / "page.html")]
+    assert main(command) == 0
+    assert "20 questions, on " in capfd.readouterr().err
+    assert (tmp_path / "page.html").read_text() == html
+
+
+def doctored(evaluation: Path, folder: Path, right: set[str]) -> Path:
+    """A copy of an evaluation that earned something."""
+    folder.mkdir()
+    for name in ("artifact.json", "questions.jsonl", "answers.jsonl"):
+        (folder / name).write_bytes((evaluation / name).read_bytes())
+    credit = json.loads((evaluation / "credit.json").read_text())
+    (folder / "credit.json").write_text(json.dumps({number: float(number in right) for number in credit}))
+    return folder
+
+
+def test_the_page_shows_where_they_part_with_pictures(
+    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
+    evaluation = tmp_path / "evaluate" / str(made["fingerprint"])
+    numbers = sorted(json.loads((evaluation / "credit.json").read_text()))
+    worse = doctored(evaluation, tmp_path / "worse", set())
+    better = doctored(evaluation, tmp_path / "better", set(numbers[:15]))
+    (only,) = compare([load(str(worse)), load(str(better))])
+    (difference,) = only.differences
+    assert difference.difference == 0.75
+    assert not difference.spans_zero
+    assert sum(asked.parts for asked in only.asked) == 15
+    html = page([only])
+    assert html.count("<figure>") == html.count("data:image;base64,") == 15
+    assert "15 of 20 questions" in html
+
+
+def test_what_cannot_be_compared_is_told(
+    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
+    part = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3", "--limit", "5")
+    artifacts = [load(str(tmp_path / "evaluate" / str(one["fingerprint"]))) for one in (whole, part)]
+    with pytest.raises(UserError, match="other questions than in"):
+        compare(artifacts)
+    with pytest.raises(UserError, match="the only evaluation of own"):
+        compare(artifacts[:1])
+    with pytest.raises(UserError, match="no scored evaluation"):
+        compare([lab, lab])
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(str(number), None, f"What is {number}?", "all", ("x",)) for number in range(count)]
+
+
+def test_an_evaluation_that_was_killed_asks_only_what_is_missing(
+    model: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    asked = questions(6)
+    kept = KeptAnswers(place(tmp_path))
+    kept.add([Answer(one.question_id, one.text, "said before") for one in asked[:4]])
+    kept.flush()
+    bar = Silent()
+    found = answer(asked, Asking(str(model), "", max_new_tokens=2), Resources(), bar, KeptAnswers(place(tmp_path)))
+    assert [one.question_id for one in found] == [one.question_id for one in asked]
+    assert [one.text for one in found[:4]] == ["said before"] * 4
+    assert all(one.text != "said before" for one in found[4:])
+    assert len(KeptAnswers(place(tmp_path)).known) == 6, "all are kept in the end"
+
+
+def test_a_broken_picture_is_answered_as_missing_and_told(model: Path, ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
+    asked = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
+    found = answer(asked, Asking(str(model), str(tmp_path), max_new_tokens=2), Resources(), Silent())
+    assert [one.text is None for one in found] == [True, False, True]
+    assert [bool(one.problem) for one in found] == [True, False, True]
+
+
+def test_order_and_batch_size_change_no_answer(model: Path) -> None:
+    chat = Chat(str(model), torch.device("cpu"))
+    picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
+    asked = [f"What {'very ' * number}thing is it?" for number in range(5)]
+    together = chat.answer(asked, [picture] * 5, 4)
+    backwards = chat.answer(asked[::-1], [picture] * 5, 4)[::-1]
+    alone = [chat.answer([one], [picture], 4)[0] for one in asked]
+    assert together == backwards == alone
+
+
+JUDGE = "import sys; asked = sys.stdin.read(); print('I say', 0.5 if 'What is 1?' in asked else 1.0)"
+
+
+def test_a_judge_is_a_program_that_reads_a_prompt_and_prints_a_grade() -> None:
+    answers = [Answer("0", "", "a"), Answer("1", "", "b"), Answer("2", "", None)]
+    assert graded(questions(3), answers, f'{sys.executable} -c "{JUDGE}"', Silent()) == {"0": 1.0, "1": 0.5, "2": None}
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [("print('good')", "printed no number but 'good"), ("print(7)", "printed 7.0"), ("1/0", "printed no number")],
+)
+def test_a_judge_that_gives_no_grade_is_told(program: str, told: str) -> None:
+    with pytest.raises(RunError, match=told):
+        graded(questions(1), [Answer("0", "", "a")], f'{sys.executable} -c "{program}"', Silent())
+    with pytest.raises(UserError, match="cannot be run"):
+        graded(questions(1), [Answer("0", "", "a")], "/no/such/judge", Silent())
+
+
+def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "a", "answer": "b"}\n')
+    given = ["--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
+    assert main(["evaluate", str(tmp_path), *given]) == 2
+    assert "no model there (no config.json)" in capfd.readouterr().err
+
+
+def test_a_paired_interval_narrows_with_questions_and_holds_the_mean() -> None:
+    generator = np.random.default_rng(1)
+    differences = generator.choice([-1.0, 0.0, 0.0, 1.0, 1.0], (1, 2000))
+    wide, narrow = paired_interval(differences[:, :100]), paired_interval(differences)
+    assert narrow[0] < differences.mean() < narrow[1]
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
