@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="(16; mm-vet 512)")
     evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="(%(default)s)")
     evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
+    evaluate.add_argument("--engine", metavar="NAME", default="transformers", help="or vllm, where it is installed")
     evaluate.add_argument("--workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
     evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
     score = command("score", _score, "score anybody's file of answers to a benchmark")
@@ -293,7 +294,9 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
     )  # fmt: skip
     resources = Resources(workers=given.workers, gpus_per_worker=given.gpus_per_worker)
     storage = writable(given.storage)
-    artifact = evaluate_model(given.model, benchmark, exam, storage, resources, given.judge, console)
+    artifact = evaluate_model(
+        given.model, benchmark, exam, storage, resources, given.judge, given.engine, console
+    )  # fmt: skip
     if "figures" in artifact.metrics:
         console.show(result_table(artifact.metrics))
     else:

@@ -12,6 +12,7 @@ from raylava.corpus.sources import sizes_below
 from raylava.errors import UserError
 from raylava.evaluate.answer import Asking, answer, answers_bytes
 from raylava.evaluate.compare import ANSWERS, CREDIT, QUESTIONS
+from raylava.evaluate.engines import check_engine
 from raylava.evaluate.judge import graded
 from raylava.evaluate.kept import KeptAnswers
 from raylava.evaluate.questions import Answer, identity
@@ -46,9 +47,10 @@ def evaluation(
     resources: Resources,
     blank: bool = False,
     judge: str = "",
+    engine: str = "transformers",
 ) -> Stage:
     """The stage that has a model answer a benchmark, and scores it. `blank` shows the mean colour for each picture;
-    `judge` is the program that grades what no rule can.
+    `judge` is the program that grades what no rule can, `engine` what runs the model (its rounding may decide a word).
     """
     pictures = sizes_below(place(exam.images), {question.image for question in exam.questions if question.image})
     content = {
@@ -57,11 +59,10 @@ def evaluation(
         "benchmark": benchmark.content(),
         "blank_pictures": blank,
         "scoring": SCORING_VERSION,
-    } | ({"judge": judge} if judge else {})
+    } | {name: value for name, value in (("judge", judge), ("engine", engine)) if value not in ("", "transformers")}
     draft = Draft("evaluate", content, storage)
-    asking = Asking(
-        asked.model, exam.images, benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size, blank_pictures=blank
-    )
+    how = (benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size)
+    asking = Asking(asked.model, exam.images, *how, blank_pictures=blank, engine=engine)
 
     def build(bar: Bar) -> dict[str, Any]:
         answers = answer(exam.questions, asking, resources, bar, KeptAnswers(draft.place))
@@ -96,14 +97,22 @@ def _keep(exam: Exam, answers: list[Answer], model_id: str, output: Place) -> No
 
 
 def evaluate_model(
-    model: str, benchmark: Benchmark, exam: Exam, storage: Place, resources: Resources, judge: str, console: Console
+    model: str,
+    benchmark: Benchmark,
+    exam: Exam,
+    storage: Place,
+    resources: Resources,
+    judge: str,
+    engine: str,
+    console: Console,
 ) -> Artifact:
     """The evaluation of any model: a raylava artifact, a Hugging Face folder of a LLaVA, or a hub id.
 
-    Raises UserError when there is no such model.
+    Raises UserError when there is no such model or engine.
     """
+    check_engine(engine)
     label, asked = f"evaluate {benchmark.name}", asked_model(model)
-    stage = evaluation(label, benchmark, exam, asked, storage, resources, judge=judge)
+    stage = evaluation(label, benchmark, exam, asked, storage, resources, judge=judge, engine=engine)
     with nullcontext() if stage.draft.find() else ray_session(resources):
         return make(stage, console)
 

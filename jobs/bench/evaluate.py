@@ -22,7 +22,8 @@ from rich.table import Table
 
 from raylava.console import Console as Told
 from raylava.demo import make_laboratory, micro_recipe
-from raylava.evaluate.answer import Asking, Chat, answer
+from raylava.evaluate.answer import Asking, answer
+from raylava.evaluate.engines import Chat
 from raylava.evaluate.questions import Question, read_questions
 from raylava.model.backbones import resolve_language, resolve_vision
 from raylava.model.untrained import publish_untrained

@@ -18,9 +18,9 @@ from raylava.corpus.images import decode
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import image_place
 from raylava.errors import RunError, UserError
+from raylava.evaluate.engines import Chat, Engine, engine
 from raylava.evaluate.kept import KeptAnswers
 from raylava.evaluate.questions import Answer, Question
-from raylava.model.backbones import backbone_path
 from raylava.recipe import Resources
 from raylava.session import told
 from raylava.storage import Place, place
@@ -28,8 +28,6 @@ from raylava.storage import Place, place
 logger = logging.getLogger(__name__)
 
 _MAX_PIXELS = 64_000_000
-
-History = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Asking:
     max_new_tokens: int = 32
     batch_size: int = 32
     blank_pictures: bool = False
+    engine: str = "transformers"
 
 
 def answer(
@@ -125,8 +124,8 @@ class _Answerer:
             return {"answers": "", "problem": told(error)}
 
     @functools.cached_property
-    def _chat(self) -> "Chat":
-        return Chat(self._asking.model, self._device)
+    def _chat(self) -> Engine:
+        return engine(self._asking.engine, self._asking.model, self._device)
 
     def _answer(self, questions: list[Question]) -> list[Answer]:
         shown = [self._picture(question) for question in questions]
@@ -156,62 +155,6 @@ class _Answerer:
         except BadRow as bad:
             return bad
         return self._chat.blank(picture) if self._asking.blank_pictures else picture
-
-
-class Chat:
-    """A LLaVA folder, loaded as plain transformers loads it, that answers questions about pictures."""
-
-    def __init__(self, model: str, device: torch.device) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        folder = backbone_path(model)
-        self._processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
-
-    @torch.inference_mode()
-    def answer(
-        self,
-        questions: list[str],
-        pictures: list[Image.Image | None],
-        max_new_tokens: int,
-        histories: "list[History] | None" = None,
-    ) -> list[str]:
-        """Greedy answers, one for each question; a picture is an RGB image or None for text alone.
-
-        `histories` are the (question, answer) pairs before each; a picture is shown at the conversation's start.
-        """
-        if not questions:
-            return []
-        asked = zip(questions, pictures, histories or [()] * len(questions), strict=True)
-        prompts = [self._prompt(text, picture, history) for text, picture, history in asked]
-        shown = [picture for picture in pictures if picture is not None]
-        inputs = self._processor(
-            text=prompts,
-            images=shown or None,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(self._model.device, self._model.dtype)
-        output = self._model.generate(**inputs, max_new_tokens=max_new_tokens)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
-
-    def _prompt(self, text: str, picture: Image.Image | None, history: "History") -> str:
-        said = [text for exchange in history for text in exchange] + [text]
-        roles = ("user", "assistant")
-        messages: list[dict[str, Any]] = [
-            {"role": roles[turn % 2], "content": [{"type": "text", "text": words}]} for turn, words in enumerate(said)
-        ]
-        if picture is not None:
-            messages[0]["content"].insert(0, {"type": "image"})
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-    def blank(self, picture: Image.Image) -> Image.Image:
-        """A picture of the same size in the backbone's mean colour."""
-
-        mean = tuple(int(channel * 255) for channel in self._processor.image_processor.image_mean)
-        return Image.new("RGB", picture.size, mean)
 
 
 def chat_once(model: str, image: str | None, question: str, max_new_tokens: int) -> str:

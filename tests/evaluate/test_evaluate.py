@@ -14,9 +14,10 @@ from raylava.artifacts import Artifact, load
 from raylava.cli import main
 from raylava.console import Silent
 from raylava.errors import RunError, UserError
-from raylava.evaluate.answer import Asking, Chat, answer
+from raylava.evaluate.answer import Asking, answer
 from raylava.evaluate.compare import compare
 from raylava.evaluate.compare_page import page
+from raylava.evaluate.engines import Chat
 from raylava.evaluate.judge import graded
 from raylava.evaluate.kept import KeptAnswers
 from raylava.evaluate.questions import Answer, Question
@@ -202,6 +203,8 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.Capture
     given = ["--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
     assert main(["evaluate", str(tmp_path), *given]) == 2
     assert "no model there (no config.json)" in capfd.readouterr().err
+    assert main(["evaluate", str(tmp_path), *given, "--engine", "llamacpp"]) == 2
+    assert "--engine llamacpp: known here: transformers, vllm" in capfd.readouterr().err
 
 
 def test_a_paired_interval_narrows_with_questions_and_holds_the_mean() -> None:

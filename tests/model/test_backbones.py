@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from raylava.artifacts import Artifact
 from raylava.errors import UserError
-from raylava.evaluate.answer import Chat
+from raylava.evaluate.engines import Chat
 from raylava.model.backbones import (
     LanguageSpec,
     VisionSpec,

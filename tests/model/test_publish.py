@@ -13,7 +13,7 @@ from PIL import Image
 
 from raylava.corpus.conversation import Encoder, Turn
 from raylava.corpus.images import normalise, square
-from raylava.evaluate.answer import Chat
+from raylava.evaluate.engines import Chat
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.model.llava import assemble
 from raylava.model.publish import publish
