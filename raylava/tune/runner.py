@@ -70,7 +70,7 @@ class SweepRun:
         largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
             sources = self._sources()
-            clock = _Clock(self.folder / "spent.json", self.sweep.search.hours if self.sweep.search else None)
+            clock = Clock(self.folder / "spent.json", self.sweep.search.hours if self.sweep.search else None)
             at_once = concurrent_trials(resources, ray.cluster_resources())
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
@@ -93,7 +93,7 @@ class SweepRun:
             return [Once(variant) for variant in self._variants]
         return self._studies(search).take(self._variants)
 
-    def _tune(self, sources: "Sources", clock: "_Clock", at_once: int, console: Console) -> None:
+    def _tune(self, sources: "Sources", clock: "Clock", at_once: int, console: Console) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else it would make a result of what Ctrl-C cut off
@@ -142,7 +142,7 @@ def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int
     return max(1, fits)
 
 
-class _Clock:
+class Clock:
     """Counts the hours that a search has had, over all its runs, in a file of the sweep's folder."""
 
     def __init__(self, file: Place, hours: float | None) -> None:
