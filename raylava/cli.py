@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from rich.markup import escape
+
 from raylava.console import Console, quiet
 from raylava.errors import UserError, first_line
 from raylava.storage import cache_folder
@@ -127,12 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images", metavar="DIR", default="", help="where the pictures are, if not below --data")
     evaluate.add_argument("--rule", metavar="RULE", default="exact_match", help="for own, as for score")
     evaluate.add_argument("--protocol", metavar="NAME", default="", help="as for score")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N questions alone")
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="(16; mm-vet 512)")
-    evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="(%(default)s)")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="the first N questions alone")
+    evaluate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(16; mm-vet 512)")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(%(default)s)")
     evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
     evaluate.add_argument("--engine", metavar="NAME", default="transformers", help="or vllm, where it is installed")
-    evaluate.add_argument("--workers", type=int, default=1, metavar="N", help="copies of the model (%(default)s)")
+    evaluate.add_argument("--workers", type=_positive, default=1, metavar="N", help="copies of the model (%(default)s)")
     evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
     score = command("score", _score, "score anybody's file of answers to a benchmark")
     score.add_argument("benchmark", metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or own")
@@ -158,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     chat.add_argument("question")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return int(text)
 
 
 def _takes_recipe(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +211,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.errors import RunError
     from raylava.storage import writable
     from raylava.tune.findings import Findings
-    from raylava.tune.plan import plan
+    from raylava.tune.plan import plan, plan_of
     from raylava.tune.report import write_report
     from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
@@ -216,10 +224,10 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     if arguments.plan:
         return Outcome({"works": [vars(work) for work in expected.works]})
     ended = run.run(console)
-    findings = Findings(sweep, arguments.overrides, plan([one.variant for one in ended], storage), ended)
+    findings = Findings(sweep, arguments.overrides, plan_of(ended, storage), ended)
     write_report(findings, run.folder)
     console.show(results_table(findings))
-    console.say(f"report: [bold]{run.folder / 'report.html'}[/]   (report.md and results.csv beside it)")
+    console.say(f"report: [bold]{escape(str(run.folder / 'report.html'))}[/]   (report.md and results.csv beside it)")
     failed = [one for one in ended if one.how == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {len(ended)} trials failed, the first: {failed[0].failure}")
@@ -301,7 +309,8 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
         console.show(result_table(artifact.metrics))
     else:
         told = artifact.place / artifact.metrics["answers_for_a_judge"]
-        console.say(f"answers: [bold]{told}[/]   (for a judge; then `raylava score {given.benchmark} --grades FILE`)")
+        console.say(f"answers: [bold]{escape(str(told))}[/]   (for a judge to grade)")
+        console.say(f"next:    raylava score {given.benchmark} --data {escape(given.data)} --grades FILE")
     return Outcome(artifact.record)
 
 
@@ -316,7 +325,7 @@ def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
     metrics = result.metrics()
     console.show(result_table(metrics))
     if result.missing:
-        console.say(f"[yellow]without an answer[/], counted as wrong: {', '.join(result.missing[:10])}")
+        console.say(f"[yellow]without an answer[/], counted as wrong: {escape(', '.join(result.missing[:10]))}")
     return Outcome(metrics | {"missing": list(result.missing)})
 
 
@@ -330,7 +339,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Outcome:
     Path(arguments.html).write_text(page(found), encoding="utf-8")
     for one in found:
         console.show(comparison_table(one))
-    console.say(f"page: [bold]{arguments.html}[/]   (the questions where they part, with their pictures)")
+    console.say(f"page: [bold]{escape(arguments.html)}[/]   (the questions where they part, with their pictures)")
     return Outcome(
         {
             one.benchmark: {"credit": one.credit, "differences": [vars(each) for each in one.differences]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,18 @@ def evaluation(
     `judge` is the program that grades what no rule can, `engine` what runs the model (its rounding may decide a word).
     """
     pictures = sizes_below(place(exam.images), {question.image for question in exam.questions if question.image})
-    content = {
+    _check_pictures(label, exam, pictures)
+    content: dict[str, Any] = {
         "model": asked.identity,
         "questions": identity(exam.questions, pictures),
         "benchmark": benchmark.content(),
         "blank_pictures": blank,
         "scoring": SCORING_VERSION,
-    } | {name: value for name, value in (("judge", judge), ("engine", engine)) if value not in ("", "transformers")}
+    } | {
+        name: value
+        for name, value in (("judge", _hidden(judge)), ("engine", engine))
+        if value not in ("", "transformers")
+    }
     draft = Draft("evaluate", content, storage)
     how = (benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size)
     asking = Asking(asked.model, exam.images, *how, blank_pictures=blank, engine=engine)
@@ -71,9 +77,19 @@ def evaluation(
         if result is None:
             return {"benchmark": benchmark.name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS}
         (draft.place / CREDIT).write_bytes(json.dumps(result.credit).encode())
-        return result.metrics() | {"majority": majority(exam.questions), "images": exam.images}
+        best = {"majority": majority(exam.questions)} if exam.rule in ("exact_match", "yes_no") else {}
+        return result.metrics() | best | {"images": exam.images}
 
     return Stage(label, draft, asked.inputs, "questions", build)
+
+
+def _check_pictures(label: str, exam: Exam, pictures: Mapping[str, int]) -> None:
+    """One that is missing is an answer that is missing; when all are, the folder is another."""
+    wanted = [question.image for question in exam.questions if question.image]
+    if wanted and not any(image in pictures for image in wanted):
+        raise UserError(
+            f"{label}: none of its pictures is in {exam.images} (the first would be {wanted[0]}); name theirs"
+        )
 
 
 def _scored(name: str, exam: Exam, answers: list[Answer], judge: str, bar: Bar) -> Result | None:
@@ -84,6 +100,11 @@ def _scored(name: str, exam: Exam, answers: list[Answer], judge: str, bar: Bar) 
         return judged(name, exam.questions, graded(exam.questions, answers, judge, bar))
     texts = {item.question_id: item.text for item in answers}
     return score(name, exam.rule, exam.questions, texts, exam.protocol)
+
+
+def _hidden(command: str) -> str:
+    """A command may hold a key: what identifies it is kept, not what it says."""
+    return fingerprint("judge", {"command": command})
 
 
 def _keep(exam: Exam, answers: list[Answer], model_id: str, output: Place) -> None:

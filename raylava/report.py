@@ -1,5 +1,6 @@
 """What a run ends with: the table of scores beside their baselines, where the model is, and what to try next."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -38,7 +39,7 @@ def closing(artifacts: dict[str, Artifact], console: Console) -> None:
     console.say(f"       raylava show {escape(str(model))}")
 
 
-def benchmarks(artifacts: dict[str, Artifact]) -> list[str]:
+def benchmarks(artifacts: Mapping[str, Artifact]) -> list[str]:
     """Names of the benchmarks that were answered by the trained model."""
     labels = [label.removeprefix(_EVALUATE) for label in artifacts if label.startswith(_EVALUATE)]
     return [label for label in labels if not label.endswith(")")]
@@ -57,21 +58,28 @@ def score_table(name: str, artifacts: dict[str, Artifact]) -> Table:
         if artifact is not None:
             columns[title] = artifact.metrics
     model = columns["model"]
-    figure = model["headline"]
+    figure, majority = model["headline"], model.get("majority")
     table = Table(title=f"{name}: {figure.replace('_', ' ')} ({model['protocol']})", title_justify="left")
     table.add_column("question type")
-    for title in ("questions", *columns, "majority answer"):
+    for title in ("questions", *columns, *(["majority answer"] if majority else [])):
         table.add_column(title, justify="right")
     for category, figures in model["by_category"].items():
-        scores = [column["by_category"][category][figure] for column in columns.values()]
-        _add_row(table, category, figures["units"], [*scores, model["majority"][category]])
+        scores = [_of_category(column, category) for column in columns.values()]
+        _add_row(table, escape(category), figures["units"], scores + ([majority[category]] if majority else []))
     table.add_section()
     scores = [column["figures"][figure]["value"] for column in columns.values()]
-    _add_row(table, "all", model["questions"], [*scores, model["majority"]["all"]])
+    _add_row(table, "all", model["questions"], scores + ([majority["all"]] if majority else []))
     interval = model["figures"][figure]
     table.caption = f"the model's 95 % interval: {interval['low']:.2f} to {interval['high']:.2f}"
     table.caption_justify = "left"
     return table
+
+
+def _of_category(metrics: dict[str, Any], category: str) -> float:
+    """The headline of a category, or the figure that it has of its own."""
+    figures = metrics["by_category"][category]
+    own = [name for name in figures if name != "units"]
+    return float(figures[metrics["headline"] if metrics["headline"] in figures else own[0]])
 
 
 def _add_row(table: Table, title: str, questions: float, scores: list[float]) -> None:
@@ -90,7 +98,9 @@ def result_table(metrics: dict[str, Any]) -> Table:
     if len(metrics["by_category"]) > 1:
         table.add_section()
         for category, figures in metrics["by_category"].items():
-            table.add_row(escape(category), *(f"{figures[name]:.4g}" for name in metrics["figures"]))
+            shown = [figures.get(name) for name in metrics["figures"]]
+            shown = shown if any(one is not None for one in shown) else [_of_category(metrics, category)]
+            table.add_row(escape(category), *("" if one is None else f"{one:.4g}" for one in shown))
     return table
 
 

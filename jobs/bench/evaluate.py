@@ -48,10 +48,13 @@ class Clock:
 def main() -> None:
     given = arguments()
     logging.getLogger().setLevel(logging.ERROR)
-    model, data, images = (given.model, given.data, given.images) if given.model else laboratory(given.storage)
+    resources = Resources(workers=given.workers)
+    model, data, images = given.model, given.data, given.images
+    if model is None:
+        with ray_session(resources):
+            model, data, images = laboratory(given.storage)
     asked = read_questions(place(data), Benchmark(name="bench", questions=data, limit=given.questions))
     loop, loop_seconds = one_by_one(model, asked, images)
-    resources = Resources(workers=given.workers)
     clock = Clock()
     with ray_session(resources):
         started = time.monotonic()

@@ -1,6 +1,6 @@
 """A model's answers, by Ray Data: actors that hold the model, batches of questions of like length, greedy decoding.
 
-The model is any Hugging Face folder of a LLaVA; it is asked as plain transformers would ask it. Scoring is score.py's.
+The model is any Hugging Face folder of a LLaVA; it is asked as plain transformers would ask it. Scoring is score/'s.
 """
 
 import functools
@@ -180,5 +180,6 @@ def _opened(file: Place) -> Image.Image:
 
 def read_answers(content: bytes) -> Iterator[dict[str, Any]]:
     """The lines of an answers file."""
-    for line in content.decode("utf-8").splitlines():
-        yield json.loads(line)
+    for line in content.decode("utf-8").split("\n"):
+        if line:
+            yield json.loads(line)

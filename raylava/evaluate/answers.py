@@ -39,7 +39,7 @@ def read_said(file: Place) -> list[Said]:
 
 
 def _entries(content: str) -> Iterator[Any]:
-    lines = [line for line in content.splitlines() if line.strip()]
+    lines = [line for line in content.split("\n") if line.strip()]  # splitlines would cut at U+2028 as well
     if lines and _is_whole(lines[0]):
         whole = json.loads(lines[0])
         if len(lines) > 1 or "question_id" in whole:
@@ -62,7 +62,7 @@ def _is_whole(line: str) -> bool:
 def _said(entry: dict[str, Any]) -> Said:
     number = entry["question_id"] if "question_id" in entry else entry["questionId"]
     (text,) = (entry[name] for name in ("text", "answer", "prediction") if name in entry)
-    if entry.get("metadata", {}).get("problem"):
+    if (entry.get("metadata") or {}).get("problem"):
         text = None
     return Said(str(number), str(entry.get("prompt", "")), None if text is None else str(text))
 
@@ -76,13 +76,19 @@ def joined(said: Sequence[Said], questions: Sequence[Question], file: str) -> di
     by_prompt = {(question.unit, plain(question.text)): question for question in questions if question.unit}
     found: dict[str, str | None] = {}
     for one in said:
-        question = by_id.get(one.question_id) or by_prompt.get((one.question_id, plain(one.prompt)))
+        question = by_id.get(one.question_id) or by_prompt.get((_unit(one.question_id), plain(one.prompt)))
         if question is None:
             raise UserError(f"{file}: the answer to {one.question_id!r} has no question in the benchmark's files")
         if question.question_id in found:
             raise UserError(f"{file}: two answers to {question.question_id!r}; leave one")
         found[question.question_id] = one.text
     return found
+
+
+def _unit(question_id: str) -> str:
+    """MME's picture, whatever folder and ending the toolkit names it by: `artwork/images/1.jpg` is `artwork/1`."""
+    task, _, rest = question_id.partition("/")
+    return f"{task}/{rest.rpartition('/')[2].rpartition('.')[0]}"
 
 
 def plain(prompt: str) -> str:

@@ -82,6 +82,7 @@ def _compared(benchmark: str, evaluations: list[Artifact]) -> Comparison:
         if credit.keys() != first.keys():
             apart = sorted(credit.keys() ^ first.keys())
             raise UserError(f"{one.place}: other questions than in {evaluations[0].place}: {', '.join(apart[:3])}")
+        _check_alike(one, evaluations[0])
     differences = []
     for name, credit in list(zip(names, credits, strict=True))[1:]:
         apart_by = np.array([[credit[number] - first[number] for number in first]])
@@ -90,6 +91,15 @@ def _compared(benchmark: str, evaluations: list[Artifact]) -> Comparison:
     means = {name: float(np.mean(list(credit.values()))) for name, credit in zip(names, credits, strict=True)}
     asked = _asked(evaluations, credits)
     return Comparison(benchmark, str(evaluations[0].metrics["images"]), means, differences, asked)
+
+
+def _check_alike(one: Artifact, first: Artifact) -> None:
+    """The same ids may name other questions, and the same answers earn by other rules."""
+    if one.record["content"]["questions"] != first.record["content"]["questions"]:
+        raise UserError(f"{one.place}: other questions than in {first.place}, though of the same ids")
+    rules = [(each.metrics["headline"], each.metrics["protocol"]) for each in (one, first)]
+    if rules[0] != rules[1]:
+        raise UserError(f"{one.place}: scored by {' of '.join(rules[0])}, {first.place} by {' of '.join(rules[1])}")
 
 
 def _names(evaluations: list[Artifact]) -> list[str]:

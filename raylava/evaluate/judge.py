@@ -37,11 +37,18 @@ def graded(questions: Sequence[Question], answers: Sequence[Answer], command: st
     return found
 
 
+def _parsed(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--judge {command}: {error}; quote it as for a shell") from error
+
+
 def _grade(question: Question, text: str, command: str) -> float:
     prompt = PROMPT.format(question=question.text, truth=question.references[0], answer=text)
     try:
         run = subprocess.run(
-            shlex.split(command), input=prompt, capture_output=True, text=True, timeout=_SECONDS, check=False
+            _parsed(command), input=prompt, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except OSError as error:
         raise UserError(
@@ -52,7 +59,10 @@ def _grade(question: Question, text: str, command: str) -> float:
     try:
         grade = float(run.stdout.split()[-1])
     except (ValueError, IndexError) as error:
-        raise RunError(f"{question.question_id}: the judge printed no number but {run.stdout[-80:]!r}") from error
+        told = run.stdout[-80:] or run.stderr[-200:]
+        raise RunError(
+            f"{question.question_id}: the judge ended with {run.returncode} and printed no number but {told!r}"
+        ) from error
     if run.returncode != 0 or not 0 <= grade <= 1:
         raise RunError(f"{question.question_id}: the judge ended with {run.returncode} and printed {grade}")
     return grade

@@ -132,6 +132,8 @@ def _mme(data: Place) -> list[Question]:
         texts = data / task / "questions_answers_YN"
         pictures = data / task / "images"
         texts, pictures = (texts, pictures) if texts.is_folder() else (data / task, data / task)
+        if not texts.children():
+            raise UserError(f"{data}: MME's task {task} is missing; give the folder of the whole release as --data")
         names = {one.name.rpartition(".")[0]: one.name for one in pictures.children() if not one.name.endswith(".txt")}
         for file in texts.children():
             stem, _, kind = file.name.rpartition(".")
@@ -139,7 +141,7 @@ def _mme(data: Place) -> list[Question]:
                 if stem not in names:
                     raise UserError(f"{file}: its picture is not in {pictures}")
                 below = f"{task}/images/{names[stem]}" if pictures.name == "images" else f"{task}/{names[stem]}"
-                found += list(_mme_pair(file, task, f"{task}/{names[stem]}", below))
+                found += list(_mme_pair(file, task, f"{task}/{stem}", below))
     return found
 
 
@@ -152,14 +154,14 @@ def _mme_pair(file: Place, task: str, unit: str, image: str) -> Iterator[Questio
         if label.strip().lower() not in ("yes", "no"):
             raise UserError(f"{file}: the label {label!r} is neither Yes nor No")
         asked = text.replace("Please answer yes or no.", "").strip()
-        yield Question(f"{unit}#{number}", image, _with(asked, SHORT), task, (label.strip().lower(),), unit=unit)
+        yield Question(f"{image}#{number}", image, _with(asked, SHORT), task, (label.strip().lower(),), unit=unit)
 
 
 def _mmvp(data: Place) -> list[Question]:
     file = _file(data, "Questions.csv")
     found = []
     for row in csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"))):
-        number = int(row["Index"])
+        number = int(row["Index"] if "Index" in row else row["lndex"])  # as published, with a small L
         options = [part.strip() for part in re.split(r"\([ab]\)", row["Options"])[1:]]
         text = _with(f"{row['Question']} {row['Options']}", LETTER)
         label = row["Correct Answer"].strip().lower()
@@ -233,6 +235,6 @@ def _json(file: Place) -> Any:
 
 
 def _json_lines(file: Place) -> Iterator[dict[str, Any]]:
-    for line in file.read_bytes().decode("utf-8").splitlines():
+    for line in file.read_bytes().decode("utf-8").split("\n"):  # splitlines would cut at U+2028 as well
         if line.strip():
             yield json.loads(line)

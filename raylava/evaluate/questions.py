@@ -19,6 +19,8 @@ from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Benchmark
 from raylava.storage import Place
 
+_VQA_ANSWERS = 4  # fewer, and no answer can earn its whole credit: each is left out in turn, and three must match
+
 
 @dataclass(frozen=True)
 class Question:
@@ -57,7 +59,31 @@ def read_questions(file: Place, benchmark: Benchmark) -> list[Question]:
     questions = questions[: benchmark.limit]
     if not questions:
         raise UserError(f"evaluate.{benchmark.name}: {file} holds no question that include and exclude select")
-    return questions
+    _check_ids(questions, file)
+    return [_scorable(question, benchmark.score, file) for question in questions]
+
+
+def _check_ids(questions: list[Question], file: Place) -> None:
+    seen: set[str] = set()
+    for question in questions:
+        if question.question_id in seen:
+            raise UserError(f"{file}: two questions are called {question.question_id!r}; answers go by it, rename one")
+        seen.add(question.question_id)
+
+
+def _scorable(question: Question, rule: str, file: Place) -> Question:
+    """The question with references as its rule wants them. Raises UserError where it could never be right."""
+    where = f"{file}: question {question.question_id!r}"
+    if not question.references:
+        raise UserError(f"{where} has no answer; give one, or leave the question out")
+    if rule == "vqa_accuracy" and len(question.references) < _VQA_ANSWERS:
+        raise UserError(f"{where} has {len(question.references)} answers; vqa_accuracy wants {_VQA_ANSWERS} or more")
+    if rule != "yes_no":
+        return question
+    labels = tuple(reference.strip().lower() for reference in question.references)
+    if labels[0] not in ("yes", "no"):
+        raise UserError(f"{where} has the answer {question.references[0]!r}; yes_no wants yes or no")
+    return dataclasses.replace(question, references=labels)
 
 
 def identity(questions: list[Question], pictures: dict[str, int]) -> str:
@@ -67,7 +93,7 @@ def identity(questions: list[Question], pictures: dict[str, int]) -> str:
 
 
 def _from_jsonl(file: Place, benchmark: Benchmark) -> Iterator[Question]:
-    for number, line in enumerate(file.read_bytes().decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -34,7 +34,8 @@ def exam_of(benchmark: Benchmark, root: str) -> Exam:
     """
     data, images = join(root, benchmark.questions), join(root, benchmark.images) if benchmark.images else ""
     if benchmark.kind == OWN:
-        return Exam(read_questions(place(data), benchmark), images or root, benchmark.score, "")
+        _check_protocol(OWN, benchmark.score, benchmark.protocol)
+        return Exam(read_questions(place(data), benchmark), images or root, benchmark.score, benchmark.protocol)
     return official_exam(benchmark.kind, data, images, benchmark.protocol, benchmark.limit)
 
 
@@ -43,8 +44,7 @@ def official_exam(name: str, data: str, images: str = "", protocol: str = "", li
     if name not in OFFICIAL:
         raise UserError(f"{name}: no such benchmark; known here: {', '.join([*OFFICIAL, OWN])}")
     rule = OFFICIAL[name].rule
-    if protocol and protocol not in RULES.get(rule, {}):
-        raise UserError(f"protocol {protocol}: {name} has {', '.join(RULES.get(rule, ['judge']))}")
+    _check_protocol(name, rule, protocol)
     questions = read_official(name, place(data))[:limit]
     return Exam(questions, images or images_of(name, place(data)).uri, rule, protocol)
 
@@ -62,13 +62,19 @@ def exam_named(
     """A benchmark as a command names it, and its exam. Raises UserError as exam_of."""
     given: dict[str, Any] = {"questions": data, "images": images, "limit": limit, "batch_size": batch_size}
     if name == OWN:
-        exam = _own(data, rule, images, limit)
-        given |= {"score": rule}
+        exam = _own(data, rule, images, limit, protocol)
+        given |= {"score": rule, "protocol": protocol}
     else:
         exam = official_exam(name, data, images, protocol, limit)
         given |= {"protocol": protocol} | ({} if exam.rule == "judged" else {"kind": name})
     tokens = max_new_tokens or (OFFICIAL[name].max_new_tokens if name in OFFICIAL else 32)
     return Benchmark(name=name, max_new_tokens=tokens, **given), exam
+
+
+def _check_protocol(name: str, rule: str, protocol: str) -> None:
+    known = RULES.get(rule, {})
+    if protocol and protocol not in known:
+        raise UserError(f"protocol {protocol}: {name} has {', '.join(known) or 'none to choose from'}")
 
 
 def score_file(
@@ -78,7 +84,7 @@ def score_file(
 
     Raises UserError for what doesn't fit together.
     """
-    exam = _own(data, rule) if name == OWN else official_exam(name, data, protocol=protocol)
+    exam = _own(data, rule, protocol=protocol) if name == OWN else official_exam(name, data, protocol=protocol)
     if exam.rule == "judged":
         if grades is None:
             raise UserError(f"{name} is graded by a judge; give its reply file as --grades")
@@ -87,11 +93,11 @@ def score_file(
     return score(name, exam.rule, exam.questions, said, protocol)
 
 
-def _own(data: str, rule: str, images: str = "", limit: int | None = None) -> Exam:
+def _own(data: str, rule: str, images: str = "", limit: int | None = None, protocol: str = "") -> Exam:
     if rule not in OWN_RULES:
         raise UserError(f"--rule {rule}: known here: {', '.join(OWN_RULES)}")
-    benchmark = Benchmark(name=OWN, questions=data, images=images, score=rule, limit=limit)  # type: ignore[arg-type]
-    return exam_of(benchmark, "")
+    given: dict[str, Any] = {"questions": data, "images": images, "score": rule, "limit": limit, "protocol": protocol}
+    return exam_of(Benchmark(name=OWN, **given), "")
 
 
 def read_grades(file: Place, questions: list[Question]) -> dict[str, float | None]:

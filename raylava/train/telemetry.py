@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from raylava.artifacts import Artifact
 from raylava.recipe import Tracking
 from raylava.storage import Place
 from raylava.train.engine import StepResult
@@ -109,6 +110,19 @@ def summary(output: Place) -> dict[str, Any]:
         "tokens_per_second": sum(step["tokens"] for step in steps) / sum(whole),
         "waiting_share": 1.0 - sum(speed["seconds"] for speed in speeds) / sum(whole),
     }
+
+
+def training_seconds(output: Place, made: Artifact | None) -> float:
+    """What a training took, all its attempts together: its steps, and of the last attempt all there was beside them.
+
+    0 where it left no figures.
+    """
+    whole = float(made.record["seconds"]) if made else 0.0
+    if not (output / METRICS).exists():
+        return whole
+    text = (output / METRICS).read_bytes().decode()
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return max(whole, sum(line["seconds"] / (1.0 - line["waiting_share"]) for line in lines))
 
 
 def _lines_before(file: Place, first: int) -> list[str]:

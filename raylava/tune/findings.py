@@ -10,8 +10,7 @@ from raylava.artifacts import Artifact
 from raylava.evaluate.compare import CREDIT
 from raylava.recipe import Resources
 from raylava.report import benchmarks, headline
-from raylava.storage import Place
-from raylava.train.telemetry import METRICS
+from raylava.train.telemetry import METRICS, training_seconds
 from raylava.tune.effects import Effect, Graded, effects
 from raylava.tune.outcome import Ended
 from raylava.tune.plan import SweepPlan
@@ -59,7 +58,7 @@ class Findings:
         found = []
         for number, ended in enumerate(self.ended):
             artifacts = self.plan.artifacts(number)
-            values = objectives(artifacts) if ended.how == "done" else {}
+            values = _values(ended, artifacts)
             names = benchmarks(artifacts)
             scores = {name: headline(artifacts[_EVALUATE + name]) for name in names}
             costs = self._costs(number, artifacts)
@@ -76,8 +75,7 @@ class Findings:
         for stage in self.plan.stages[number]:
             if stage.draft.stage in _TRAINED:
                 made = artifacts.get(stage.label)
-                seconds = made.record["seconds"] if made else _seconds_of_steps(stage.draft.place / METRICS)
-                found.append(hours * seconds / users.get(stage.draft.fingerprint, 1))
+                found.append(hours * training_seconds(stage.draft.place, made) / users.get(stage.draft.fingerprint, 1))
         return found
 
     @cached_property
@@ -126,9 +124,10 @@ class Findings:
     def curves(self) -> Iterator[tuple[Row, list[tuple[int, float]]]]:
         """(step, loss) of each trial's finetuning, thinned to the means of so many stretches; of stopped ones too."""
         for number, row in enumerate(self.rows):
-            place = next(stage.draft.place for stage in self.plan.stages[number] if stage.label == "finetune")
-            if (place / METRICS).exists():
-                yield row, _thinned((place / METRICS).read_bytes())
+            for stage in self.plan.stages[number]:
+                metrics = stage.draft.place / METRICS
+                if stage.label == "finetune" and metrics.exists():
+                    yield row, _thinned(metrics.read_bytes())
 
     def table(self) -> list[dict[str, Any]]:
         """results.csv: a mapping a trial, all with the same keys."""
@@ -146,7 +145,7 @@ class Findings:
                     "failure": row.ended.failure,
                     "cost_hours": row.cost,
                     "share_hours": row.share,
-                    "model": model and str(model.place),
+                    "model_path": model and str(model.place),
                 }
             )
         return found
@@ -157,19 +156,17 @@ def device_hours(resources: Resources) -> float:
     return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
+def _values(ended: Ended, artifacts: Mapping[str, Artifact]) -> Mapping[str, float]:
+    """What a trial reached: as its study knows it, else as its artifacts say."""
+    if ended.how != "done":
+        return {}
+    known = ended.tried.values if ended.tried else {}
+    return {**(objectives(artifacts) if "finetune" in artifacts else {}), **known}
+
+
 def _credit(evaluation: Artifact) -> dict[str, float]:
     """By question id."""
     return json.loads((evaluation.place / CREDIT).read_bytes())
-
-
-def _seconds_of_steps(metrics: Place) -> float:
-    """What the steps of a training that has no artifact took; 0 where none is known."""
-    if not metrics.exists():
-        return 0.0
-    lines = [
-        json.loads(line) for line in metrics.read_bytes().decode().splitlines(keepends=True) if line.endswith("\n")
-    ]
-    return sum(line["seconds"] / (1.0 - line["waiting_share"]) for line in lines)
 
 
 def _thinned(metrics: bytes) -> list[tuple[int, float]]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from raylava.tune.variants import Variant
 
+LOST = "its process was lost again and again"
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -33,3 +35,4 @@ class Ended:
     how: str
     failure: str | None = None
     tried: Tried | None = None
+    is_recipe: bool = True  # False where a search gave settings that are none; the variant then has the base's recipe

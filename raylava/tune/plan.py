@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from raylava.artifacts import Artifact
+from raylava.errors import UserError
 from raylava.stage import Stage
 from raylava.stages import stages_of
 from raylava.storage import Place
+from raylava.tune.outcome import Ended
 from raylava.tune.variants import Variant
 
 
@@ -53,6 +55,19 @@ class SweepPlan:
         """What is there of one variant, by stage label."""
         found = {stage.label: self._found[str(stage.draft.place)] for stage in self.stages[variant]}
         return {label: artifact for label, artifact in found.items() if artifact is not None}
+
+
+def plan_of(ended: Sequence[Ended], storage: Place) -> SweepPlan:
+    """The plan of trials that ended; one that failed before it was a recipe, or could be resolved, has no stages."""
+    stages: list[tuple[Stage, ...]] = []
+    for one in ended:
+        try:
+            stages.append(tuple(stages_of(one.variant.recipe, storage)) if one.is_recipe else ())
+        except UserError:
+            if one.how != "failed":
+                raise
+            stages.append(())
+    return SweepPlan(tuple(one.variant for one in ended), tuple(stages))
 
 
 def plan(variants: Sequence[Variant], storage: Place) -> SweepPlan:

@@ -46,6 +46,8 @@ def report(findings: Findings) -> str:
 
 def _csv(findings: Findings) -> str:
     rows = findings.table()
+    if not rows:
+        return ""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

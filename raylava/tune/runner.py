@@ -4,13 +4,15 @@ The artifacts and studies are the sweep's memory: run again, what is finished is
 its checkpoints, and Tune's own state is not needed.
 """
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -19,12 +21,13 @@ from rich.table import Table
 
 from raylava.artifacts import lock
 from raylava.console import Console, meanwhile
+from raylava.errors import UserError, first_line
 from raylava.recipe import Resources
 from raylava.session import here, ray_session
-from raylava.stages import absolute
-from raylava.storage import Place
+from raylava.stages import absolute, stages_of
+from raylava.storage import Place, patiently
 from raylava.tune.board import Board, Where
-from raylava.tune.outcome import Ended
+from raylava.tune.outcome import Ended, Tried
 from raylava.tune.searcher import EarlyStop, Once, Trials
 from raylava.tune.study import Studies, VariantSearch, drawn
 from raylava.tune.sweep import Search, Sweep
@@ -34,6 +37,7 @@ from raylava.tune.variants import Variant, variants, with_settings
 
 logger = logging.getLogger(__name__)
 
+_KEEP_EVERY_SECONDS = 60.0
 _MAX_LOSSES = 8  # processes that a trial may lose before it is given up
 
 
@@ -61,7 +65,9 @@ class SweepRun:
         for variant in self._variants:
             known = [one.settings for one in studies.look(variant)]
             missing = max(0, (search.trials or 1) - len(known))
-            found += [self._with(variant, settings) for settings in (*known, *drawn(search, missing))]
+            for settings in (*known, *drawn(search, missing)):
+                with suppress(UserError):  # settings that are no recipe make nothing
+                    found.append(self._with(variant, settings))
         return found
 
     def run(self, console: Console) -> list[Ended]:
@@ -70,10 +76,16 @@ class SweepRun:
         largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
             sources = self._sources()
-            clock = Clock(self.folder / "spent.json", self.sweep.search.hours if self.sweep.search else None)
+            clock = self._clock()
             at_once = concurrent_trials(resources, ray.cluster_resources())
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
+
+    def _clock(self) -> "Clock":
+        search = self.sweep.search
+        if search is None:
+            return Clock(self.folder / "spent.json", None)
+        return Clock(self.folder / f"spent-{self._study_name(search)}.json", search.hours)
 
     def _expected(self, sources: "Sources") -> int | None:
         """Trials that this run will begin, where somebody knows."""
@@ -82,7 +94,13 @@ class SweepRun:
         return each and each * len(sources) - len(ended)
 
     def _studies(self, search: Search) -> Studies:
-        return Studies(search, search.study or self.sweep.name, self.folder)
+        def about(variant: Variant) -> list[str]:
+            return [stage.draft.fingerprint for stage in stages_of(variant.recipe, self._storage)]
+
+        return Studies(search, self._study_name(search), self.folder, about)
+
+    def _study_name(self, search: Search) -> str:
+        return search.study or self.sweep.name
 
     def _with(self, variant: Variant, settings: Mapping[str, Any]) -> Variant:
         return with_settings(self.sweep, variant, settings, self._overrides)
@@ -102,11 +120,11 @@ class SweepRun:
             sources,
             self._with,
             lambda variant: ray.get(board.join.remote(variant.name, absolute(variant.recipe).model_dump_json())),
-            lambda number: board.end.remote(number, "stopped"),
+            lambda number, how: board.end.remote(number, how),
             clock.is_over,
         )
         settings = {"storage": self._storage.uri, "board": board, "search": self.sweep.search is not None}
-        shown = _shown(board, self._expected(sources), console)
+        shown = _shown(board, self._expected(sources), clock, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, shown:
             tune.Tuner(
                 tune.with_resources(run_trial, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
@@ -126,10 +144,16 @@ class SweepRun:
     def _ended(self, source: Once | VariantSearch) -> list[Ended]:
         if isinstance(source, Once):
             return [Ended(source.variant, "failed" if source.failure else "done", source.failure)]
-        return [
-            Ended(self._with(source.variant, one.settings), one.ended or "failed", one.failure, one)
-            for one in source.tried
-        ]
+        return [self._ended_trial(source.variant, one) for one in source.tried]
+
+    def _ended_trial(self, variant: Variant, one: Tried) -> Ended:
+        how = one.ended or "failed"
+        try:
+            return Ended(self._with(variant, one.settings), how, one.failure, one)
+        except UserError as error:
+            settings = variant.settings | dict(one.settings)
+            unmade = dataclasses.replace(variant, settings=settings, searched=one.settings)
+            return Ended(unmade, "failed", one.failure or first_line(error), one, is_recipe=False)
 
 
 def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int:
@@ -149,6 +173,7 @@ class Clock:
         self._file, self._seconds = file, None if hours is None else 3600 * hours
         self._before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
         self._started = time.monotonic()
+        self._kept = -math.inf
 
     @property
     def spent(self) -> float:
@@ -156,18 +181,24 @@ class Clock:
         return float(self._before) + time.monotonic() - self._started
 
     def is_over(self) -> bool:
-        """Whether no new trial should begin. Asked before each one, which is when the file is brought up to date."""
-        if self._seconds is None:
-            return False
-        self._file.write_bytes(json.dumps({"seconds": self.spent}).encode())
-        return self.spent >= self._seconds
+        """Whether no new trial should begin."""
+        self.keep()
+        return self._seconds is not None and self.spent >= self._seconds
+
+    def keep(self) -> None:
+        """Bring the file up to date; to be called now and then."""
+        if self._seconds is not None and time.monotonic() - self._kept > _KEEP_EVERY_SECONDS:
+            self._kept = time.monotonic()
+            spent = json.dumps({"seconds": self.spent}).encode()
+            patiently(lambda: self._file.write_bytes(spent), _KEEP_EVERY_SECONDS, f"writing {self._file}")
 
 
 @contextmanager
-def _shown(board: Any, expected: int | None, console: Console) -> Iterator[None]:
+def _shown(board: Any, expected: int | None, clock: "Clock", console: Console) -> Iterator[None]:
     """Keep the table in front of the person while Tune blocks."""
 
     def render() -> Table:
+        clock.keep()
         return progress_table(ray.get(board.look.remote()), time.time(), expected)
 
     with console.live(render) as refresh, meanwhile(refresh):

@@ -12,6 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raylava.errors import UserError, first_line
+from raylava.tune.outcome import LOST
 from raylava.tune.variants import Variant
 
 Result = Mapping[str, Any]
@@ -54,10 +55,9 @@ class Once:
 
     def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
         """See Source."""
-        self.failure = LOST if error else (result or {}).get("failure")
-
-
-LOST = "its process was lost again and again"
+        told = result or {}
+        done = any(name.startswith("objective/") for name in told)
+        self.failure = LOST if error else None if done else told.get("failure", "it was stopped")
 
 
 class Trials(Searcher):
@@ -68,15 +68,15 @@ class Trials(Searcher):
         sources: Sequence[Source],
         made: Callable[[Variant, Mapping[str, Any]], Variant],
         begin: Callable[[Variant], int],
-        stopped: Callable[[int], None],
+        ended: Callable[[int, str], None],
         time_is_over: Callable[[], bool],
     ) -> None:
-        """`made` gives a variant its settings; `begin` enters a trial in the board and returns its number there, which
-        `stopped` is told when the trial is stopped early.
+        """`made` gives a variant its settings; `begin` enters a trial in the board and returns its number there;
+        `ended` is told of those that cannot say themselves that they are `stopped` early or `failed`.
         """
         super().__init__()
         self._sources, self._made, self._time_is_over = list(sources), made, time_is_over
-        self._begin, self._stopped = begin, stopped
+        self._begin, self._ended = begin, ended
         self._of: dict[str, tuple[Source, int]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -110,7 +110,7 @@ class Trials(Searcher):
         source, number = self._of[trial_id]
         stop = source.should_stop(trial_id, result["mark"], result["loss"])
         if stop:
-            self._stopped(number)
+            self._ended(number, "stopped")
         return stop
 
     def on_trial_result(self, trial_id: str, result: Result) -> None:
@@ -118,7 +118,9 @@ class Trials(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
         """See Searcher."""
-        source, _ = self._of.pop(trial_id)
+        source, number = self._of.pop(trial_id)
+        if error:
+            self._ended(number, "failed")
         source.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:

@@ -6,8 +6,11 @@ checkpoints are found; one that is stopped early is told as pruned, with the los
 """
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import optuna
@@ -16,21 +19,24 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.study import StudySummary
+from optuna.study import Study, StudySummary
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from raylava.artifacts import fingerprint
 from raylava.errors import UserError
-from raylava.storage import Place
-from raylava.tune.outcome import Tried
+from raylava.storage import Place, patiently
+from raylava.tune.outcome import LOST, Tried
 from raylava.tune.sweep import Range, Search
 from raylava.tune.variants import Variant
+
+logger = logging.getLogger(__name__)
 
 MARKS = 10  # how often in a training its loss is compared
 _FAILURE = "failure"
 _OWNER = "raylava"
 _JOURNAL = "study"
+_RETRY_SECONDS = 600.0  # that storage may fail before the sweep does
 
 
 def distribution(found: Range) -> BaseDistribution:
@@ -55,22 +61,25 @@ def drawn(search: Search, count: int) -> list[dict[str, Any]]:
 class Studies:
     """The studies of a search, one a variant, in a database or in the sweep's folder."""
 
-    def __init__(self, search: Search, name: str, folder: Place) -> None:
-        """`name` is theirs, `folder` the sweep's."""
-        self._search, self._name, self._folder = search, name, folder
+    def __init__(self, search: Search, name: str, folder: Place, about: Callable[[Variant], Any]) -> None:
+        """`name` is theirs, `folder` the sweep's; `about` is what a variant's results depend on (JSON-able)."""
+        self._search, self._name, self._folder, self._about = search, name, folder, about
 
     def look(self, variant: Variant) -> list[Tried]:
         """The trials of a variant; only looks, a driver may be going on with them.
 
         Raises UserError for a database that cannot be used, and for a study that is another search's.
         """
-        storage = self._open(PlaceJournal(self._folder / _JOURNAL))
-        name = self._study(variant)
+        storage, name = self._looked_at, self._study(variant)
         if name not in _studies(storage):
             return []
         self._check_owner(storage, name, variant)
         study = optuna.load_study(study_name=name, storage=storage)
-        return [_tried(one, list(self._search.objective)) for one in study.trials if one.params]
+        return _all_tried(study, self._search)
+
+    @cached_property
+    def _looked_at(self) -> BaseStorage:
+        return self._open(PlaceJournal(self._folder / _JOURNAL))
 
     def take(self, variants: Sequence[Variant]) -> "list[VariantSearch]":
         """Go on with them, as the one driver that does. Raises as `look`."""
@@ -88,9 +97,16 @@ class Studies:
     def _open(self, journal: "PlaceJournal") -> BaseStorage:
         if self._search.study_storage is None:
             return JournalStorage(journal)
+        url = os.path.expandvars(self._search.study_storage)
+        unset = re.search(r"\$\{?(\w+)", url)
+        if unset:
+            raise UserError(
+                f"search.study_storage: the environment has no {unset[1]}; set it, or write the URL in full"
+            )
         try:
-            return RDBStorage(os.path.expandvars(self._search.study_storage))
+            return RDBStorage(url)
         except Exception as error:  # whatever a database's driver raises; what it says may hold the URL's password
+            logger.info("the database of studies", exc_info=error)
             raise UserError(
                 f"search.study_storage: cannot use the database ({type(error).__name__}); the log has the rest"
             ) from error
@@ -101,7 +117,7 @@ class Studies:
     def _identity(self, variant: Variant) -> str:
         """What a study is about and where its artifacts are; not how long it goes on."""
         about = self._search.model_dump(mode="json", exclude={"trials", "hours", "study", "study_storage"})
-        return fingerprint("study", {"search": about, "recipe": variant.recipe.content(), "sweep": self._folder.uri})
+        return fingerprint("study", {"search": about, "about": self._about(variant), "sweep": self._folder.uri})
 
     def _check_owner(self, storage: BaseStorage, name: str, variant: Variant) -> None:
         """Two searches in one study would learn from each other's trials as if they were their own."""
@@ -109,7 +125,7 @@ class Studies:
         if study is not None and study.n_trials and study.user_attrs.get(_OWNER) != self._identity(variant):
             raise UserError(
                 f"search.study: the study {name!r} is there and was of another search (space, objective, sampler, "
-                "recipe or --storage differ); give another name to the study"
+                "recipe, data or --storage differ); give another name to the study"
             )
 
 
@@ -121,19 +137,24 @@ class PlaceJournal(BaseJournalBackend):
     def __init__(self, folder: Place) -> None:
         self._folder = folder
         self._logs: list[dict[str, Any]] = []
-        for file in folder.children():
-            if file.name == f"{len(self._logs):08d}.jsonl":  # else a gathering was cut off: it is in the first
-                self._logs += [json.loads(line) for line in file.read_bytes().splitlines()]
+        for file in self._files():
+            if file.name == _batch(len(self._logs)):  # else a gathering was cut off: it is in the first
+                self._logs += [json.loads(line) for line in _content(file).splitlines()]
+
+    def _files(self) -> list[Place]:
+        """Batches, by their first line's number; what a killed writer left of one is none."""
+        return [file for file in self._folder.children() if re.fullmatch(r"\d{8}\.jsonl", file.name)]
 
     def gather(self) -> None:
         """Make one object of what earlier drivers wrote."""
-        files = self._folder.children()
+        self._folder.forget_parts()
+        files = self._files()
         if len(files) < 2:
             return
-        first, *others = files
-        first.write_bytes(_lines(self._logs))
-        for file in others:
-            file.delete()
+        (self._folder / _batch(0)).write_bytes(_lines(self._logs))
+        for file in files:
+            if file.name != _batch(0):
+                file.delete()
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """See BaseJournalBackend."""
@@ -141,8 +162,21 @@ class PlaceJournal(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """See BaseJournalBackend."""
-        (self._folder / f"{len(self._logs):08d}.jsonl").write_bytes(_lines(logs))
+        file = self._folder / _batch(len(self._logs))
+        patiently(lambda: file.write_bytes(_lines(logs)), _RETRY_SECONDS, f"writing {file}")
         self._logs += logs
+
+
+def _batch(first: int) -> str:
+    return f"{first:08d}.jsonl"
+
+
+def _content(file: Place) -> bytes:
+    """Empty where another driver has gathered it since it was listed."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _lines(logs: list[dict[str, Any]]) -> bytes:
@@ -183,7 +217,7 @@ class VariantSearch(OptunaSearch):
     @property
     def tried(self) -> list[Tried]:
         """All trials so far, those that run among them."""
-        return [_tried(one, self.metric) for one in self._ot_study.trials if one.params]
+        return _all_tried(self._ot_study, self.wanted)
 
     def next(self, trial_id: str, fresh: bool) -> dict[str, Any] | None:
         """See searcher.Source."""
@@ -195,10 +229,6 @@ class VariantSearch(OptunaSearch):
             return None
         self.suggest(trial_id)
         return dict(self._ot_trials[trial_id].params)
-
-    def number(self, trial_id: str) -> int:
-        """The trial's number in its study."""
-        return int(self._ot_trials[trial_id].number)
 
     def should_stop(self, trial_id: str, mark: int, loss: float) -> bool:
         """Keep the loss that a trial reached at a mark (1 to MARKS); whether successive halving ends the trial there.
@@ -216,12 +246,17 @@ class VariantSearch(OptunaSearch):
         trial, told = self._ot_trials.pop(trial_id), result or {}
         values = [told.get(f"objective/{name}") for name in self.metric]
         if error or "failure" in told:
-            trial.set_user_attr(_FAILURE, told.get("failure", "its process was lost again and again"))
+            trial.set_user_attr(_FAILURE, told.get("failure", LOST))
             self._ot_study.tell(trial, state=TrialState.FAIL)
         elif None in values:
             self._ot_study.tell(trial, state=TrialState.PRUNED)
         else:
             self._ot_study.tell(trial, values)
+
+
+def _all_tried(study: Study, search: Search) -> list[Tried]:
+    """All trials but those that a killed driver had not given all their settings."""
+    return [_tried(one, list(search.objective)) for one in study.trials if one.params.keys() == search.space.keys()]
 
 
 def _tried(frozen: FrozenTrial, names: list[str]) -> Tried:

@@ -9,6 +9,8 @@ from raylava.errors import UserError
 from raylava.recipe import Section
 from raylava.recipe_file import explained, read_mapping
 
+_COLUMNS = ("seed", "loss", "final_loss", "ended", "failure", "cost_hours", "share_hours", "model_path")
+
 Level = dict[str, Any]  # settings by recipe key
 
 
@@ -101,6 +103,9 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _names_what_there_is(self) -> Self:
+        for axis in self.axes:
+            if axis in _COLUMNS:
+                raise ValueError(f"an axis cannot be called {axis!r}: results.csv has a column of that name; rename it")
         for combination in self.exclude:
             for axis, level in combination.items():
                 if axis not in self.axes:

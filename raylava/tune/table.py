@@ -70,7 +70,7 @@ def results_table(findings: Findings) -> Table:
     columns = [*findings.sweep.axes, *(["seed"] if findings.sweep.seeds else [])]
     columns += list(findings.sweep.search.space) if findings.sweep.search else []
     columns += [*findings.benchmarks, "loss", "ended"]
-    table = Table(*(column.rpartition(".")[2] for column in columns))
+    table = Table(*(escape(column.rpartition(".")[2]) for column in columns))
     for row in shown:
         variant = row.ended.variant
         known = {**variant.levels, "seed": variant.seed, **variant.searched, **row.values, **row.scores}

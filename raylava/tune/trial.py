@@ -6,7 +6,7 @@ result, so that Tune starts only those again whose process was lost.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from raylava.session import hush
 from raylava.stage import make
 from raylava.stages import stages_of
 from raylava.storage import place
+from raylava.train.telemetry import training_seconds
 from raylava.tune.study import MARKS
 from raylava.tune.variants import LOSS, SECONDS
 
@@ -50,10 +51,11 @@ def run_trial(config: dict[str, Any]) -> None:
     tune.report(told)
 
 
-def objectives(artifacts: dict[str, Artifact]) -> dict[str, float]:
+def objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     """All that a search may weigh of a finished variant, by name."""
     scores = {name: headline(artifacts[f"evaluate {name}"]) for name in benchmarks(artifacts)}
-    seconds = sum(one.record["seconds"] for one in artifacts.values() if one.stage in ("pretrain", "finetune"))
+    trained = [one for one in artifacts.values() if one.stage in ("pretrain", "finetune")]
+    seconds = sum(training_seconds(one.place, one) for one in trained)
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
 
 

@@ -1,6 +1,7 @@
 """The seven benchmarks' official files, and anybody's answers to them: joined by key, scored to the digit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 
 from raylava.cli import main
 from raylava.errors import UserError
-from raylava.evaluate.answers import joined, read_said
+from raylava.evaluate.answers import read_said
 from raylava.evaluate.official import OFFICIAL, SHORT, images_of, read_official
+from raylava.evaluate.score.mme import COGNITION, PERCEPTION
 from raylava.evaluate.scoring import score_file
 from raylava.storage import place
 
@@ -52,19 +54,19 @@ def vqav2(folder: Path) -> None:
 
 
 def mme(folder: Path) -> None:
-    for texts, pictures, name in (
-        ("count", "count", "000001.jpg"),
-        ("artwork/questions_answers_YN", "artwork/images", "7.png"),
-    ):
+    """Ten tasks as a folder of pictures and texts; five, artwork among them, with a folder for each."""
+    for task in (*PERCEPTION, *COGNITION):
+        parted = task in ("artwork", "celebrity", "landmark", "posters", "scene")
+        texts, pictures = (f"{task}/questions_answers_YN", f"{task}/images") if parted else (task, task)
         for one in (texts, pictures):
             (folder / one).mkdir(parents=True, exist_ok=True)
-        (folder / pictures / name).touch()
+        (folder / pictures / "7.png").touch()
         asked = "Are there two? Please answer yes or no.\tYes\nAre there three?  Please answer yes or no.\tNo\n"
-        (folder / texts / f"{name.partition('.')[0]}.txt").write_text(asked)
+        (folder / texts / "7.txt").write_text(asked)
 
 
 def mmvp(folder: Path) -> None:
-    rows = ["Index,Question,Options,Correct Answer", "1,Is it open?,(a) Open (b) Closed,(a)"]
+    rows = ["lndex,Question,Options,Correct Answer", "1,Is it open?,(a) Open (b) Closed,(a)"]
     (folder / "Questions.csv").write_text("\n".join([*rows, "2,Is it open?,(a) Open (b) Closed,(b)"]) + "\n")
 
 
@@ -97,7 +99,7 @@ EXPECTED = {
     "pope": [("0", "a.jpg", ("no",)), ("1", "a.jpg", ("yes",))] * 1,
     "gqa": [("201", "n1.jpg", ("no",))],
     "vqav2": [("42000", "COCO_val2014_000000000042.jpg", ("cat",) * 10)],
-    "mme": [("count/000001.jpg#0", "count/000001.jpg", ("yes",)), ("count/000001.jpg#1", "count/000001.jpg", ("no",))],
+    "mme": [("existence/7.png#0", "existence/7.png", ("yes",)), ("existence/7.png#1", "existence/7.png", ("no",))],
     "mmvp": [("1", "1.jpg", ("(a)", "Open", "Closed")), ("2", "2.jpg", ("(b)", "Open", "Closed"))],
     "scienceqa": [("5", "5/image.png", ("B",)), ("6", None, ("A",))],
     "mm-vet": [("v1_0", "v1_0.png", ("-1<AND>-5",))],
@@ -119,7 +121,7 @@ def test_official_files_become_questions_with_their_labels(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_folder_without_the_files_is_told(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is missing; give the folder|hold no question"):
+    with pytest.raises(UserError, match="is missing; give the folder"):
         read_official(name, place(tmp_path))
 
 
@@ -171,20 +173,26 @@ def test_pictures_lie_where_the_benchmark_puts_them(tmp_path: Path) -> None:
     assert images_of("pope", place(tmp_path)) == place(tmp_path) / "val2014"
 
 
-def test_llavas_answers_to_mme_are_told_apart_by_their_prompts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", ["count/7.png", "artwork/images/7.png", "artwork/7.jpg"])
+def test_llavas_answers_to_mme_are_told_apart_by_their_prompts(picture: str, tmp_path: Path) -> None:
     mme(tmp_path)
     prompt = "Are there {}?\nAnswer the question using a single word or phrase."
     lines(
         tmp_path / "said.jsonl",
-        {"question_id": "count/000001.jpg", "prompt": prompt.format("three"), "text": "No"},
-        {"question_id": "count/000001.jpg", "prompt": prompt.format("two"), "text": "Yes"},
+        {"question_id": picture, "prompt": prompt.format("three"), "text": "No"},
+        {"question_id": picture, "prompt": prompt.format("two"), "text": "Yes"},
     )
-    questions = read_official("mme", place(tmp_path))
-    said = joined(read_said(place(tmp_path / "said.jsonl")), questions, "said.jsonl")
-    assert said == {"count/000001.jpg#0": "Yes", "count/000001.jpg#1": "No"}
     found = score_file("mme", str(tmp_path), str(tmp_path / "said.jsonl"))
-    assert found.figures["perception"].value == 200.0
-    assert len(found.missing) == 2
+    assert (found.figures["perception"].value, found.figures["cognition"].value) == (200.0, 0.0)
+    assert found.by_category[picture.partition("/")[0]] == {"units": 1.0, "points": 200.0}
+    assert (found.questions, len(found.missing)) == (28, 26)
+
+
+def test_an_mme_release_without_a_task_is_told(tmp_path: Path) -> None:
+    mme(tmp_path)
+    shutil.rmtree(tmp_path / "OCR")
+    with pytest.raises(UserError, match="MME's task OCR is missing"):
+        read_official("mme", place(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +204,7 @@ def test_llavas_answers_to_mme_are_told_apart_by_their_prompts(tmp_path: Path) -
         ('{"201": "no"}', "no"),
         ('{\n "201": "no"\n}', "no"),
         ('{"question_id": 201, "text": "", "metadata": {"problem": "image_missing"}}', None),
+        ('{"question_id": 201, "text": "a\\u2028b\u2028c", "metadata": null}', "a\u2028b\u2028c"),
     ],
 )
 def test_answers_are_read_in_every_official_form(content: str, said: str | None, tmp_path: Path) -> None:

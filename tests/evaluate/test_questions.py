@@ -49,6 +49,8 @@ def test_each_human_turn_of_llava_json_is_asked_with_what_came_before(tmp_path: 
         ("q.jsonl", "nonsense", "q.jsonl:1: not a question"),
         ("q.jsonl", "", "holds no question"),
         ("q.json", '[{"conversations": []}]', "row 0 cannot be asked"),
+        ("q.jsonl", '{"question_id": 1, "text": "a", "answer": "b"}\n' * 2, "two questions are called '1'"),
+        ("q.jsonl", '{"question_id": 1, "text": "a", "answers": []}', "question '1' has no answer"),
     ],
 )
 def test_a_file_that_cannot_be_asked_is_told_in_one_line(tmp_path: Path, name: str, text: str, told: str) -> None:
@@ -63,8 +65,27 @@ def test_a_missing_file_is_told_by_its_benchmark(tmp_path: Path) -> None:
 
 
 def test_questions_are_identified_by_text_reference_and_picture() -> None:
-    question = Question("1", "a.png", "How many?", "count", "two")
+    question = Question("1", "a.png", "How many?", "count", ("two",))
     same = identity([question], {"a.png": 10})
     assert same == identity([question], {"a.png": 10, "other.png": 5})
     assert same != identity([question], {"a.png": 11})
-    assert same != identity([Question("1", "a.png", "How many?", "count", "one")], {"a.png": 10})
+    assert same != identity([Question("1", "a.png", "How many?", "count", ("one",))], {"a.png": 10})
+
+
+@pytest.mark.parametrize(
+    ("rule", "answers", "told"),
+    [
+        ("vqa_accuracy", ["a", "a", "a"], "has 3 answers; vqa_accuracy wants 4 or more"),
+        ("yes_no", ["maybe"], "has the answer 'maybe'; yes_no wants yes or no"),
+    ],
+)
+def test_a_question_that_could_never_be_right_is_told(rule: str, answers: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "a", "answers": answers}))
+    with pytest.raises(UserError, match=told):
+        read_questions(place(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"score": rule}))
+
+
+def test_labels_of_yes_and_no_are_taken_in_any_case(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "a", "answer": "Yes "}))
+    (only,) = read_questions(place(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"score": "yes_no"}))
+    assert only.references == ("yes",)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from raylava.demo import recipes_folder
@@ -40,9 +41,13 @@ def folder(tmp_path: Path) -> Place:
     return place(tmp_path)
 
 
+def studies(folder: Place, **settings: Any) -> Studies:
+    return Studies(search(**settings), "rates", folder, lambda variant: variant.recipe.content())
+
+
 def driver(variant: Variant, folder: Place, **settings: Any) -> VariantSearch:
     """What a driver opens, each time anew from what lies in the folder."""
-    (only,) = Studies(search(**settings), "rates", folder).take([variant])
+    (only,) = studies(folder, **settings).take([variant])
     return only
 
 
@@ -136,15 +141,15 @@ def test_another_search_under_the_same_name_is_refused_and_not_mixed_in(variant:
         driver(variant, folder, study_storage=url, space={"finetune.lr": {"loguniform": [1e-5, 1e-3]}})
     other = variants(sweep(set={"finetune.global_batch": 64}), [])[0]
     with pytest.raises(UserError, match="another search"):
-        Studies(search(study_storage=url), "rates", folder).look(other)
+        studies(folder, study_storage=url).look(other)
     with pytest.raises(UserError, match="another search"):
-        Studies(search(study_storage=url), "rates", folder / "elsewhere").look(variant)
+        studies(folder / "elsewhere", study_storage=url).look(variant)
 
 
 def test_variants_of_one_sweep_have_a_study_each(folder: Place) -> None:
     axes = {"connector": {"pretrained": {"pretrain.enabled": True}, "random": {"pretrain.enabled": False}}}
     two = variants(sweep(axes=axes, seeds=(0,)), [])
-    searches = Studies(search(), "rates", folder).take(two)
+    searches = studies(folder).take(two)
     searches[0].next("a", True)
     assert [len(one.tried) for one in searches] == [1, 0]
     names = {one._ot_study.study_name for one in searches}
@@ -155,6 +160,11 @@ def test_a_database_that_is_not_there_is_told_without_its_url(variant: Variant, 
     with pytest.raises(UserError, match=r"search\.study_storage: cannot use the database") as error:
         driver(variant, folder, study_storage="sqlite:////no/such/folder/secret.db")
     assert "secret" not in str(error.value)
+
+
+def test_a_database_url_that_names_what_the_environment_lacks_is_told(variant: Variant, folder: Place) -> None:
+    with pytest.raises(UserError, match="the environment has no NO_SUCH; set it"):
+        driver(variant, folder, study_storage="postgresql://$NO_SUCH@host/db")
 
 
 def test_a_database_url_takes_its_secrets_from_the_environment(
@@ -181,6 +191,30 @@ def test_a_journal_reads_as_it_was_written_whoever_gathered_it_and_wherever_that
     assert list(PlaceJournal(folder).read_logs(0)) == written
 
 
+def test_a_journal_survives_a_writer_that_was_killed(variant: Variant, folder: Place) -> None:
+    left = driver(variant, folder).next("a", True)
+    (folder / "study" / ".00000003.jsonl.ab12cd34.part").write_bytes(b'{"half')
+    studies(folder).take([variant])
+    assert not [file for file in (folder / "study").children() if file.name.startswith(".")]
+    assert driver(variant, folder).next("b", False) == left
+
+
+def test_a_trial_that_was_not_given_all_its_settings_is_forgotten(variant: Variant, folder: Place) -> None:
+    first = driver(variant, folder)
+    first._ot_study.ask(fixed_distributions={"finetune.lr": FloatDistribution(1e-6, 1e-4, log=True)})
+    again = driver(variant, folder)
+    assert again.tried == []
+    assert all(again.next(name, True) for name in "abcd"), "it takes nothing of the budget"
+    assert studies(folder).look(variant) == again.tried
+
+
+def test_a_study_of_other_data_is_another_study(variant: Variant, folder: Place) -> None:
+    driver(variant, folder).next("a", True)
+    edited = Studies(search(), "rates", folder, lambda one: "questions were edited")
+    with pytest.raises(UserError, match="recipe, data or --storage differ"):
+        edited.take([variant])
+
+
 def test_a_journal_lies_in_a_bucket_as_well(s3: str, variant: Variant) -> None:
     bucket = place(f"{s3}/studies")
     driver(variant, bucket).next("a", True)
@@ -204,10 +238,10 @@ def test_marks_cut_a_training_of_any_length_and_end_with_its_last_step(steps: in
         assert reached[0][1] == pytest.approx((1 + -(-steps // MARKS)) / 2)
 
 
-def handed_out(sources: list[Source], over: bool = False) -> tuple[Trials, list[str], list[int]]:
+def handed_out(sources: list[Source], over: bool = False) -> tuple[Trials, list[str], list[tuple[int, str]]]:
     """A searcher as Tune uses it, the names of the trials it began, and the numbers of those it stopped."""
     begun: list[str] = []
-    stopped: list[int] = []
+    stopped: list[tuple[int, str]] = []
 
     def begin(variant: Variant) -> int:
         begun.append(variant.name)
@@ -216,7 +250,7 @@ def handed_out(sources: list[Source], over: bool = False) -> tuple[Trials, list[
     def made(variant: Variant, settings: Mapping[str, Any]) -> Variant:
         return with_settings(sweep(), variant, settings, [])
 
-    return Trials(sources, made, begin, stopped.append, lambda: over), begun, stopped
+    return Trials(sources, made, begin, lambda *told: stopped.append(told), lambda: over), begun, stopped
 
 
 def test_variants_without_a_search_are_handed_out_once_in_their_order() -> None:
@@ -244,16 +278,15 @@ def test_a_trial_that_is_stopped_is_told_to_the_board(variant: Variant, folder: 
     trials.suggest("bad")
     assert not trials.should_stop("good", {"mark": 1, "loss": 0.1})
     assert trials.should_stop("bad", {"mark": 1, "loss": 0.9})
-    assert stopped == [1]
+    assert stopped == [(1, "stopped")]
     assert not trials.should_stop("good", ends(0.1))
 
 
 def test_a_plan_looks_at_a_study_without_changing_it(variant: Variant, folder: Place) -> None:
-    studies = Studies(search(), "rates", folder)
-    assert studies.look(variant) == []
+    assert studies(folder).look(variant) == []
     assert not list(folder.files_below())
     driver(variant, folder).next("a", True)
     before = json.dumps(list(folder.files_below()))
-    (only,) = studies.look(variant)
+    (only,) = studies(folder).look(variant)
     assert only.ended is None
     assert json.dumps(list(folder.files_below())) == before

@@ -16,7 +16,7 @@ from raylava.demo import micro_recipe
 from raylava.storage import place
 from raylava.train.telemetry import METRICS
 from raylava.tune.outcome import Tried
-from raylava.tune.study import Studies
+from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
 
@@ -67,8 +67,8 @@ def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
 def tried(sweep_file: Path) -> list[Tried]:
     sweep = load_sweep(str(sweep_file))
     assert sweep.search
-    folder = place(sweep_file.parent / "storage") / "sweeps" / "rates"
-    return Studies(sweep.search, "rates", folder).look(variants(sweep, [])[0])
+    run = SweepRun(sweep, [], place(sweep_file.parent / "storage"))
+    return run._studies(sweep.search).look(variants(sweep, [])[0])
 
 
 def under_way(sweep_file: Path, trial: int) -> Path | None:

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from raylava.artifacts import Artifact
 from raylava.cli import main
 from raylava.console import Console
-from raylava.demo import micro_recipe
+from raylava.demo import micro_recipe, recipes_folder
 from raylava.model.backbones import VisionSpec
 from raylava.recipe import Model, Resources
 from raylava.recipe_file import load_recipe
 from raylava.storage import place
 from raylava.tune.findings import Findings
-from raylava.tune.plan import plan
+from raylava.tune.plan import plan, plan_of
 from raylava.tune.report import write_report
 from raylava.tune.runner import SweepRun, concurrent_trials
 from raylava.tune.sweep import load_sweep
@@ -75,7 +75,7 @@ def swept(sweep_file: str, storage: Path, *overrides: str) -> tuple[SweepRun, Fi
     run = SweepRun(load_sweep(sweep_file), list(overrides), place(storage))
     with (storage / "told.txt").open("a") as stream:
         ended = run.run(Console(stream))
-    return run, Findings(run.sweep, overrides, plan([one.variant for one in ended], place(storage)), ended)
+    return run, Findings(run.sweep, overrides, plan_of(ended, place(storage)), ended)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,22 @@ def test_sharing_is_counted_in_the_cost(findings: Findings) -> None:
 def test_run_again_a_sweep_makes_only_what_is_missing(sweep_file: str, run: SweepRun, storage: Path) -> None:
     again, _ = swept(sweep_file, storage)
     assert [one.made for one in again.begun] == [[], [], ["pretrain"], ["finetune"]]
+
+
+@pytest.mark.slow
+def test_the_micro_ablation_grid_builds_each_distinct_fingerprint_exactly_once(
+    lab: Artifact, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "micro").symlink_to(lab.place.path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)  # the sweep names ./micro, as after `raylava laboratory micro`
+    small = ["pretrain.global_batch=40", "finetune.global_batch=48", "finetune.max_steps=1", "evaluate=[]"]
+    run, findings = swept(str(recipes_folder() / "micro-ablations.yaml"), tmp_path, *small)
+    begun = builds(run, findings)
+    assert [row.ended.how for row in findings.rows] == ["done"] * 16
+    assert set(begun.values()) == {1}
+    kinds = Counter(place.split("/")[-2] for place in begun)
+    assert kinds == {"prepare": 2, "pretrain": 8, "finetune": 16}
+    assert set(begun) == {str(place(tmp_path) / work.stage / work.fingerprint) for work in findings.plan.works}
 
 
 SEARCH = {

@@ -11,7 +11,7 @@ from raylava.evaluate.score.tally import Array, Tally, share
 
 _OPTIONS = ("A", "B", "C", "D", "E")
 _SAID = re.compile(r"The answer is ([A-Z]).")
-_CHOSEN = re.compile(r"\(?([ab])(?:[).:,\s]|$)")
+_CHOSEN = re.compile(r"\(?([ab])(?:[).:,]|$)")
 
 
 def letter(text: str) -> str | None:
@@ -43,13 +43,11 @@ def science_qa(questions: Sequence[Question], texts: Sequence[str | None]) -> Ta
 
 
 def option(text: str, options: Sequence[str]) -> str | None:
-    """MMVP: (a) or (b), the bare letter, or the very words of an option. None for anything else."""
+    """MMVP: the very words of an option; or (a), (b), the letter alone or with a mark. None for anything else."""
     said = normalise(text)
-    found = _CHOSEN.match(said)
-    if found:
-        return f"({found[1]})"
     words = {normalise(words): f"({name})" for name, words in zip("ab", options, strict=False)}
-    return words.get(said)
+    found = _CHOSEN.match(said)
+    return words.get(said) or (f"({found[1]})" if found else None)
 
 
 def mmvp(questions: Sequence[Question], texts: Sequence[str | None]) -> Tally:

@@ -39,10 +39,15 @@ def points(questions: Sequence[Question], texts: Sequence[str | None]) -> Tally:
         start = _COLUMNS * _TASKS.index(task)
         counts[row, start : start + _COLUMNS] = sum(both), len(both), all(both), 1.0
 
-    def figures(sums: Array) -> dict[str, Array]:
+    def each_task(sums: Array) -> Array:
         tasks = sums.reshape(*sums.shape[:-1], len(_TASKS), _COLUMNS)
-        each = 100 * (share(tasks[..., 0], tasks[..., 1]) + share(tasks[..., 2], tasks[..., 3]))
-        cut = len(PERCEPTION)
+        return 100 * (share(tasks[..., 0], tasks[..., 1]) + share(tasks[..., 2], tasks[..., 3]))
+
+    def figures(sums: Array) -> dict[str, Array]:
+        each, cut = each_task(sums), len(PERCEPTION)
         return {"perception": each[..., :cut].sum(axis=-1), "cognition": each[..., cut:].sum(axis=-1)}
 
-    return Tally(counts, [task for task, _ in right], figures, [float(own) for own in answered])
+    def of_task(sums: Array) -> dict[str, Array]:
+        return {"points": each_task(sums).sum(axis=-1)}
+
+    return Tally(counts, [task for task, _ in right], figures, [float(own) for own in answered], of_task)

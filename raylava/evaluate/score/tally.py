@@ -75,6 +75,7 @@ class Tally:
     categories: Sequence[str]
     figures: Figures
     credit: Sequence[float]
+    of_category: Figures | None = None  # where a category alone has figures of its own
 
     def over_all(self) -> dict[str, Figure]:
         """Every figure with its interval."""
@@ -92,9 +93,8 @@ class Tally:
         found = {}
         for name in sorted(set(self.categories)):
             own = self.counts[labels == name]
-            found[name] = {"units": float(len(own))} | {
-                figure: float(value) for figure, value in self.figures(own.sum(axis=0)).items()
-            }
+            figures = (self.of_category or self.figures)(own.sum(axis=0))
+            found[name] = {"units": float(len(own))} | {figure: float(value) for figure, value in figures.items()}
         return found
 
     def _resampled(self) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 from raylava.evaluate.questions import Question
 from raylava.evaluate.score.tally import Array, Tally, share
 
-_OUTCOMES = 4  # true and false yes, false and true no
+_OUTCOMES = 5  # true and false yes, false and true no, neither
 
 
 def llava(text: str) -> str:
@@ -25,14 +25,15 @@ PROTOCOLS: dict[str, Callable[[str], str]] = {"llava": llava, "lmms-eval": lmms_
 
 
 def yes_or_no(questions: Sequence[Question], texts: Sequence[str | None], protocol: str) -> Tally:
-    """Accuracy, F1, precision, recall and the share of yes: of each category, then their mean over categories.
+    """Accuracy, F1, precision, recall and the share of yes.
 
-    No answer, and one that is neither, is wrong whatever the label.
+    By llava, of each category, then their mean; an answer that is missing is wrong whatever the label. By lmms-eval,
+    over all questions at once; one that is missing or neither is wrong, but no false yes or no.
     """
-    read = PROTOCOLS[protocol]
+    read, by_category = PROTOCOLS[protocol], protocol == "llava"
     categories = sorted({question.category for question in questions})
     outcomes = [
-        _outcome(None if text is None else read(text), question.references[0])
+        _outcome(None if text is None else read(text), question.references[0], neither=not by_category)
         for question, text in zip(questions, texts, strict=True)
     ]
     counts = np.zeros((len(questions), _OUTCOMES * len(categories)))
@@ -41,21 +42,25 @@ def yes_or_no(questions: Sequence[Question], texts: Sequence[str | None], protoc
 
     def figures(sums: Array) -> dict[str, Array]:
         own = sums.reshape(*sums.shape[:-1], len(categories), _OUTCOMES)
+        if not by_category:
+            return _figures(own.sum(axis=-2))
         return {name: _mean(values, own.sum(axis=-1) > 0) for name, values in _figures(own).items()}
 
     credit = [float(outcome in (0, 3)) for outcome in outcomes]
     return Tally(counts, [question.category for question in questions], figures, credit)
 
 
-def _outcome(said: str | None, label: str) -> int:
+def _outcome(said: str | None, label: str, neither: bool) -> int:
     if said == label:
         return 0 if label == "yes" else 3
+    if neither and said not in ("yes", "no"):
+        return 4
     return 1 if label == "no" else 2
 
 
 def _figures(own: Array) -> dict[str, Array]:
-    """(…, categories, outcomes) → (…, categories) each."""
-    true_yes, false_yes, false_no, true_no = (own[..., column] for column in range(_OUTCOMES))
+    """(…, outcomes) → (…) each."""
+    true_yes, false_yes, false_no, true_no = (own[..., column] for column in range(4))
     precision, recall = share(true_yes, true_yes + false_yes), share(true_yes, true_yes + false_no)
     return {
         "accuracy": share(true_yes + true_no, own.sum(axis=-1)),

@@ -87,6 +87,13 @@ def test_pope_by_lmms_eval_wants_the_very_word() -> None:
     assert (found.protocol, values(found)["accuracy"]) == ("lmms-eval", pytest.approx(1 / 3))
 
 
+def test_pope_by_lmms_eval_counts_what_is_neither_as_wrong_but_no_false_yes() -> None:
+    questions = [asked(1, "yes"), asked(2, "no", "b"), asked(3, "yes", "b"), asked(4, "no")]
+    said = {"1": "Yes", "2": "unclear", "3": "unclear", "4": "unclear"}
+    found = values(score("pope", "yes_no", questions, said, "lmms-eval"))
+    assert found == {"accuracy": 0.25, "f1": 1.0, "precision": 1.0, "recall": 1.0, "yes_ratio": 0.25}
+
+
 def test_pope_takes_the_mean_of_categories_of_any_size() -> None:
     questions = [asked(1, "yes", "a"), asked(2, "no", "a"), asked(3, "yes", "a"), asked(4, "no", "b")]
     found = score("pope", "yes_no", questions, {"1": "yes", "2": "yes", "3": "no", "4": "no"})
@@ -220,6 +227,10 @@ def test_science_qa_tells_pictures_apart() -> None:
 )
 def test_mmvp_takes_the_letter_or_the_very_words(said: str, read: str | None) -> None:
     assert letters.option(said, ["Open", "Closed"]) == read
+
+
+def test_mmvp_takes_an_options_words_before_a_letter() -> None:
+    assert letters.option("A square", ["a circle", "A square"]) == "(b)"
 
 
 def test_mmvp_counts_pairs_of_which_both_are_right() -> None:
