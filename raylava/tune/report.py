@@ -64,16 +64,17 @@ def _opening(findings: Findings) -> Iterator[str]:
 
 
 def _statements(found: Iterable[Effect]) -> Iterator[str]:
-    """What each level buys, in a sentence each."""
+    """What each level buys, in a sentence each; points are hundredths of the credit that questions give."""
     yield ""
     for one in found:
         change = f"{one.axis}: {one.level} instead of {one.against}"
-        interval = f"(95 % interval {_signed(one.low)} to {_signed(one.high)})"
+        interval = f"(95 % interval {100 * one.low:+.1f} to {100 * one.high:+.1f})"
+        points = f"{100 * abs(one.difference):.1f} points"
         if one.spans_zero:
-            yield f"- {change}: {_signed(one.difference)} {interval}. The interval spans zero: these runs don't tell."
+            verb = "more" if one.difference > 0 else "less"
+            yield f"- {change}: {points} {verb} {interval}. The interval spans zero: these runs don't tell."
         else:
-            verb = "gains" if one.difference > 0 else "costs"
-            yield f"- **{change} {verb} {abs(one.difference):.3f}** of the answers {interval}."
+            yield f"- **{change} {'gains' if one.difference > 0 else 'costs'} {points}** {interval}."
 
 
 def _signed(value: float) -> str:

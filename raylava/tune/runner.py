@@ -6,7 +6,6 @@ its checkpoints, and Tune's own state is not needed.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import tempfile
@@ -35,11 +34,8 @@ from raylava.tune.table import progress_table
 from raylava.tune.trial import run_trial
 from raylava.tune.variants import Variant, variants, with_settings
 
-logger = logging.getLogger(__name__)
-
 _KEEP_EVERY_SECONDS = 60.0
 _MAX_LOSSES = 8  # processes that a trial may lose before it is given up
-
 
 Sources = Sequence[Once] | Sequence[VariantSearch]
 

@@ -6,7 +6,6 @@ checkpoints are found; one that is stopped early is told as pruned, with the los
 """
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +28,6 @@ from raylava.storage import Place, patiently
 from raylava.tune.outcome import LOST, Tried
 from raylava.tune.sweep import Range, Search
 from raylava.tune.variants import Variant
-
-logger = logging.getLogger(__name__)
 
 MARKS = 10  # how often in a training its loss is compared
 _FAILURE = "failure"
@@ -105,11 +102,12 @@ class Studies:
             )
         try:
             return RDBStorage(url)
-        except Exception as error:  # whatever a database's driver raises; what it says may hold the URL's password
-            logger.info("the database of studies", exc_info=error)
+        except (
+            Exception
+        ) as error:  # whatever its driver raises: that may hold the URL's password, and is not told or kept
             raise UserError(
-                f"search.study_storage: cannot use the database ({type(error).__name__}); the log has the rest"
-            ) from error
+                f"search.study_storage: cannot use the database ({type(error).__name__}); look at its URL and your rights"
+            ) from None
 
     def _study(self, variant: Variant) -> str:
         return "/".join([self._name, *variant.name.split()])
