@@ -102,12 +102,9 @@ class Studies:
             )
         try:
             return RDBStorage(url)
-        except (
-            Exception
-        ) as error:  # whatever its driver raises: that may hold the URL's password, and is not told or kept
-            raise UserError(
-                f"search.study_storage: cannot use the database ({type(error).__name__}); look at its URL and your rights"
-            ) from None
+        except Exception as error:  # whatever its driver raises may hold the URL's password: it is not told or kept
+            told = f"cannot use the database ({type(error).__name__}); look at its URL and your rights"
+            raise UserError(f"search.study_storage: {told}") from None
 
     def _study(self, variant: Variant) -> str:
         return "/".join([self._name, *variant.name.split()])
