@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from raylava.artifacts import RECORD, Artifact, Draft, fingerprint, load
 from raylava.console import Bar, Console
-from raylava.corpus.sources import sizes_below
 from raylava.errors import UserError
 from raylava.evaluate.answer import Asking, answer, answers_bytes
 from raylava.evaluate.compare import ANSWERS, CREDIT, QUESTIONS
@@ -27,6 +25,7 @@ from raylava.session import ray_session
 from raylava.stage import Stage, make
 from raylava.storage import Place, place
 
+GRADES = "grades.json"
 OFFICIAL_ANSWERS = "answers.json"  # what a judge is given
 
 
@@ -53,26 +52,22 @@ def evaluation(
     """The stage that has a model answer a benchmark, and scores it. `blank` shows the mean colour for each picture;
     `judge` is the program that grades what no rule can, `engine` what runs the model (its rounding may decide a word).
     """
-    pictures = sizes_below(place(exam.images), {question.image for question in exam.questions if question.image})
-    _check_pictures(label, exam, pictures)
-    content: dict[str, Any] = {
+    _check_pictures(label, exam)
+    content = {
         "model": asked.identity,
-        "questions": identity(exam.questions, pictures),
+        "questions": identity(exam.questions, exam.pictures),
         "benchmark": benchmark.content(),
         "blank_pictures": blank,
         "scoring": SCORING_VERSION,
-    } | {
-        name: value
-        for name, value in (("judge", _hidden(judge)), ("engine", engine))
-        if value not in ("", "transformers")
-    }
-    draft = Draft("evaluate", content, storage)
+    } | ({} if engine == "transformers" else {"engine": engine})
+    unjudged = Draft("evaluate", content, storage)  # its answers serve any judge
+    draft = Draft("evaluate", content | {"judge": _hidden(judge)}, storage) if judge else unjudged
     how = (benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size)
     asking = Asking(asked.model, exam.images, *how, blank_pictures=blank, engine=engine)
 
     def build(bar: Bar) -> dict[str, Any]:
-        answers = answer(exam.questions, asking, resources, bar, KeptAnswers(draft.place))
-        result = _scored(benchmark.name, exam, answers, judge, bar)
+        answers = answer(exam.questions, asking, resources, bar, KeptAnswers(unjudged.place))
+        result = _scored(benchmark.name, exam, answers, judge, draft.place, bar)
         _keep(exam, answers, asked.identity, draft.place)
         if result is None:
             return {"benchmark": benchmark.name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS}
@@ -83,21 +78,21 @@ def evaluation(
     return Stage(label, draft, asked.inputs, "questions", build)
 
 
-def _check_pictures(label: str, exam: Exam, pictures: Mapping[str, int]) -> None:
+def _check_pictures(label: str, exam: Exam) -> None:
     """One that is missing is an answer that is missing; when all are, the folder is another."""
     wanted = [question.image for question in exam.questions if question.image]
-    if wanted and not any(image in pictures for image in wanted):
+    if wanted and not any(image in exam.pictures for image in wanted):
         raise UserError(
             f"{label}: none of its pictures is in {exam.images} (the first would be {wanted[0]}); name theirs"
         )
 
 
-def _scored(name: str, exam: Exam, answers: list[Answer], judge: str, bar: Bar) -> Result | None:
+def _scored(name: str, exam: Exam, answers: list[Answer], judge: str, output: Place, bar: Bar) -> Result | None:
     """None where a judge is wanted and none is given."""
     if exam.rule == "judged" and not judge:
         return None
     if exam.rule == "judged":
-        return judged(name, exam.questions, graded(exam.questions, answers, judge, bar))
+        return judged(name, exam.questions, graded(exam.questions, answers, judge, output / GRADES, bar))
     texts = {item.question_id: item.text for item in answers}
     return score(name, exam.rule, exam.questions, texts, exam.protocol)
 

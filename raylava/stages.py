@@ -20,7 +20,7 @@ from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
 from raylava.corpus.sources import SourceFiles
 from raylava.errors import UserError
-from raylava.evaluate.scoring import exam_of
+from raylava.evaluate.scoring import Exams
 from raylava.evaluations import Asked, evaluation
 from raylava.model.backbones import (
     LanguageSpec,
@@ -80,9 +80,12 @@ def _check_lengths(recipe: Recipe, vision: VisionSpec) -> None:
             )
 
 
-def stages_of(recipe: Recipe, storage: Place) -> list[Stage]:
-    """The recipe's stages, each after those it reads. Raises UserError for input that cannot work."""
-    return _Graph(recipe, storage, resolve(recipe)).stages()
+def stages_of(recipe: Recipe, storage: Place, exams: Exams | None = None) -> list[Stage]:
+    """The recipe's stages, each after those it reads; `exams` spares reading what another recipe is asked as well.
+
+    Raises UserError for input that cannot work.
+    """
+    return _Graph(recipe, storage, resolve(recipe), exams or Exams()).stages()
 
 
 def run(recipe: Recipe, storage: Place, console: Console) -> dict[str, Artifact]:
@@ -129,8 +132,8 @@ def _training_stage(stages: list[Stage], label: str) -> Stage:
 class _Graph:
     """Builds the stages of one recipe; each method makes one kind."""
 
-    def __init__(self, recipe: Recipe, storage: Place, facts: Facts) -> None:
-        self._recipe, self._storage, self._facts = absolute(recipe), storage, facts
+    def __init__(self, recipe: Recipe, storage: Place, facts: Facts, exams: Exams) -> None:
+        self._recipe, self._storage, self._facts, self._exams = absolute(recipe), storage, facts, exams
 
     def stages(self) -> list[Stage]:
         recipe = self._recipe
@@ -271,7 +274,7 @@ class _Graph:
         return Stage("untrained", draft, {}, "models", build)
 
     def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank: bool) -> Stage:
-        exam = exam_of(benchmark, self._recipe.data)
+        exam = self._exams.of(benchmark, self._recipe.data)
         asked = Asked(model.draft.place.uri, model.draft.fingerprint, {"model": model.draft})
         return evaluation(label, benchmark, exam, asked, self._storage, self._recipe.resources, blank)
 

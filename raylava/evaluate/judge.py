@@ -3,6 +3,7 @@
 Nothing here calls a network; what the program does is its owner's business.
 """
 
+import json
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from raylava.console import Bar
 from raylava.errors import RunError, UserError
 from raylava.evaluate.questions import Answer, Question
+from raylava.storage import Place
 
 _SECONDS = 600  # that a judge may take for one answer
 
@@ -25,14 +27,20 @@ Print the grade alone, as a number.
 """
 
 
-def graded(questions: Sequence[Question], answers: Sequence[Answer], command: str, bar: Bar) -> dict[str, float | None]:
+def graded(
+    questions: Sequence[Question], answers: Sequence[Answer], command: str, kept: Place, bar: Bar
+) -> dict[str, float | None]:
     """A grade for each answer, by question id; None where there is no answer.
+
+    `kept` is the file that grades are kept in as they come: a judge may cost money, and is not asked twice.
 
     Raises UserError for a program that is not there, RunError where it fails or prints no number from 0 to 1.
     """
-    found: dict[str, float | None] = {}
+    found: dict[str, float | None] = json.loads(kept.read_bytes()) if kept.exists() else {}
     for question, answer in zip(questions, answers, strict=True):
-        found[question.question_id] = None if answer.text is None else _grade(question, answer.text, command)
+        if question.question_id not in found:
+            found[question.question_id] = None if answer.text is None else _grade(question, answer.text, command)
+            kept.write_bytes(json.dumps(found).encode())
         bar.update(len(found), len(questions))
     return found
 

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from raylava.corpus.sources import sizes_below
 from raylava.errors import UserError
 from raylava.evaluate.answers import joined, read_said
 from raylava.evaluate.official import OFFICIAL, images_of, read_official
@@ -25,6 +27,26 @@ class Exam:
     images: str
     rule: str
     protocol: str
+
+    @cached_property
+    def pictures(self) -> dict[str, int]:
+        """Bytes of each picture that is there."""
+        wanted = {question.image for question in self.questions if question.image}
+        return sizes_below(place(self.images), wanted)
+
+
+class Exams:
+    """Benchmarks, each read once for all that are asked it: a sweep's variants, a model and its baselines."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, str], Exam] = {}
+
+    def of(self, benchmark: Benchmark, root: str) -> Exam:
+        """See exam_of."""
+        key = (benchmark.model_dump_json(), root)
+        if key not in self._read:
+            self._read[key] = exam_of(benchmark, root)
+        return self._read[key]
 
 
 def exam_of(benchmark: Benchmark, root: str) -> Exam:

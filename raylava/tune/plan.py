@@ -6,6 +6,7 @@ from functools import cached_property
 
 from raylava.artifacts import Artifact
 from raylava.errors import UserError
+from raylava.evaluate.scoring import Exams
 from raylava.stage import Stage
 from raylava.stages import stages_of
 from raylava.storage import Place
@@ -59,10 +60,10 @@ class SweepPlan:
 
 def plan_of(ended: Sequence[Ended], storage: Place) -> SweepPlan:
     """The plan of trials that ended; one that failed before it was a recipe, or could be resolved, has no stages."""
-    stages: list[tuple[Stage, ...]] = []
+    exams, stages = Exams(), list[tuple[Stage, ...]]()
     for one in ended:
         try:
-            stages.append(tuple(stages_of(one.variant.recipe, storage)) if one.is_recipe else ())
+            stages.append(tuple(stages_of(one.variant.recipe, storage, exams)) if one.is_recipe else ())
         except UserError:
             if one.how != "failed":
                 raise
@@ -72,4 +73,5 @@ def plan_of(ended: Sequence[Ended], storage: Place) -> SweepPlan:
 
 def plan(variants: Sequence[Variant], storage: Place) -> SweepPlan:
     """Resolve every variant. Raises UserError for input that cannot work, before any worker starts."""
-    return SweepPlan(tuple(variants), tuple(tuple(stages_of(one.recipe, storage)) for one in variants))
+    exams = Exams()
+    return SweepPlan(tuple(variants), tuple(tuple(stages_of(one.recipe, storage, exams)) for one in variants))

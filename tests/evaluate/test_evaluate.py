@@ -182,20 +182,48 @@ def test_order_and_batch_size_change_no_answer(model: Path) -> None:
 JUDGE = "import sys; asked = sys.stdin.read(); print('I say', 0.5 if 'What is 1?' in asked else 1.0)"
 
 
-def test_a_judge_is_a_program_that_reads_a_prompt_and_prints_a_grade() -> None:
-    answers = [Answer("0", "", "a"), Answer("1", "", "b"), Answer("2", "", None)]
-    assert graded(questions(3), answers, f'{sys.executable} -c "{JUDGE}"', Silent()) == {"0": 1.0, "1": 0.5, "2": None}
+def test_a_judge_is_a_program_that_reads_a_prompt_and_prints_a_grade(tmp_path: Path) -> None:
+    answers, kept = [Answer("0", "", "a"), Answer("1", "", "b"), Answer("2", "", None)], place(tmp_path / "grades.json")
+    found = graded(questions(3), answers, f'{sys.executable} -c "{JUDGE}"', kept, Silent())
+    assert found == {"0": 1.0, "1": 0.5, "2": None}
+    assert graded(questions(3), answers, "/no/such/judge", kept, Silent()) == found, "nothing is asked twice"
 
 
 @pytest.mark.parametrize(
     ("program", "told"),
-    [("print('good')", "printed no number but 'good"), ("print(7)", "printed 7.0"), ("1/0", "printed no number")],
+    [("print('good')", "printed no number but 'good"), ("print(7)", "printed 7.0"), ("1/0", "division by zero")],
 )
-def test_a_judge_that_gives_no_grade_is_told(program: str, told: str) -> None:
+def test_a_judge_that_gives_no_grade_is_told(program: str, told: str, tmp_path: Path) -> None:
+    answers, kept = [Answer("0", "", "a")], place(tmp_path / "grades.json")
     with pytest.raises(RunError, match=told):
-        graded(questions(1), [Answer("0", "", "a")], f'{sys.executable} -c "{program}"', Silent())
+        graded(questions(1), answers, f'{sys.executable} -c "{program}"', kept, Silent())
     with pytest.raises(UserError, match="cannot be run"):
-        graded(questions(1), [Answer("0", "", "a")], "/no/such/judge", Silent())
+        graded(questions(1), answers, "/no/such/judge", kept, Silent())
+    with pytest.raises(UserError, match="quote it as for a shell"):
+        graded(questions(1), answers, "judge 'half", kept, Silent())
+
+
+def test_mm_vet_is_answered_once_for_every_judge_and_a_judges_command_stays_secret(
+    model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = {"imagename": "v1_0.png", "question": "What is 1?", "answer": "x", "capability": ["ocr"]}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "mm-vet.json").write_text(json.dumps({"v1_0": one}))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / "v1_0.png")
+    storage = tmp_path / "storage"
+    command = ["evaluate", str(model), "--benchmark", "mm-vet", "--data", str(tmp_path), "--storage", str(storage)]
+    command += ["--max-new-tokens", "2", "--json"]
+    assert main(command) == 0
+    plain = json.loads(capfd.readouterr().out)
+    official = storage / "evaluate" / plain["fingerprint"] / plain["metrics"]["answers_for_a_judge"]
+    assert json.loads(official.read_text()).keys() == {"v1_0"}
+    judge = f'{sys.executable} -c "{JUDGE}" --key planted-secret'
+    assert main([*command, "--judge", judge]) == 0
+    judged = json.loads(capfd.readouterr().out)
+    assert judged["metrics"]["figures"]["total"]["value"] == 50.0
+    assert not (storage / "evaluate" / judged["fingerprint"] / "answers").exists(), "the first's answers were graded"
+    for file in storage.rglob("*"):
+        assert file.is_dir() or b"planted-secret" not in file.read_bytes()
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
