@@ -9,6 +9,7 @@ is the share of prompt positions that hold none of a question's tokens.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import tempfile
@@ -53,7 +54,7 @@ def main() -> None:
     if model is None:
         with ray_session(resources):
             model, data, images = laboratory(given.storage)
-    asked = read_questions(place(data), Benchmark(name="bench", questions=data, limit=given.questions))
+    asked = repeated(read_questions(place(data), Benchmark(name="bench", questions=data)), given.questions)
     loop, loop_seconds = one_by_one(model, asked, images)
     clock = Clock()
     with ray_session(resources):
@@ -69,7 +70,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--storage", default="raylava-storage")
@@ -77,6 +78,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data")
     parser.add_argument("--images")
     return parser.parse_args()
+
+
+def repeated(questions: list[Question], count: int) -> list[Question]:
+    """So many, over and over: official benchmarks have thousands."""
+    return [dataclasses.replace(questions[number % len(questions)], question_id=str(number)) for number in range(count)]
 
 
 def laboratory(storage: str) -> tuple[str, str, str]:

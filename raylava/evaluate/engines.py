@@ -45,7 +45,7 @@ def engine(name: str, model: str, device: torch.device) -> Engine:
     return VllmChat(model) if name == "vllm" else Chat(model, device)
 
 
-class _Prompter:
+class Prompter:
     """A model's processor: how a conversation becomes its prompt."""
 
     def __init__(self, folder: str) -> None:
@@ -77,7 +77,7 @@ class Chat:
         from transformers import LlavaForConditionalGeneration
 
         folder = backbone_path(model)
-        self._prompter = _Prompter(folder)
+        self._prompter = Prompter(folder)
         self._processor = self._prompter.processor
         self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
 
@@ -119,7 +119,7 @@ class VllmChat:
         from vllm import LLM
 
         folder = backbone_path(model)
-        self._prompter = _Prompter(folder)
+        self._prompter = Prompter(folder)
         self._model: Any = LLM(folder, limit_mm_per_prompt={"image": 1})
 
     def answer(

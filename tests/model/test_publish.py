@@ -13,7 +13,7 @@ from PIL import Image
 
 from raylava.corpus.conversation import Encoder, Turn
 from raylava.corpus.images import normalise, square
-from raylava.evaluate.engines import Chat
+from raylava.evaluate.engines import Chat, Prompter
 from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.model.llava import assemble
 from raylava.model.publish import publish
@@ -123,8 +123,7 @@ def test_generation_stops_on_both_ids_and_answers_do_not_depend_on_the_batch(fol
 
 
 def test_a_later_turns_prompt_is_what_training_saw(folder: Path, micro_model: Model, language: LanguageSpec) -> None:
-    chat = Chat(str(folder), torch.device("cpu"))
-    prompt = chat._prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
+    prompt = Prompter(str(folder)).prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
     tokenizer = load_tokenizer(micro_model.language)
     turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
     encoded = Encoder(tokenizer, language.template).encode(turns, images=1)
