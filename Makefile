@@ -20,7 +20,7 @@ ablation: install
 	$(BIN)/raylava sweep jobs/recipes/micro-ablations.yaml
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check .
