@@ -122,31 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact", metavar="PATH")
     inspect.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page (%(default)s)")
     inspect.add_argument("--html", metavar="FILE", help="where the page goes (inspect-FINGERPRINT.html)")
-    evaluate = command("evaluate", _evaluate, "have a model answer a benchmark, and score it")
-    evaluate.add_argument("model", metavar="MODEL", help="a finetune artifact, a Hugging Face folder, or a hub id")
-    evaluate.add_argument("--benchmark", metavar="NAME", required=True, help="as for score")
-    evaluate.add_argument("--data", metavar="DIR", required=True, help="the official files; for own, the questions")
-    evaluate.add_argument("--images", metavar="DIR", default="", help="where the pictures are, if not below --data")
-    evaluate.add_argument("--rule", metavar="RULE", default="exact_match", help="for own, as for score")
-    evaluate.add_argument("--protocol", metavar="NAME", default="", help="as for score")
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="the first N questions alone")
-    evaluate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(16; mm-vet 512)")
-    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(%(default)s)")
-    evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
-    evaluate.add_argument("--engine", metavar="NAME", default="transformers", help="or vllm, where it is installed")
-    evaluate.add_argument("--workers", type=_positive, default=1, metavar="N", help="copies of the model (%(default)s)")
-    evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
-    score = command("score", _score, "score anybody's file of answers to a benchmark")
-    score.add_argument("benchmark", metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or own")
-    score.add_argument("--answers", metavar="FILE", help="JSONL of question_id and text, or an official result file")
-    score.add_argument(
-        "--data", metavar="DIR", required=True, help="the official files; for own, the file of questions"
-    )
-    score.add_argument(
-        "--rule", metavar="RULE", default="exact_match", help="for own: exact_match, vqa_accuracy, yes_no"
-    )
-    score.add_argument("--protocol", metavar="NAME", default="", help="where toolkits differ (pope: llava, lmms-eval)")
-    score.add_argument("--grades", metavar="FILE", help="for mm-vet: the judge's reply file")
+    _takes_evaluation(command("evaluate", _evaluate, "have a model answer a benchmark, and score it"))
+    _takes_answers(command("score", _score, "score anybody's file of answers to a benchmark"))
     compare = command("compare", _compare, "two or more evaluations side by side, and where they part")
     compare.add_argument("evaluations", metavar="PATH", nargs="+", help="evaluate artifacts, of one benchmark or more")
     compare.add_argument("--html", metavar="FILE", default="compare.html", help="where the page goes (%(default)s)")
@@ -160,6 +137,35 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     chat.add_argument("question")
     return parser
+
+
+def _takes_evaluation(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("model", metavar="MODEL", help="a finetune artifact, a Hugging Face folder, or a hub id")
+    evaluate.add_argument("--benchmark", metavar="NAME", required=True, help="as for score")
+    evaluate.add_argument("--data", metavar="DIR", required=True, help="the official files; for own, the questions")
+    evaluate.add_argument("--images", metavar="DIR", default="", help="where the pictures are, if not below --data")
+    evaluate.add_argument("--rule", metavar="RULE", default="exact_match", help="for own, as for score")
+    evaluate.add_argument("--protocol", metavar="NAME", default="", help="as for score")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="the first N questions alone")
+    evaluate.add_argument("--max-new-tokens", type=_positive, metavar="N", help="(16; mm-vet 512)")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(%(default)s)")
+    evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
+    evaluate.add_argument("--engine", metavar="NAME", default="transformers", help="or vllm, where it is installed")
+    evaluate.add_argument("--workers", type=_positive, default=1, metavar="N", help="copies of the model (%(default)s)")
+    evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
+
+
+def _takes_answers(score: argparse.ArgumentParser) -> None:
+    score.add_argument("benchmark", metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or own")
+    score.add_argument("--answers", metavar="FILE", help="JSONL of question_id and text, or an official result file")
+    score.add_argument(
+        "--data", metavar="DIR", required=True, help="the official files; for own, the file of questions"
+    )
+    score.add_argument(
+        "--rule", metavar="RULE", default="exact_match", help="for own: exact_match, vqa_accuracy, yes_no"
+    )
+    score.add_argument("--protocol", metavar="NAME", default="", help="where toolkits differ (pope: llava, lmms-eval)")
+    score.add_argument("--grades", metavar="FILE", help="for mm-vet: the judge's reply file")
 
 
 def _positive(text: str) -> int:

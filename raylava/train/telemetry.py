@@ -118,11 +118,15 @@ def training_seconds(output: Place, made: Artifact | None) -> float:
     0 where it left no figures.
     """
     whole = float(made.record["seconds"]) if made else 0.0
-    if not (output / METRICS).exists():
-        return whole
-    text = (output / METRICS).read_bytes().decode()
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return max(whole, sum(line["seconds"] / (1.0 - line["waiting_share"]) for line in lines))
+    return max(whole, sum(step["seconds"] / (1.0 - step["waiting_share"]) for step in recorded_steps(output)))
+
+
+def recorded_steps(output: Place) -> list[dict[str, Any]]:
+    """The figures of each step of a training, finished or not; a last line that was cut off is left out."""
+    file = output / METRICS
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_bytes().decode().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _lines_before(file: Place, first: int) -> list[str]:

@@ -10,7 +10,7 @@ from raylava.artifacts import Artifact
 from raylava.evaluate.compare import CREDIT
 from raylava.recipe import Resources
 from raylava.report import benchmarks, headline
-from raylava.train.telemetry import METRICS, training_seconds
+from raylava.train.telemetry import recorded_steps, training_seconds
 from raylava.tune.effects import Effect, Graded, effects
 from raylava.tune.outcome import Ended
 from raylava.tune.plan import SweepPlan
@@ -62,21 +62,23 @@ class Findings:
             names = benchmarks(artifacts)
             scores = {name: headline(artifacts[_EVALUATE + name]) for name in names}
             costs = self._costs(number, artifacts)
-            found.append(
-                Row(ended, artifacts, scores, values, sum(costs), sum(self._costs(number, artifacts, shared=True)))
-            )
+            cost, share = sum(cost for cost, _ in costs), sum(cost / users for cost, users in costs)
+            found.append(Row(ended, artifacts, scores, values, cost, share))
         return found
 
-    def _costs(self, number: int, artifacts: Mapping[str, Artifact], shared: bool = False) -> list[float]:
-        """Device-hours of each of a trial's trainings, those that were stopped or failed on the way among them."""
+    def _costs(self, number: int, artifacts: Mapping[str, Artifact]) -> list[tuple[float, int]]:
+        """Device-hours of each of a trial's trainings, and how many trials use it; those that were stopped or failed on
+        the way are among them.
+        """
         hours = device_hours(self.plan.variants[number].recipe.resources)
-        users = {work.fingerprint: work.users for work in self.plan.works} if shared else {}
-        found = []
-        for stage in self.plan.stages[number]:
-            if stage.draft.stage in _TRAINED:
-                made = artifacts.get(stage.label)
-                found.append(hours * training_seconds(stage.draft.place, made) / users.get(stage.draft.fingerprint, 1))
-        return found
+        trained = [stage for stage in self.plan.stages[number] if stage.draft.stage in _TRAINED]
+        seconds = [training_seconds(stage.draft.place, artifacts.get(stage.label)) for stage in trained]
+        users = [self._users[stage.draft.fingerprint] for stage in trained]
+        return [(hours * own, used) for own, used in zip(seconds, users, strict=True)]
+
+    @cached_property
+    def _users(self) -> dict[str, int]:
+        return {work.fingerprint: work.users for work in self.plan.works}
 
     @cached_property
     def chosen(self) -> list[Row]:
@@ -104,12 +106,20 @@ class Findings:
 
     def effects(self, benchmark: str) -> list[Effect]:
         """What each level buys, among the chosen rows."""
-        graded = [
+        return self._effects[benchmark]
+
+    @cached_property
+    def _effects(self) -> dict[str, list[Effect]]:
+        """By benchmark: report and page tell them more than once."""
+        axes = {axis: list(levels) for axis, levels in self.sweep.axes.items()}
+        return {name: effects(self._graded(name), axes) for name in self.benchmarks}
+
+    def _graded(self, benchmark: str) -> list[Graded]:
+        return [
             Graded(row.ended.variant.levels, row.ended.variant.seed, _credit(row.artifacts[_EVALUATE + benchmark]))
             for row in self.chosen
             if benchmark in row.scores
         ]
-        return effects(graded, {axis: list(levels) for axis, levels in self.sweep.axes.items()})
 
     @property
     def paid(self) -> float:
@@ -125,9 +135,9 @@ class Findings:
         """(step, loss) of each trial's finetuning, thinned to the means of so many stretches; of stopped ones too."""
         for number, row in enumerate(self.rows):
             for stage in self.plan.stages[number]:
-                metrics = stage.draft.place / METRICS
-                if stage.label == "finetune" and metrics.exists():
-                    yield row, _thinned(metrics.read_bytes())
+                steps = recorded_steps(stage.draft.place) if stage.label == "finetune" else []
+                if steps:
+                    yield row, _thinned(steps)
 
     def table(self) -> list[dict[str, Any]]:
         """results.csv: a mapping a trial, all with the same keys."""
@@ -169,10 +179,9 @@ def _credit(evaluation: Artifact) -> dict[str, float]:
     return json.loads((evaluation.place / CREDIT).read_bytes())
 
 
-def _thinned(metrics: bytes) -> list[tuple[int, float]]:
-    """Steps whose loss is missing (not finite) are left out, as is a last line that was cut off."""
-    lines = [json.loads(line) for line in metrics.decode().splitlines(keepends=True) if line.endswith("\n")]
-    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+def _thinned(recorded: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Steps whose loss is missing (not finite) are left out."""
+    steps = [(step["step"], step["loss"]) for step in recorded if step.get("loss") is not None]
     size = max(1, -(-len(steps) // _CURVE_POINTS))
     parts = [steps[at : at + size] for at in range(0, len(steps), size)]
     return [(part[-1][0] + 1, sum(loss for _, loss in part) / len(part)) for part in parts]
