@@ -1,5 +1,6 @@
 """What all tests share: one Ray for the session, and a laboratory so small that it is made in seconds."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def s3() -> Iterator[str]:
 
     For every session from its start: Ray's workers inherit the environment when Ray starts.
     """
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

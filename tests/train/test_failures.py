@@ -191,7 +191,7 @@ def test_a_run_killed_while_a_checkpoint_uploads_goes_on_from_the_whole_one_befo
     job = at(job, f"{s3}/killed-uploading")
     proxy.mode, proxy.only = "hanging", "step-00000016/state/zero_pp_rank_1"  # the other rank's part gets through
     half = place(job.output) / CHECKPOINTS / "step-00000016"
-    kill_all(start(job), once=lambda: bool(proxy.failed) and any(half.files_below()))
+    kill_all(start(job), once=lambda: bool(proxy.failed) and any(half.files_below()) and has_checkpoint(job))
     killed = time.time()
     proxy.mode = "well"
     lines = train_to_the_end(job)
