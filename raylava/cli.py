@@ -151,7 +151,8 @@ def _takes_evaluation(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="(%(default)s)")
     evaluate.add_argument("--judge", metavar="COMMAND", default="", help="for mm-vet: reads a prompt, prints a grade")
     evaluate.add_argument("--engine", metavar="NAME", default="transformers", help="or vllm, where it is installed")
-    evaluate.add_argument("--workers", type=_positive, default=1, metavar="N", help="copies of the model (%(default)s)")
+    evaluate.add_argument("--precision", metavar="NAME", default="auto", help="fp32, bf16, fp16 (as the model is kept)")
+    evaluate.add_argument("--workers", type=_positive, metavar="N", help="copies of the model (all there is room for)")
     evaluate.add_argument("--gpus-per-worker", type=int, default=0, metavar="G", help="(%(default)s)")
 
 
@@ -295,10 +296,10 @@ def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.evaluate.answer import Actors
     from raylava.evaluate.scoring import exam_named
     from raylava.evaluations import evaluate_model
-    from raylava.recipe import Resources
-    from raylava.report import result_table
+    from raylava.report import result_table, tell_unjudged
     from raylava.storage import writable
 
     given = arguments
@@ -306,17 +307,15 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
         given.benchmark, given.data, given.images, given.rule, given.protocol, given.limit, given.max_new_tokens,
         given.batch_size,
     )  # fmt: skip
-    resources = Resources(workers=given.workers, gpus_per_worker=given.gpus_per_worker)
+    actors = Actors(given.workers, gpus=given.gpus_per_worker)
     storage = writable(given.storage)
     artifact = evaluate_model(
-        given.model, benchmark, exam, storage, resources, given.judge, given.engine, console
-    )  # fmt: skip
+        given.model, benchmark, exam, storage, actors, given.judge, given.engine, given.precision, console
+    )
     if "figures" in artifact.metrics:
         console.show(result_table(artifact.metrics))
     else:
-        told = artifact.place / artifact.metrics["answers_for_a_judge"]
-        console.say(f"answers: [bold]{escape(str(told))}[/]   (for a judge to grade)")
-        console.say(f"next:    raylava score {given.benchmark} --data {escape(given.data)} --grades FILE")
+        tell_unjudged(artifact, console)
     return Outcome(artifact.record)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from raylava.artifacts import RECORD, Artifact, Draft, fingerprint, load
 from raylava.console import Bar, Console
 from raylava.errors import UserError
-from raylava.evaluate.answer import Asking, answer, answers_bytes
+from raylava.evaluate.answer import Actors, Asking, answer, answers_bytes
 from raylava.evaluate.compare import ANSWERS, CREDIT, QUESTIONS
-from raylava.evaluate.engines import check_engine
+from raylava.evaluate.engines import check_engine, check_precision
 from raylava.evaluate.judge import graded
 from raylava.evaluate.kept import KeptAnswers
 from raylava.evaluate.questions import Answer, identity
@@ -44,13 +44,15 @@ def evaluation(
     exam: Exam,
     asked: Asked,
     storage: Place,
-    resources: Resources,
+    actors: Actors,
     blank: bool = False,
     judge: str = "",
     engine: str = "transformers",
+    precision: str = "auto",
 ) -> Stage:
     """The stage that has a model answer a benchmark, and scores it. `blank` shows the mean colour for each picture;
-    `judge` is the program that grades what no rule can, `engine` what runs the model (its rounding may decide a word).
+    `judge` is the program that grades what no rule can, `engine` and `precision` are what the model runs by (its
+    rounding may decide a word).
     """
     _check_pictures(label, exam)
     content = {
@@ -59,14 +61,14 @@ def evaluation(
         "benchmark": benchmark.content(),
         "blank_pictures": blank,
         "scoring": SCORING_VERSION,
-    } | ({} if engine == "transformers" else {"engine": engine})
+    } | _unusual(engine, precision)
     unjudged = Draft("evaluate", content, storage)  # its answers serve any judge
     draft = Draft("evaluate", content | {"judge": _hidden(judge)}, storage) if judge else unjudged
     how = (benchmark.suffix, benchmark.max_new_tokens, benchmark.batch_size)
-    asking = Asking(asked.model, exam.images, *how, blank_pictures=blank, engine=engine)
+    asking = Asking(asked.model, exam.images, *how, blank_pictures=blank, engine=engine, precision=precision)
 
     def build(bar: Bar) -> dict[str, Any]:
-        answers = answer(exam.questions, asking, resources, bar, KeptAnswers(unjudged.place))
+        answers = answer(exam.questions, asking, actors, bar, KeptAnswers(unjudged.place))
         result = _scored(benchmark.name, exam, answers, judge, draft.place, bar)
         _keep(exam, answers, asked.identity, draft.place)
         if result is None:
@@ -76,6 +78,12 @@ def evaluation(
         return result.metrics() | best | {"images": exam.images}
 
     return Stage(label, draft, asked.inputs, "questions", build)
+
+
+def _unusual(engine: str, precision: str) -> dict[str, str]:
+    return ({} if engine == "transformers" else {"engine": engine}) | (
+        {} if precision == "auto" else {"precision": precision}
+    )
 
 
 def _check_pictures(label: str, exam: Exam) -> None:
@@ -117,19 +125,22 @@ def evaluate_model(
     benchmark: Benchmark,
     exam: Exam,
     storage: Place,
-    resources: Resources,
+    actors: Actors,
     judge: str,
     engine: str,
+    precision: str,
     console: Console,
 ) -> Artifact:
     """The evaluation of any model: a raylava artifact, a Hugging Face folder of a LLaVA, or a hub id.
 
-    Raises UserError when there is no such model or engine.
+    Raises UserError when there is no such model, engine or precision.
     """
     check_engine(engine)
+    check_precision(precision)
     label, asked = f"evaluate {benchmark.name}", asked_model(model)
-    stage = evaluation(label, benchmark, exam, asked, storage, resources, judge=judge, engine=engine)
-    with nullcontext() if stage.draft.find() else ray_session(resources):
+    stage = evaluation(label, benchmark, exam, asked, storage, actors, judge=judge, engine=engine, precision=precision)
+    local = Resources(workers=actors.most or 1, cpus_per_worker=actors.cpus)
+    with nullcontext() if stage.draft.find() else ray_session(local):
         return make(stage, console)
 
 

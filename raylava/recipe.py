@@ -213,13 +213,14 @@ class Benchmark(Section):
     """Held-out questions with reference answers: JSONL, or LLaVA JSON (each human turn is asked in turn).
 
     With a `kind` it is one of the paper's benchmarks: `questions` is the folder of its official files, which say how it
-    is asked; `protocol` chooses among toolkits' rules where they differ (pope: llava, lmms-eval). `categories` names a
-    question type by a regular expression over the question; the first that matches counts. `baselines` answers the same
-    questions with blank pictures, or with the model as it was before training.
+    is asked (mm-vet is answered, for a judge to grade); `protocol` chooses among toolkits' rules where they differ
+    (pope: llava, lmms-eval). `categories` names a question type by a regular expression over the question; the first
+    that matches counts. `baselines` answers the same questions with blank pictures, or with the model as it was before
+    training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    kind: Literal["own", "pope", "gqa", "vqav2", "mme", "mmvp", "scienceqa"] = "own"
+    kind: Literal["own", "pope", "gqa", "vqav2", "mme", "mmvp", "scienceqa", "mm-vet"] = "own"
     protocol: str = ""
     questions: str = scale(...)
     images: str = scale("")

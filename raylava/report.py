@@ -33,16 +33,34 @@ def closing(artifacts: dict[str, Artifact], console: Console) -> None:
         if artifact.metrics.get("quarantined"):
             reasons = ", ".join(f"{count} {reason}" for reason, count in artifact.metrics["quarantine"].items())
             console.say(f"[yellow]set aside[/] in {label}: {reasons}  [dim]{artifact.place}/quarantine.csv[/]")
+    for name in _answered(artifacts):
+        if not _is_scored(artifacts[_EVALUATE + name]):
+            tell_unjudged(artifacts[_EVALUATE + name], console)
     model = artifacts["finetune"].place
     console.say(f"\nmodel: [bold]{escape(str(model))}[/]   (loads in plain transformers)")
     console.say(f'next:  raylava chat {escape(str(model))} --image FILE "What do you see?"')
     console.say(f"       raylava show {escape(str(model))}")
 
 
+def tell_unjudged(evaluation: Artifact, console: Console) -> None:
+    """Where the answers are that wait for a judge, and what scores its grades."""
+    name, answers = evaluation.metrics["benchmark"], evaluation.place / evaluation.metrics["answers_for_a_judge"]
+    console.say(f"answers to {name}: [bold]{escape(str(answers))}[/]   (for a judge to grade)")
+    console.say("next:  raylava score mm-vet --data DIR --grades FILE")
+
+
 def benchmarks(artifacts: Mapping[str, Artifact]) -> list[str]:
-    """Names of the benchmarks that were answered by the trained model."""
+    """Names of the benchmarks that were answered by the trained model and have a score."""
+    return [name for name in _answered(artifacts) if _is_scored(artifacts[_EVALUATE + name])]
+
+
+def _answered(artifacts: Mapping[str, Artifact]) -> list[str]:
     labels = [label.removeprefix(_EVALUATE) for label in artifacts if label.startswith(_EVALUATE)]
     return [label for label in labels if not label.endswith(")")]
+
+
+def _is_scored(evaluation: Artifact) -> bool:
+    return "figures" in evaluation.metrics
 
 
 def headline(evaluation: Artifact) -> float:

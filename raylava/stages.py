@@ -20,6 +20,7 @@ from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
 from raylava.corpus.sources import SourceFiles
 from raylava.errors import UserError
+from raylava.evaluate.answer import Actors
 from raylava.evaluate.scoring import Exams
 from raylava.evaluations import Asked, evaluation
 from raylava.model.backbones import (
@@ -276,7 +277,7 @@ class _Graph:
     def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank: bool) -> Stage:
         exam = self._exams.of(benchmark, self._recipe.data)
         asked = Asked(model.draft.place.uri, model.draft.fingerprint, {"model": model.draft})
-        return evaluation(label, benchmark, exam, asked, self._storage, self._recipe.resources, blank)
+        return evaluation(label, benchmark, exam, asked, self._storage, Actors.of(self._recipe.resources), blank)
 
 
 def absolute(recipe: Recipe) -> Recipe:

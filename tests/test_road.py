@@ -9,19 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from raylava.artifacts import Artifact
 from raylava.cli import main
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.demo import SHEET, micro_recipe, write_sheet
-from raylava.recipe import Recipe
+from raylava.recipe import Benchmark, Recipe
 from raylava.report import closing, summary
 from raylava.stages import run
 from raylava.storage import place
 from raylava.train.ledger import LEDGER
 from raylava.train.plan import EpochPlan
+from tests.evaluate.test_official import mm_vet, pope
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,40 @@ def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
     assert sheet.name == SHEET
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page is self-contained"
+
+
+def in_the_bucket(folder: Path, bucket: str) -> str:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (place(bucket) / str(file.relative_to(folder))).write_bytes(file.read_bytes())
+    return bucket
+
+
+def test_official_benchmarks_in_a_bucket_are_stages_of_a_recipe(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], s3: str, tmp_path: Path
+) -> None:
+    picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
+    for maker, file in ((pope, "val2014/a.jpg"), (mm_vet, "images/v1_0.png")):
+        (tmp_path / maker.__name__ / file).parent.mkdir(parents=True)
+        picture.save(tmp_path / maker.__name__ / file)
+        maker(tmp_path / maker.__name__)
+    given = [
+        Benchmark(name="pope", kind="pope", questions=in_the_bucket(tmp_path / "pope", f"{s3}/official/pope")),
+        Benchmark(name="judged", kind="mm-vet", questions=in_the_bucket(tmp_path / "mm_vet", f"{s3}/official/mm-vet")),
+    ]
+    with (tmp_path / "console.txt").open("w") as stream:
+        console = Console(stream)
+        made = run(recipe.model_copy(update={"evaluate": tuple(given)}), place(storage), console)
+        closing(made, console)
+    assert made["finetune"].fingerprint == artifacts["finetune"].fingerprint
+    metrics = made["evaluate pope"].metrics
+    assert (metrics["questions"], metrics["missing"], metrics["protocol"]) == (5, 0, "llava")
+    assert list(metrics["by_category"]) == ["adversarial", "popular", "random"]
+    answers = made["evaluate judged"].place / "answers.json"
+    assert json.loads(answers.read_bytes()).keys() == {"v1_0"}
+    told = (tmp_path / "console.txt").read_text()
+    assert "pope: " in told
+    assert "for a judge to grade" in " ".join(told.split())
 
 
 def start_alone(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":

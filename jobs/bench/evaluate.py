@@ -2,10 +2,10 @@
 
     python jobs/bench/evaluate.py [--questions N] [--workers W] [--model FOLDER --data FILE --images DIR]
 
-Both ask the same model the same questions on the same cores and must say the same. Without a model, the demo's
-laboratory is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out what
-raylava needs to start (Ray's actors, loading the model); the loop's model is loaded before its clock starts. Padding
-is the share of prompt positions that hold none of a question's tokens.
+Both ask the same model, in fp32, the same questions on the same cores and must say the same. Without a model, the
+demo's laboratory is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out
+what raylava needs to start (Ray's actors, loading the model); the loop's model is loaded before its clock starts.
+Padding is the share of prompt positions that hold none of a question's tokens.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from raylava.console import Console as Told
 from raylava.demo import make_laboratory, micro_recipe
-from raylava.evaluate.answer import Asking, answer
+from raylava.evaluate.answer import Actors, Asking, answer
 from raylava.evaluate.engines import Chat
 from raylava.evaluate.questions import Question, read_questions
 from raylava.model.backbones import resolve_language, resolve_vision
@@ -33,6 +33,7 @@ from raylava.session import ray_session
 from raylava.storage import place
 
 MAX_NEW_TOKENS = 8
+PRECISION = "fp32"
 
 
 class Clock:
@@ -59,8 +60,8 @@ def main() -> None:
     clock = Clock()
     with ray_session(resources):
         started = time.monotonic()
-        asking = Asking(model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size)
-        answers = answer(asked, asking, resources, clock)
+        asking = Asking(model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size, precision=PRECISION)
+        answers = answer(asked, asking, Actors.of(resources), clock)
         ended = time.monotonic()
     assert clock.first is not None
     steady = (len(asked) - clock.first[1]) / (ended - clock.first[0])
@@ -70,9 +71,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=5000)
+    parser.add_argument("--questions", type=int, default=8910)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--storage", default="raylava-storage")
     parser.add_argument("--model")
     parser.add_argument("--data")
@@ -99,7 +100,7 @@ def laboratory(storage: str) -> tuple[str, str, str]:
 def one_by_one(model: str, asked: list[Question], images: str) -> tuple[list[str], float]:
     """The usual loop's answers, and its seconds."""
     torch.set_num_threads(os.cpu_count() or 1)
-    chat = Chat(model, torch.device("cpu"))
+    chat = Chat(model, torch.device("cpu"), PRECISION)
     started = time.monotonic()
     found = []
     for question in asked:

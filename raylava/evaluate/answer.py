@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -32,7 +32,9 @@ _MAX_PIXELS = 64_000_000
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put. `blank_pictures` shows the mean colour instead of each picture: the blind baseline."""
+    """How questions are put. `blank_pictures` shows the mean colour instead of each picture: the blind baseline;
+    `precision` is that of the model's weights and sums: auto (as they are kept), fp32, bf16 or fp16.
+    """
 
     model: str
     images: str
@@ -41,10 +43,25 @@ class Asking:
     batch_size: int = 32
     blank_pictures: bool = False
     engine: str = "transformers"
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Those that hold the model and answer: `most` of them at once, or as many as the cluster has room for (None)."""
+
+    most: int | None = 1
+    cpus: int = 1
+    gpus: int = 0
+
+    @classmethod
+    def of(cls, resources: Resources) -> Self:
+        """As many as a recipe's training has workers, each with what a worker has."""
+        return cls(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
 
 
 def answer(
-    questions: list[Question], asking: Asking, resources: Resources, bar: Bar, kept: KeptAnswers | None = None
+    questions: list[Question], asking: Asking, actors: Actors, bar: Bar, kept: KeptAnswers | None = None
 ) -> list[Answer]:
     """One answer for each question, in the questions' order; `kept` has those of an earlier attempt, and gets more.
 
@@ -52,7 +69,7 @@ def answer(
     """
     found = {one.question_id: one for one in kept.known} if kept else {}
     missing = [question for question in questions if question.question_id not in found]
-    for answers in _asked(missing, asking, resources):
+    for answers in _asked(missing, asking, actors):
         found |= {one.question_id: one for one in answers}
         if kept:
             kept.add(answers)
@@ -62,7 +79,7 @@ def answer(
     return [found[question.question_id] for question in questions]
 
 
-def _asked(questions: list[Question], asking: Asking, resources: Resources) -> Iterator[list[Answer]]:
+def _asked(questions: list[Question], asking: Asking, actors: Actors) -> Iterator[list[Answer]]:
     """Answers to batches of questions of like length, as they come."""
     import ray.data
 
@@ -74,10 +91,10 @@ def _asked(questions: list[Question], asking: Asking, resources: Resources) -> I
     rows = [{"batch": json.dumps([asdict(question) for question in batch])} for batch in batches]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Answerer,
-        fn_constructor_args=(asking, resources.cpus_per_worker, resources.gpus_per_worker > 0),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.workers, len(rows))),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
+        fn_constructor_args=(asking, actors),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors.most or len(rows), len(rows))),
+        num_cpus=actors.cpus,
+        num_gpus=actors.gpus,
     )
     for row in answered.iter_rows():
         if row["problem"]:
@@ -110,10 +127,10 @@ def _question(item: dict[str, Any]) -> Question:
 class _Answerer:
     """The Ray Data actor: a model, and a batch of questions at a time."""
 
-    def __init__(self, asking: Asking, threads: int, on_gpu: bool) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, asking: Asking, actors: Actors) -> None:
+        torch.set_num_threads(actors.cpus)
         self._asking = asking
-        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._device = torch.device("cuda" if actors.gpus else "cpu")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         questions = [_question(item) for item in json.loads(row["batch"])]
@@ -125,7 +142,7 @@ class _Answerer:
 
     @functools.cached_property
     def _chat(self) -> Engine:
-        return engine(self._asking.engine, self._asking.model, self._device)
+        return engine(self._asking.engine, self._asking.model, self._device, self._asking.precision)
 
     def _answer(self, questions: list[Question]) -> list[Answer]:
         shown = [self._picture(question) for question in questions]

@@ -11,6 +11,7 @@ from raylava.model.backbones import backbone_path
 
 History = tuple[tuple[str, str], ...]
 ENGINES = ("transformers", "vllm")
+PRECISIONS = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # auto: as the weights are kept
 
 
 class Engine(Protocol):
@@ -40,9 +41,15 @@ def check_engine(name: str) -> None:
         raise UserError("--engine vllm: it is not installed; pip install vllm, or leave --engine out")
 
 
-def engine(name: str, model: str, device: torch.device) -> Engine:
+def check_precision(name: str) -> None:
+    """Raises UserError for a precision that raylava does not know."""
+    if name not in PRECISIONS:
+        raise UserError(f"--precision {name}: known here: {', '.join(PRECISIONS)}")
+
+
+def engine(name: str, model: str, device: torch.device, precision: str) -> Engine:
     """The model, loaded by the engine of that name."""
-    return VllmChat(model) if name == "vllm" else Chat(model, device)
+    return VllmChat(model, precision) if name == "vllm" else Chat(model, device, precision)
 
 
 class Prompter:
@@ -71,15 +78,19 @@ class Prompter:
 
 
 class Chat:
-    """By plain transformers: left-padded batches, greedy, until a stop id of the model's generation config."""
+    """By plain transformers: left-padded batches, greedy, until a stop id of the model's generation config.
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    In fp32 an answer depends on no other in its batch; in half precision rounding may decide between two words.
+    """
+
+    def __init__(self, model: str, device: torch.device, precision: str = "auto") -> None:
         from transformers import LlavaForConditionalGeneration
 
         folder = backbone_path(model)
         self._prompter = Prompter(folder)
         self._processor = self._prompter.processor
-        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device).eval()
+        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=PRECISIONS[precision])
+        self._model = self._model.to(device).eval()
 
     @torch.inference_mode()
     def answer(
@@ -115,12 +126,12 @@ class Chat:
 class VllmChat:
     """By vLLM, where it is installed; it batches by itself. Not run by raylava's own tests: it wants a GPU."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, precision: str) -> None:
         from vllm import LLM
 
         folder = backbone_path(model)
         self._prompter = Prompter(folder)
-        self._model: Any = LLM(folder, limit_mm_per_prompt={"image": 1})
+        self._model: Any = LLM(folder, dtype=PRECISIONS[precision], limit_mm_per_prompt={"image": 1})
 
     def answer(
         self,

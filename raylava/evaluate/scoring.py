@@ -88,7 +88,7 @@ def exam_named(
         given |= {"score": rule, "protocol": protocol}
     else:
         exam = official_exam(name, data, images, protocol, limit)
-        given |= {"protocol": protocol} | ({} if exam.rule == "judged" else {"kind": name})
+        given |= {"protocol": protocol, "kind": name}
     tokens = max_new_tokens or (OFFICIAL[name].max_new_tokens if name in OFFICIAL else 32)
     return Benchmark(name=name, max_new_tokens=tokens, **given), exam
 

@@ -1,10 +1,13 @@
 """Any LLaVA is asked and scored by one command; a killed evaluation goes on; two evaluations are compared."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from raylava.artifacts import Artifact, load
 from raylava.cli import main
 from raylava.console import Silent
 from raylava.errors import RunError, UserError
-from raylava.evaluate.answer import Asking, answer
+from raylava.evaluate.answer import Actors, Asking, answer
 from raylava.evaluate.compare import compare
 from raylava.evaluate.compare_page import page
 from raylava.evaluate.engines import Chat
@@ -24,7 +27,7 @@ from raylava.evaluate.questions import Answer, Question
 from raylava.evaluate.score.tally import paired_interval
 from raylava.model.backbones import LanguageSpec, VisionSpec
 from raylava.model.untrained import publish_untrained
-from raylava.recipe import Model, Resources
+from raylava.recipe import Model
 from raylava.storage import place
 
 
@@ -153,7 +156,7 @@ def test_an_evaluation_that_was_killed_asks_only_what_is_missing(
     kept.add([Answer(one.question_id, one.text, "said before") for one in asked[:4]])
     kept.flush()
     bar = Silent()
-    found = answer(asked, Asking(str(model), "", max_new_tokens=2), Resources(), bar, KeptAnswers(place(tmp_path)))
+    found = answer(asked, Asking(str(model), "", max_new_tokens=2), Actors(), bar, KeptAnswers(place(tmp_path)))
     assert [one.question_id for one in found] == [one.question_id for one in asked]
     assert [one.text for one in found[:4]] == ["said before"] * 4
     assert all(one.text != "said before" for one in found[4:])
@@ -164,13 +167,13 @@ def test_a_broken_picture_is_answered_as_missing_and_told(model: Path, ray_clust
     (tmp_path / "broken.png").write_bytes(b"no picture")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
     asked = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
-    found = answer(asked, Asking(str(model), str(tmp_path), max_new_tokens=2), Resources(), Silent())
+    found = answer(asked, Asking(str(model), str(tmp_path), max_new_tokens=2), Actors(), Silent())
     assert [one.text is None for one in found] == [True, False, True]
     assert [bool(one.problem) for one in found] == [True, False, True]
 
 
 def test_order_and_batch_size_change_no_answer(model: Path) -> None:
-    chat = Chat(str(model), torch.device("cpu"))
+    chat = Chat(str(model), torch.device("cpu"), "fp32")
     picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
     asked = [f"What {'very ' * number}thing is it?" for number in range(5)]
     together = chat.answer(asked, [picture] * 5, 4)
@@ -226,6 +229,42 @@ def test_mm_vet_is_answered_once_for_every_judge_and_a_judges_command_stays_secr
         assert file.is_dir() or b"planted-secret" not in file.read_bytes()
 
 
+OFTEN = """
+import sys
+from raylava.cli import main
+from raylava.evaluate import kept
+kept._EVERY_SECONDS = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_on_the_way_is_finished_by_the_same_command(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = "".join(json.dumps({"question_id": n, "text": f"What is {n}?", "answer": "x"}) + "\n" for n in range(400))
+    (tmp_path / "q.jsonl").write_text(asked)
+    storage = tmp_path / "storage"
+    given = ["evaluate", str(model), "--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--batch-size", "1"]
+    command = [sys.executable, "-c", OFTEN, *given, "--max-new-tokens", "3", "--storage", str(storage), "--json"]
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(storage.glob("evaluate/*/answers/*.parquet"))) < 3 and ran.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in [*psutil.Process(ran.pid).children(recursive=True), psutil.Process(ran.pid)]:
+        process.kill()
+    ran.communicate()
+    before = {file: file.stat().st_mtime_ns for file in storage.glob("evaluate/*/answers/*.parquet")}
+    kept = KeptAnswers(place(next(storage.glob("evaluate/*"))))
+    assert 0 < len(kept.known) < 400, "it was killed on the way"
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout)["metrics"]["questions"] == 400
+    assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in before.items()), "those are not asked again"
+    answers = KeptAnswers(place(next(storage.glob("evaluate/*")))).known
+    assert sorted(int(one.question_id) for one in answers) == list(range(400)), "each is asked once"
+
+
 def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "a", "answer": "b"}\n')
     given = ["--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
@@ -233,6 +272,8 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.Capture
     assert "no model there (no config.json)" in capfd.readouterr().err
     assert main(["evaluate", str(tmp_path), *given, "--engine", "llamacpp"]) == 2
     assert "--engine llamacpp: known here: transformers, vllm" in capfd.readouterr().err
+    assert main(["evaluate", str(tmp_path), *given, "--precision", "int4"]) == 2
+    assert "--precision int4: known here: auto, fp32, bf16, fp16" in capfd.readouterr().err
 
 
 def test_a_paired_interval_narrows_with_questions_and_holds_the_mean() -> None:
