@@ -7,17 +7,21 @@ JSON object with --json), everything else to standard error.
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
 from raylava.console import Console, quiet
 from raylava.errors import UserError, first_line
 from raylava.storage import cache_folder
+
+if TYPE_CHECKING:
+    from raylava.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with quiet(log) as (out, console):
         return _run(arguments, out, console)
+
+
+def job(command: str, subject: str, *fixed: str) -> int:
+    """A command as jobs/ calls it, what it is about given as an option (`--recipe FILE`); returns its exit status."""
+    parser = argparse.ArgumentParser(description=f"raylava {command}, as a job", add_help=False)
+    parser.add_argument(subject, dest="subject", required=True)
+    given, rest = parser.parse_known_args()
+    return main([command, given.subject, *fixed, *rest])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -106,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
     _takes_overrides(demo)
-    _takes_recipe(command("run", _run_recipe, "make every artifact of a recipe that is missing"))
+    run = command("run", _run_recipe, "make every artifact of a recipe that is missing")
+    run.add_argument("--only", metavar="STAGE", choices=("prepare",), help="prepare: the corpora alone")
+    _takes_recipe(run)
     sweep = command("sweep", _sweep, "make every variant of a sweep, each piece of work once")
     sweep.add_argument("sweep", metavar="SWEEP.yaml")
     sweep.add_argument("--plan", action="store_true", help="show what it comes to, and make nothing")
@@ -115,7 +129,28 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE.yaml")
     train.add_argument("stage", metavar="STAGE", choices=("pretrain", "finetune"))
     _takes_overrides(train)
-    _takes_recipe(command("check", _check, "validate a recipe without network, weights or cluster"))
+    check = command("check", _check, "validate a recipe, alone or against a cluster")
+    check.add_argument(
+        "--cluster", metavar="FILE", help="against the node types of a `ray up` file or KubeRay manifest"
+    )
+    _takes_address(check, "against the cluster there, as it is and as it may grow")
+    _takes_recipe(check)
+    submit = command("submit", _submit, "run a recipe or sweep as a job of a cluster, and follow it")
+    submit.add_argument("--detach", action="store_true", help="do not follow it")
+    _takes_address(submit, "the cluster's job server")
+    _takes_recipe(submit)
+    stop = command("stop", _stop, "stop the job of a recipe or sweep; it can go on later")
+    _takes_address(stop, "the cluster's job server")
+    _takes_recipe(stop)
+    status = command("status", _status, "how far runs are, by what is in storage")
+    status.add_argument("recipe", metavar="RECIPE.yaml", nargs="?", help="of its artifacts alone")
+    _takes_overrides(status)
+    laptop = command("laptop", _laptop, "start or stop an autoscaling cluster on this machine")
+    laptop.add_argument("what", choices=("up", "down"))
+    laptop.add_argument("--cluster", metavar="FILE", default="cluster/laptop.yaml", help="(%(default)s)")
+    spot = command("watch-spot", _watch_spot, "drain this node once the cloud says that it goes (AWS, Google Cloud)")
+    spot.add_argument("--address", metavar="HOST:PORT", required=True, help="of the cluster's GCS")
+    spot.add_argument("--node-id", metavar="HEX", help="(that of this machine's address)")
     show = command("show", _show, "print what made an artifact")
     show.add_argument("artifact", metavar="PATH")
     inspect = command("inspect", _inspect, "show what went into a prepared corpus, as figures and as a page")
@@ -186,6 +221,14 @@ def _takes_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _takes_address(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--address", metavar="URL", default=None, help=f"{about} (RAY_API_SERVER_ADDRESS)")
+
+
+def _address(arguments: argparse.Namespace) -> str | None:
+    return arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+
+
 def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.demo import demo
 
@@ -199,7 +242,7 @@ def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.storage import writable
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    artifacts = run(recipe, writable(arguments.storage), console)
+    artifacts = run(recipe, writable(arguments.storage), console, arguments.only)
     closing(artifacts, console)
     return Outcome(summary(artifacts))
 
@@ -247,7 +290,112 @@ def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_known(recipe.model.language, recipe.model.vision)
+    if arguments.address and arguments.address.startswith("http"):
+        return _check_there(arguments, console)
+    if arguments.address or arguments.cluster:
+        return _check_cluster(arguments, recipe, console)
     return Outcome(recipe.model_dump(mode="json"), f"{arguments.recipe}: good")
+
+
+def _check_cluster(arguments: argparse.Namespace, recipe: "Recipe", console: Console) -> Outcome:
+    """Against a file, or as a driver of the cluster."""
+    from dataclasses import asdict
+
+    from raylava.cluster.needs import needs, provisions
+    from raylava.cluster.nodes import NodeType, described, live, startable
+    from raylava.cluster.roles import has_roles
+    from raylava.report import needs_table
+    from raylava.session import ray_session
+
+    types: list[NodeType] | None
+    if arguments.cluster:
+        types, there, roles = described(Path(arguments.cluster)), [], True
+    else:
+        with ray_session(recipe.resources):
+            types, there, roles = startable(), live(), has_roles()
+    found = provisions(needs(recipe, roles), there, types)
+    console.show(needs_table(recipe, found, arguments.storage))
+    never = [one for one in found if one.is_impossible]
+    if never:
+        stages = " and ".join(never[0].need.stages)
+        raise UserError(f"{stages} can never start there: {never[0].need.told}: {never[0].reason}")
+    told = "the cluster can run it" if types is not None else "what the autoscaler may start is not known there"
+    return Outcome({"provisions": [asdict(one) for one in found]}, f"{arguments.recipe}: {told}")
+
+
+def _check_there(arguments: argparse.Namespace, console: Console) -> Outcome:
+    """The same question, put by a job: only a driver sees the cluster's nodes and the autoscaler's file."""
+    from raylava.cluster.jobs import Jobs
+    from raylava.recipe_file import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides).model_dump(mode="json")
+    command = ("check", "recipe.yaml", "--address", "auto", "--storage", arguments.storage)
+    Jobs(arguments.address).run(command, {"recipe.yaml": recipe}, console.stream)
+    return Outcome({}, f"{arguments.recipe}: the cluster can run it")
+
+
+def _submit(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.cluster.jobs import Jobs, work_of
+
+    work = work_of(arguments.recipe, arguments.overrides, arguments.storage)
+    jobs = Jobs(_address(arguments))
+    submission, is_new = jobs.submit(work)
+    console.say(f"job [bold]{submission}[/] " + ("submitted" if is_new else "runs already; following it"))
+    if not arguments.detach:
+        try:
+            jobs.follow(submission, console.stream)
+        except KeyboardInterrupt:
+            console.say(f"{submission} goes on: submit again to follow it, `raylava stop` to stop it")
+            raise
+    told = f"next:  raylava status --storage {arguments.storage}"
+    return Outcome({"submission_id": submission, "new": is_new}, told)
+
+
+def _stop(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.cluster.jobs import Jobs, work_of
+
+    work = work_of(arguments.recipe, arguments.overrides, arguments.storage)
+    stopped = Jobs(_address(arguments)).stop(work)
+    told = f"{stopped}: stopping; submit again to go on from the last checkpoint" if stopped else "no such job runs"
+    return Outcome({"submission_id": stopped}, told)
+
+
+def _status(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from dataclasses import asdict
+
+    from raylava.recipe_file import load_recipe
+    from raylava.report import status_table
+    from raylava.stages import stages_of
+    from raylava.status import standings
+    from raylava.storage import place
+
+    storage, wanted = place(arguments.storage), None
+    if arguments.recipe:
+        stages = stages_of(load_recipe(arguments.recipe, arguments.overrides), storage)
+        wanted = {stage.draft.fingerprint for stage in stages}
+    found = standings(storage, wanted)
+    if found:
+        console.show(status_table(found))
+    return Outcome({"artifacts": [asdict(one) for one in found]}, None if found else f"{storage}: nothing there yet")
+
+
+def _laptop(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.cluster.laptop import down, up
+
+    if arguments.what == "down":
+        return Outcome({}, "stopped" if down() else "no laptop cluster runs")
+    environment = up(Path(arguments.cluster)).environment()
+    console.say('a cluster that grows when there is work; `eval "$(raylava laptop up)"` tells this shell of it')
+    return Outcome(environment, "\n".join(f"export {name}={value}" for name, value in environment.items()))
+
+
+def _watch_spot(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from functools import partial
+
+    from raylava.cluster.spot import drain_node, find_provider, watch
+
+    notice = watch(find_provider(), partial(drain_node, arguments.address, arguments.node_id))
+    return Outcome(vars(notice), f"drained: {notice.reason}")
 
 
 def _show(arguments: argparse.Namespace, console: Console) -> Outcome:
@@ -296,9 +444,11 @@ def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.cluster.roles import TRAIN, labels_for
     from raylava.evaluate.answer import Actors
     from raylava.evaluate.scoring import exam_named
     from raylava.evaluations import evaluate_model
+    from raylava.recipe import Resources
     from raylava.report import result_table, tell_unjudged
     from raylava.storage import writable
 
@@ -307,7 +457,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
         given.benchmark, given.data, given.images, given.rule, given.protocol, given.limit, given.max_new_tokens,
         given.batch_size,
     )  # fmt: skip
-    actors = Actors(given.workers, gpus=given.gpus_per_worker)
+    actors = Actors(given.workers, gpus=given.gpus_per_worker, labels=labels_for(TRAIN, Resources()))
     storage = writable(given.storage)
     artifact = evaluate_model(
         given.model, benchmark, exam, storage, actors, given.judge, given.engine, given.precision, console

@@ -75,6 +75,7 @@ class Console:
 
     def __init__(self, stream: TextIO, log: Path | None = None) -> None:
         width = None if stream.isatty() else 110
+        self.stream = stream
         self._rich = RichConsole(file=stream, width=width, highlight=False)
         self.log = log
 

@@ -241,7 +241,8 @@ class Resources(Section):
     A corpus in a bucket is read through a cache of up to `cache_gb` on each node, which should hold three
     shuffle windows. With `min_workers`, training starts
     with as many workers as there is room for, from that number to `workers`, and goes on with another number when nodes
-    come or go.
+    come or go. `train_on` and `prepare_on` are Ray label selectors of the nodes for training and evaluating, and for
+    preparing; on a cluster that gives its nodes roles (those of cluster/ do) they need not be given.
     """
 
     workers: int = Field(1, ge=1)
@@ -249,6 +250,8 @@ class Resources(Section):
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: int = Field(0, ge=0)
     cache_gb: float = Field(300.0, gt=0)
+    train_on: dict[str, str] = {}
+    prepare_on: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

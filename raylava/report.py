@@ -1,6 +1,7 @@
 """What a run ends with: the table of scores beside their baselines, where the model is, and what to try next."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -11,7 +12,10 @@ from raylava.console import Console
 from raylava.corpus.inspect import Inspection
 
 if TYPE_CHECKING:
+    from raylava.cluster.needs import Provision
     from raylava.evaluate.compare import Comparison
+    from raylava.recipe import Recipe
+    from raylava.status import Standing
     from raylava.train.replay import Replayed
 
 _EVALUATE = "evaluate "
@@ -36,6 +40,8 @@ def closing(artifacts: dict[str, Artifact], console: Console) -> None:
     for name in _answered(artifacts):
         if not _is_scored(artifacts[_EVALUATE + name]):
             tell_unjudged(artifacts[_EVALUATE + name], console)
+    if "finetune" not in artifacts:
+        return
     model = artifacts["finetune"].place
     console.say(f"\nmodel: [bold]{escape(str(model))}[/]   (loads in plain transformers)")
     console.say(f'next:  raylava chat {escape(str(model))} --image FILE "What do you see?"')
@@ -134,6 +140,31 @@ def comparison_table(comparison: "Comparison") -> Table:
         one = differences.get(name)
         told = (f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}") if one else ("", "")
         table.add_row(escape(name), f"{mean:.3f}", *told)
+    return table
+
+
+def needs_table(recipe: "Recipe", found: "Sequence[Provision]", storage: str) -> Table:
+    """What a recipe wants of a cluster, beside what there is and what there may be."""
+    table = Table("stage", "wants", title=f"{recipe.name} on this cluster", title_justify="left")
+    for heading in ("fit now", "fit in time", "nodes"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        later = "not known" if one.later is None else f"{one.later:,}"
+        row = (", ".join(one.need.stages), one.need.told, f"{one.now:,}", later, f"{one.nodes or '':}")
+        table.add_row(*row, style="red" if one.is_impossible else None)
+    shared = "a bucket, reached by every node" if "://" in storage else "a folder: every node must mount it"
+    table.caption = f"storage: {storage} ({shared}); up to {recipe.resources.cache_gb:g} GB of cache on a training node"
+    table.caption_justify = "left"
+    return table
+
+
+def status_table(found: "Sequence[Standing]") -> Table:
+    """Artifacts, made and being made, in the order of their stages."""
+    table = Table("stage", "artifact", "state", "", "when (UTC)", title="in storage", title_justify="left")
+    styles = {"made": "green", "building": "yellow", "stopped": "red"}
+    for one in found:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(one.at)) if one.at else ""
+        table.add_row(one.stage, one.fingerprint, f"[{styles[one.state]}]{one.state}[/]", one.detail, when)
     return table
 
 

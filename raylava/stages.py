@@ -9,12 +9,16 @@ does is in its own room.
 """
 
 import dataclasses
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylava.artifacts import Artifact, Draft, lock
+from raylava.cluster.needs import needs, provisions
+from raylava.cluster.nodes import live, startable
+from raylava.cluster.roles import PREPARE, has_roles, labels_for
 from raylava.console import Bar, Console
 from raylava.corpus.prepare import Job as PrepareJob
 from raylava.corpus.prepare import check_quarantine, prepare
@@ -89,17 +93,32 @@ def stages_of(recipe: Recipe, storage: Place, exams: Exams | None = None) -> lis
     return _Graph(recipe, storage, resolve(recipe), exams or Exams()).stages()
 
 
-def run(recipe: Recipe, storage: Place, console: Console) -> dict[str, Artifact]:
-    """Make every artifact of the recipe that is missing; returns them by stage label."""
-    stages = stages_of(recipe, storage)
+def run(recipe: Recipe, storage: Place, console: Console, only: str | None = None) -> dict[str, Artifact]:
+    """Make every artifact of the recipe (or `only` those of a kind of stage: prepare) that is missing.
+
+    Returns them by stage label.
+    """
+    stages = [stage for stage in stages_of(recipe, storage) if only in (None, stage.draft.stage)]
     artifacts: dict[str, Artifact] = {}
     missing = [stage for stage in stages if stage.draft.find() is None]
     if not missing:
         return {stage.label: found(stage, console) for stage in stages}
     with ray_session(recipe.resources):
+        _check_room(recipe, console)
         for stage in stages:
             artifacts[stage.label] = make(stage, console)
     return artifacts
+
+
+def _check_room(recipe: Recipe, console: Console) -> None:
+    """Raises UserError where the cluster can never do the work; says what waits for nodes that are to be started."""
+    types = startable() if os.environ.get("RAY_ADDRESS") else []
+    for one in provisions(needs(recipe, has_roles()), live(), types):
+        stages = " and ".join(one.need.stages)
+        if one.is_impossible:
+            raise UserError(f"{stages} can never start on this cluster: {one.need.told}: {one.reason}")
+        if one.now < one.need.at_least:
+            console.say(f"[dim]{stages} will wait for nodes: {one.need.told}, {one.now} fit now[/]")
 
 
 def train_alone(recipe: Recipe, storage: Place, label: str, console: Console) -> Artifact | None:
@@ -187,7 +206,7 @@ class _Graph:
         job = PrepareJob(name, corpus, places, recipe.model.language, template, facts.vision, draft.place.uri)
 
         def build(bar: Bar) -> dict[str, Any]:
-            return prepare(job, facts.tokenizer, bar).figures()
+            return prepare(job, facts.tokenizer, bar, labels_for(PREPARE, recipe.resources)).figures()
 
         return Stage(
             f"prepare {name}",

@@ -21,6 +21,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from raylava.cluster.nodes import resources_at
 from raylava.console import Bar
 from raylava.corpus.blocks import (
     LENGTHS,
@@ -75,8 +76,9 @@ class Job:
         return [SourceFiles(source, *places) for source, places in zip(self.corpus.sources, self.places, strict=True)]
 
 
-def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
-    """Make the blocks that are missing, then the manifest. `tokenizer` is its identity, for the manifest.
+def prepare(job: Job, tokenizer: str, bar: Bar, labels: dict[str, str] | None = None) -> Manifest:
+    """Make the blocks that are missing, then the manifest. `tokenizer` is its identity, for the manifest; `labels`
+    select the nodes to work on.
 
     Raises UserError when the source isn't LLaVA JSON, or when more rows are set aside than `quarantine_limit` allows.
     """
@@ -88,7 +90,7 @@ def prepare(job: Job, tokenizer: str, bar: Bar) -> Manifest:
     for shard in done:
         tally.add(_read_record(output, shard))
     bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
-    for record in _run(job, pending):
+    for record in _run(job, pending, labels or {}):
         tally.add(record)
         bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
     return _publish(job, output, shards, rows_in, tokenizer)
@@ -126,7 +128,7 @@ def _shards(job: Job) -> Iterator[list[bytes]]:
         yield lines
 
 
-def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
+def _run(job: Job, pending: list[int], labels: dict[str, str]) -> Iterator[BlockRecord]:
     """The records of the pending shards, as Ray Data finishes them."""
     if not pending:
         return
@@ -136,9 +138,9 @@ def _run(job: Job, pending: list[int]) -> Iterator[BlockRecord]:
         [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
     )
     # Actors and not tasks: a second shard waits in each, so that none idles while Ray Data looks round (0.2 s a shard).
-    workers = max(1, min(len(pending), int(ray.cluster_resources().get("CPU", 1))))
+    workers = max(1, min(len(pending), int(resources_at(labels).get("CPU", 0))))
     pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_tasks_in_flight_per_actor=2)
-    made = shards.map(_MakeBlock, fn_constructor_args=(job,), compute=pool)
+    made = shards.map(_MakeBlock, fn_constructor_args=(job,), compute=pool, label_selector=labels or None)
     for row in made.iter_rows():
         if row["problem"]:
             raise RunError(f"preparing corpora.{job.name} failed: {row['problem']}")

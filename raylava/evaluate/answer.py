@@ -6,13 +6,14 @@ The model is any Hugging Face folder of a LLaVA; it is asked as plain transforme
 import functools
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
 from PIL import Image
 
+from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Bar
 from raylava.corpus.images import decode
 from raylava.corpus.quarantine import BadRow, Reason
@@ -53,11 +54,13 @@ class Actors:
     most: int | None = 1
     cpus: int = 1
     gpus: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes they may be on, as Ray selects them
 
     @classmethod
     def of(cls, resources: Resources) -> Self:
         """As many as a recipe's training has workers, each with what a worker has."""
-        return cls(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+        labels = labels_for(TRAIN, resources)
+        return cls(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, labels)
 
 
 def answer(
@@ -95,6 +98,7 @@ def _asked(questions: list[Question], asking: Asking, actors: Actors) -> Iterato
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors.most or len(rows), len(rows))),
         num_cpus=actors.cpus,
         num_gpus=actors.gpus,
+        label_selector=dict(actors.labels) or None,
     )
     for row in answered.iter_rows():
         if row["problem"]:

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Bar, meanwhile
 from raylava.errors import RunError, first_line
 from raylava.recipe import Resources
@@ -51,6 +52,7 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
             num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=_per_worker(resources),
+            label_selector=labels_for(TRAIN, resources) or None,
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,

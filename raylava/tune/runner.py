@@ -19,6 +19,8 @@ from ray import tune
 from rich.table import Table
 
 from raylava.artifacts import lock
+from raylava.cluster.nodes import resources_in_time
+from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Console, meanwhile
 from raylava.errors import UserError, first_line
 from raylava.recipe import Resources
@@ -73,7 +75,7 @@ class SweepRun:
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
             sources = self._sources()
             clock = self._clock()
-            at_once = concurrent_trials(resources, ray.cluster_resources())
+            at_once = concurrent_trials(resources, resources_in_time(labels_for(TRAIN, largest)))
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
 
@@ -123,7 +125,7 @@ class SweepRun:
         shown = _shown(board, self._expected(sources), clock, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, shown:
             tune.Tuner(
-                tune.with_resources(run_trial, {"cpu": 0, "memory": 1}),  # a byte: Tune will have something reserved
+                tune.with_resources(run_trial, _trial_bundles()),
                 param_space=settings,
                 tune_config=tune.TuneConfig(
                     search_alg=trials, scheduler=EarlyStop(trials), num_samples=-1, max_concurrent_trials=at_once
@@ -160,6 +162,14 @@ def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int
     if gpus:
         fits = min(fits, int(cluster.get("GPU", 0) // gpus))
     return max(1, fits)
+
+
+def _trial_bundles() -> tune.PlacementGroupFactory:
+    """What Tune reserves for a trial, which trains nothing itself: a byte, for it will have something, on the driver's
+    node: trials watch over workers that come and go, and must not go with them.
+    """
+    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[node])
 
 
 class Clock:

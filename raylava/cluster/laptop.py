@@ -1,0 +1,232 @@
+"""An autoscaling cluster on one machine: cluster/laptop.yaml's node types, nodes that are processes, autoscaler v2.
+
+Ray's own fake multi-node provider starts the nodes. The dashboard is on loopback, token authentication is on, and what
+is stopped is what was started here: each of its processes carries the cluster's folder in its environment.
+"""
+
+import copy
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import (
+    FAKE_HEAD_NODE_ID,
+    FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
+)
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.util import get_node_ip_address
+
+from raylava.cluster.roles import CLUSTER_FILE, NODE_ROLES
+from raylava.errors import RunError, UserError, first_line
+from raylava.storage import cache_folder
+
+logger = logging.getLogger(__name__)
+
+_MARK = "RAYLAVA_LAPTOP"  # in the environment of every process of the cluster: its folder
+_START_SECONDS = 60.0
+_COMMANDS = (
+    "cluster_synced_files",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+
+
+class Provider(FakeMultiNodeProvider):
+    """Ray's provider by another name: what `provider.type: fake_multinode` wants is not in Ray's wheel."""
+
+
+@dataclass(frozen=True)
+class Laptop:
+    """A cluster that was started. `folder` holds its token, its configuration and Ray's own files."""
+
+    folder: str
+    address: str  # http, of the dashboard and job server
+    gcs: str
+
+    def environment(self) -> dict[str, str]:
+        """What a shell wants set so that raylava and `ray job` find the cluster and are let in."""
+        return {
+            "RAY_API_SERVER_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{self.folder}/auth_token",
+        }
+
+    def processes(self) -> Iterator[psutil.Process]:
+        """The cluster's processes, jobs included."""
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get(_MARK) == self.folder:
+                    yield process
+
+    def stop(self) -> None:
+        """Kill what was started and remove its folder. Nothing else on the machine is touched."""
+        for _ in range(10):  # a process may be starting another while we look
+            found = list(self.processes())
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(found, timeout=10)
+            if not found:
+                break
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def start(config: Path) -> Laptop:
+    """A cluster as the file describes it; returns once its job server answers.
+
+    Raises UserError for a file that is none, RunError when it does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="raylava-"))  # short: sockets lie below it
+    gcs_port, dashboard_port, client_port = _free_ports(3)
+    laptop = Laptop(str(folder), f"http://127.0.0.1:{dashboard_port}", f"{get_node_ip_address()}:{gcs_port}")
+    described = _completed(config, laptop)
+    (folder / "cluster.json").write_text(json.dumps(described))
+    token = folder / "auth_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"),
+        *(f"--port={gcs_port}", f"--temp-dir={folder}/ray"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--dashboard-agent-listen-port=0"),
+        *("--num-cpus=0", f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
+        *(f"--labels={_labels(described)}", f"--autoscaling-config={folder}/cluster.json"),
+    ]
+    started = subprocess.run(command, env=_environment(laptop), capture_output=True, text=True)
+    (folder / "start.log").write_text(started.stdout + started.stderr)
+    if started.returncode != 0:
+        told = (started.stderr.strip() or started.stdout.strip()).splitlines()[-1:]
+        laptop.stop()
+        raise RunError(f"the laptop cluster did not start: {' '.join(told)}")
+    _await(laptop)
+    return laptop
+
+
+def _environment(laptop: Laptop) -> dict[str, str]:
+    """This process's, without what would lead the new cluster's processes to another one."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"  # jobs say `python`
+    return (
+        kept
+        | laptop.environment()
+        | {
+            _MARK: laptop.folder,
+            NODE_ROLES: "1",
+            CLUSTER_FILE: f"{laptop.folder}/cluster.json",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+    )
+
+
+def _completed(config: Path, laptop: Laptop) -> dict[str, Any]:
+    try:
+        described = yaml.safe_load(config.read_text())
+        types = dict(described["available_node_types"])
+        head = types.pop(described["head_node_type"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: not a cluster's file: {type(error).__name__} {error}") from error
+    head["resources"].setdefault("memory", psutil.virtual_memory().total // 4)
+    provider = {
+        "type": "external",
+        "module": f"{Provider.__module__}.{Provider.__qualname__}",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+        "gcs_address": laptop.gcs,
+    }
+    defaults: dict[str, Any] = {key: [] for key in _COMMANDS} | {
+        "file_mounts": {},
+        "auth": {},
+    }  # nodes that are processes want none
+    types[FAKE_HEAD_NODE_TYPE] = head  # Ray's provider knows the head by this name
+    completed: dict[str, Any] = (
+        defaults
+        | described
+        | {"provider": provider, "available_node_types": types, "head_node_type": FAKE_HEAD_NODE_TYPE}
+    )
+    try:
+        validate_config(prepare_config(copy.deepcopy(completed)))
+    except Exception as error:  # of many kinds: jsonschema's, ValueError, KeyError
+        raise UserError(f"{config}: {first_line(error)}") from error
+    return completed
+
+
+def _labels(described: dict[str, Any]) -> str:
+    labels = described["available_node_types"][described["head_node_type"]].get("labels", {})
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def _await(laptop: Laptop) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    host, port = laptop.address.removeprefix("http://").split(":")
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.2)
+    laptop.stop()
+    raise RunError(f"the laptop cluster's job server did not answer at {laptop.address} in {_START_SECONDS:.0f} s")
+
+
+def up(config: Path) -> Laptop:
+    """The laptop cluster that runs, or a new one."""
+    return running() or _kept(start(config))
+
+
+def down() -> bool:
+    """Stop the laptop cluster; False when none runs."""
+    laptop = running()
+    if laptop is not None:
+        laptop.stop()
+    _file().unlink(missing_ok=True)
+    return laptop is not None
+
+
+def running() -> Laptop | None:
+    """The one that `up` started, if it lives."""
+    try:
+        laptop = Laptop(**json.loads(_file().read_text()))
+    except FileNotFoundError:
+        return None
+    return laptop if any(laptop.processes()) else None
+
+
+def _kept(laptop: Laptop) -> Laptop:
+    _file().parent.mkdir(parents=True, exist_ok=True)
+    _file().write_text(json.dumps(asdict(laptop)))
+    return laptop
+
+
+def _file() -> Path:
+    return cache_folder() / "laptop.json"

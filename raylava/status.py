@@ -1,0 +1,73 @@
+"""How far runs are, by what they left in storage alone: artifacts, locks, ledgers and metrics. Asks no cluster."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from raylava.artifacts import HEARTBEAT_SECONDS, LOCK, RECORD, STALE_AFTER_SECONDS
+from raylava.storage import Place
+from raylava.train.job import CHECKPOINTS
+from raylava.train.telemetry import recorded_steps
+
+STAGES = ("prepare", "pretrain", "finetune", "untrained", "evaluate")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One artifact, made or being made. `state` is made, building, or stopped (nobody builds it now)."""
+
+    stage: str
+    fingerprint: str
+    state: str
+    detail: str
+    at: float  # seconds since the epoch: when it was finished, or last moved
+    figures: dict[str, Any]
+
+
+def standings(storage: Place, fingerprints: set[str] | None = None) -> list[Standing]:
+    """Every artifact in storage (or those of a recipe), in the order of the stages, the newest last."""
+    found = [one for stage in STAGES for one in _of_stage(storage, stage, fingerprints)]
+    return sorted(found, key=lambda one: (STAGES.index(one.stage), one.at))
+
+
+def _of_stage(storage: Place, stage: str, fingerprints: set[str] | None) -> Iterator[Standing]:
+    for folder in (storage / stage).children():
+        if fingerprints is None or folder.name in fingerprints:
+            yield _made(stage, folder) or _unfinished(stage, folder)
+
+
+def _made(stage: str, folder: Place) -> Standing | None:
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except FileNotFoundError:
+        return None
+    finished = datetime.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    return Standing(stage, folder.name, "made", f"in {record['seconds']:.0f} s", finished, record["metrics"])
+
+
+def _unfinished(stage: str, folder: Place) -> Standing:
+    heartbeat = _heartbeat(folder)
+    is_building = heartbeat is not None and time.time() - heartbeat < STALE_AFTER_SECONDS + HEARTBEAT_SECONDS
+    steps = recorded_steps(folder)
+    kept = sorted(child.name for child in (folder / CHECKPOINTS).children() if child.name.startswith("step-"))
+    figures: dict[str, Any] = {}
+    parts = []
+    if steps:
+        last = steps[-1]
+        figures = {"step": last["step"] + 1, "loss": last["loss"], "tokens_per_second": last["tokens_per_second"]}
+        parts.append(f"step {figures['step']}, loss {last['loss']:.3g}, {last['tokens_per_second']:,.0f} tokens/s")
+    if kept:
+        figures["checkpoint"] = int(kept[-1].removeprefix("step-"))
+        parts.append(f"checkpoint of step {figures['checkpoint']}")
+    state = "building" if is_building else "stopped"
+    return Standing(stage, folder.name, state, "; ".join(parts), heartbeat or 0.0, figures)
+
+
+def _heartbeat(folder: Place) -> float | None:
+    try:
+        return float(json.loads((folder / LOCK).read_bytes())["heartbeat"])
+    except FileNotFoundError:
+        return None
