@@ -23,7 +23,7 @@ from raylava.storage import cache_folder
 if TYPE_CHECKING:
     from raylava.recipe import Recipe
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("raylava.cli")  # not __name__, which `python -m` makes __main__: its lines would be lost
 
 DEFAULT_STORAGE = "raylava-storage"
 
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, out: IO[str], console: Console) -> int:
         console.error("stopped; the same command goes on from what is finished")
         return 130
     except Exception as error:  # told in one line; the log file has the rest
-        logging.getLogger(__name__).info("the command failed", exc_info=error)
+        logger.info("the command failed", exc_info=error)
         console.error(first_line(error))
         console.say(f"[dim]all that was written on the way: {console.log}[/]")
         return 1

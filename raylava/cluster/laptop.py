@@ -23,12 +23,23 @@ from typing import Any
 
 import psutil
 import yaml
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._private.ray_constants import LABELS_ENVIRONMENT_VARIABLE, RESOURCES_ENVIRONMENT_VARIABLE
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
     FakeMultiNodeProvider,
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.tags import (
+    NODE_KIND_WORKER,
+    STATUS_UP_TO_DATE,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_NAME,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
 from ray.util import get_node_ip_address
 
 from raylava.cluster.roles import CLUSTER_FILE, NODE_ROLES
@@ -51,7 +62,45 @@ _COMMANDS = (
 
 
 class Provider(FakeMultiNodeProvider):
-    """Ray's provider by another name: what `provider.type: fake_multinode` wants is not in Ray's wheel."""
+    """Ray's fake multi-node provider (what its `provider.type: fake_multinode` wants is not in Ray's wheel), with a
+    folder for each node: in one folder, each new node unpacks the job's files anew under the feet of the driver.
+    """
+
+    def _create_node_with_resources_and_labels(
+        self, node_config: Any, tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
+    ) -> None:
+        custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+        with self.lock:
+            name = self._next_hex_node_id()
+            kind = tags[TAG_RAY_USER_NODE_TYPE]
+            parameters = RayParams(
+                temp_dir=f"{os.environ[_MARK]}/{name[-3:]}",
+                min_worker_port=0,
+                max_worker_port=0,
+                dashboard_port=None,
+                dashboard_agent_listen_port=0,
+                num_cpus=resources.get("CPU", 0),
+                num_gpus=resources.get("GPU", 0),
+                resources=custom,
+                labels=labels,
+                redis_address=self._gcs_address,
+                gcs_address=self._gcs_address,
+                env_vars={
+                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": name,
+                    "RAY_CLOUD_INSTANCE_ID": name,
+                    "RAY_NODE_TYPE_NAME": kind,
+                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(custom),
+                    LABELS_ENVIRONMENT_VARIABLE: json.dumps(labels),
+                },
+            )
+            node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+            about = {
+                TAG_RAY_NODE_KIND: NODE_KIND_WORKER,
+                TAG_RAY_USER_NODE_TYPE: kind,
+                TAG_RAY_NODE_NAME: name,
+                TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
+            }
+            self._nodes[name] = {"tags": about | tags, "node": node}
 
 
 @dataclass(frozen=True)
@@ -136,6 +185,7 @@ def _environment(laptop: Laptop) -> dict[str, str]:
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # a node is a process here: there in seconds, or lost
         }
     )
 
