@@ -46,6 +46,7 @@ from raylava.corpus.images import prepare_picture
 from raylava.corpus.quarantine import BadRow, Quarantined, Reason
 from raylava.corpus.sources import Pick, Row, SourceFiles, image_place, parse_row, sample_id
 from raylava.errors import RunError, UserError
+from raylava.gauges import Gauges
 from raylava.model.backbones import VisionSpec, load_tokenizer
 from raylava.model.templates import IMAGE_TOKEN, Template
 from raylava.recipe import Corpus, Language
@@ -89,10 +90,12 @@ def prepare(job: Job, tokenizer: str, bar: Bar, labels: dict[str, str] | None = 
     tally = _Tally(job, rows_in, output)
     for shard in done:
         tally.add(_read_record(output, shard))
+    gauges = Gauges(output.name, "prepare")
     bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
     for record in _run(job, pending, labels or {}):
         tally.add(record)
         bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
+        gauges.set(rows=tally.rows, quarantined_rows=tally.quarantined)
     return _publish(job, output, shards, rows_in, tokenizer)
 
 

@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Bar, meanwhile
 from raylava.errors import RunError, first_line
+from raylava.gauges import Gauges
 from raylava.recipe import Resources
 from raylava.session import here
 from raylava.storage import place
@@ -67,13 +68,15 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
         ),
     )
     with _shown(watch, bar, job.stage):
-        _fit(trainer, job.stage)
+        _fit(trainer, job.stage, Gauges(output.name, job.stage))
     (output / CHECKPOINTS).delete()
     return summary(output)
 
 
-def _fit(trainer: TorchTrainer, stage: str) -> None:
+def _fit(trainer: TorchTrainer, stage: str, gauges: Gauges) -> None:
     """Train; after a lost worker go on from the last checkpoint, after an error of its own stop at once."""
+    lost = 0
+    gauges.set(lost_workers=lost)
     for attempt in range(_MAX_LOSSES + 1):
         try:
             trainer.fit()
@@ -81,6 +84,8 @@ def _fit(trainer: TorchTrainer, stage: str) -> None:
         except TrainingFailedError as error:
             if attempt == _MAX_LOSSES or not _lost_workers(error):
                 raise RunError(f"{stage} failed: {_cause(error)}") from error
+            lost += len(_lost_workers(error))
+            gauges.set(lost_workers=lost)
             logger.warning("%s: lost worker %s; going on from the last checkpoint", stage, _lost_workers(error))
 
 

@@ -1,5 +1,6 @@
 """One Ray Train worker: the loop's host as Ray gives it. With trainer.py, the only room where training meets Ray."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,11 +10,11 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
-from ray.util.metrics import Gauge
 
+from raylava.gauges import Gauges
 from raylava.storage import place
 from raylava.train.figures import StepFigures
-from raylava.train.host import KeptCheckpoint, Upload
+from raylava.train.host import COMPUTING, LOADING, KeptCheckpoint, Upload
 from raylava.train.job import CHECKPOINTS, TrainJob
 from raylava.train.loop import Loop
 
@@ -32,8 +33,8 @@ class _RayHost:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._checkpoints, self._watch = place(job.output) / CHECKPOINTS, watch
-        names = [name for name in StepFigures.__dataclass_fields__ if name != "step"]  # ray_raylava_loss in Prometheus
-        self._gauges = {name: Gauge(f"raylava_{name}", description=f"raylava training: {name}") for name in names}
+        self._gauges = Gauges(place(job.output).name, job.stage, self.rank)
+        self._started = self._loading = time.monotonic()
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[KeptCheckpoint | None]:
@@ -50,6 +51,7 @@ class _RayHost:
 
         def uploaded(local: Checkpoint, _: str) -> Checkpoint:
             upload(Path(local.path), target)
+            self._gauges.set(checkpoint_time_seconds=time.time())
             return Checkpoint(path=target.path, filesystem=target.filesystem)
 
         ray.train.report(
@@ -65,9 +67,12 @@ class _RayHost:
 
     def beat(self, step: int, doing: str) -> None:
         self._watch.beat.remote(self.rank, step, doing)
+        if doing == LOADING:
+            self._loading = time.monotonic()
+        elif doing == COMPUTING:
+            self._gauges.set(data_wait_seconds=time.monotonic() - self._loading)
 
     def show(self, figures: StepFigures, steps: int) -> None:
         self._watch.update.remote(figures.step + 1, steps, **figures.shown())
-        for name, value in asdict(figures).items():
-            if name in self._gauges and value is not None:
-                self._gauges[name].set(float(value))
+        self._gauges.set(**asdict(figures))
+        self._gauges.set(worker_seconds=self.world_size * (time.monotonic() - self._started))
