@@ -1,0 +1,56 @@
+"""How far runs are, told by storage alone."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from raylava.artifacts import Draft, lock
+from raylava.cli import main
+from raylava.status import standings
+from raylava.storage import Place, place
+
+
+def training(folder: Place, *, heartbeat: float | None) -> None:
+    """What an unfinished finetuning leaves after twelve steps."""
+    figures = {"loss": 1.5, "tokens_per_second": 1000.0, "seconds": 1.0, "waiting_share": 0.0}
+    lines = [json.dumps({"step": step} | figures) + "\n" for step in range(12)]
+    (folder / "metrics.jsonl").write_bytes("".join(lines).encode() + b'{"step": 12, "lo')
+    (folder / "checkpoints" / "step-00000008" / "cursor.json").write_bytes(b"{}")
+    if heartbeat is not None:
+        (folder / "lock.json").write_bytes(json.dumps({"heartbeat": heartbeat}).encode())
+
+
+@pytest.mark.parametrize(
+    ("age", "state"), [(0.0, "building"), (3600.0, "stopped"), (None, "stopped")], ids=["fresh", "stale", "none"]
+)
+def test_an_unfinished_training_is_told_by_its_steps_its_checkpoint_and_its_lock(
+    age: float | None, state: str, tmp_path: Path
+) -> None:
+    training(place(tmp_path) / "finetune" / "abc", heartbeat=None if age is None else time.time() - age)
+    (one,) = standings(place(tmp_path))
+    assert (one.stage, one.fingerprint, one.state) == ("finetune", "abc", state)
+    assert one.detail == "step 12, loss 1.5, 1,000 tokens/s; checkpoint of step 8"
+
+
+def test_a_real_lock_counts_as_building(tmp_path: Path) -> None:
+    folder = place(tmp_path) / "prepare" / "abc"
+    with lock(folder, "prepare"):
+        (one,) = standings(place(tmp_path))
+        assert one.state == "building"
+
+
+def test_what_is_made_is_told_with_its_time_and_the_stages_stand_in_their_order(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("evaluate", "prepare"):
+        Draft(stage, {}, place(tmp_path)).commit({"rows": 1}, {}, 12.0)
+    assert [(one.stage, one.state, one.detail) for one in standings(place(tmp_path))] == [
+        ("prepare", "made", "in 12 s"),
+        ("evaluate", "made", "in 12 s"),
+    ]
+    assert main(["status", "--storage", str(tmp_path)]) == 0
+    assert "in storage" in capfd.readouterr().err
+    assert main(["status", "--storage", str(tmp_path / "none")]) == 0
+    assert "nothing there yet" in capfd.readouterr().out
