@@ -150,6 +150,22 @@ def test_nodes_come_for_the_stages_that_want_them_one_is_lost_and_the_result_is_
     assert again.count(" found ") == again.count("✓"), "all is there already"
 
 
+def test_a_recipe_submitted_twice_is_one_job_that_can_be_stopped(cluster: Laptop, file: Path, tmp_path: Path) -> None:
+    given = [str(file), "--storage", str(tmp_path)]
+    first = finish(raylava(cluster, "submit", *given, "--detach"))
+    second = finish(raylava(cluster, "submit", *given, "--detach"))
+    assert "submitted" in first
+    assert "runs already" in second
+    assert "stopping" in finish(raylava(cluster, "stop", *given))
+    wait_for(lambda: "no such job runs" in finish(raylava(cluster, "stop", *given)))
+    told = finish(raylava(cluster, "check", str(file), "--storage", str(tmp_path), "--address", cluster.address))
+    assert "2 × {CPU: 1} on raylava.io/role=train" in " ".join(told.split())
+    never = raylava(cluster, "submit", *given, "resources.workers=9")
+    told = never.communicate(timeout=120)[0]
+    assert never.returncode == 1
+    assert "pretrain and finetune can never start on this cluster" in " ".join(told.split())
+
+
 def test_nodes_that_share_no_disk_meet_in_a_bucket_and_no_secret_gets_into_it(
     cluster: Laptop, file: Path, s3: str, tmp_path: Path
 ) -> None:
