@@ -104,13 +104,13 @@ def run(recipe: Recipe, storage: Place, console: Console, only: str | None = Non
     if not missing:
         return {stage.label: found(stage, console) for stage in stages}
     with ray_session(recipe.resources):
-        _check_room(recipe, console)
+        check_room(recipe, console)
         for stage in stages:
             artifacts[stage.label] = make(stage, console)
     return artifacts
 
 
-def _check_room(recipe: Recipe, console: Console) -> None:
+def check_room(recipe: Recipe, console: Console) -> None:
     """Raises UserError where the cluster can never do the work; says what waits for nodes that are to be started."""
     types = startable() if os.environ.get("RAY_ADDRESS") else []
     for one in provisions(needs(recipe, has_roles()), live(), types):

@@ -7,6 +7,7 @@ it finds on the nodes. The job's name is the fingerprint of what it makes: the s
 import asyncio
 import json
 import logging
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,8 @@ def work_of(file: str, overrides: list[str], storage: str) -> Work:
     else:
         recipe = absolute(load_recipe(file, overrides))
         work = Work(recipe.name, ("run", _FILE, "--storage", storage), {_FILE: recipe.model_dump(mode="json")})
-    for where, value in _texts(dict(work.files)):
-        if urlsplit(value).password:
+    for where, value in _texts({"arguments": work.arguments} | dict(work.files)):
+        if urlsplit(value.partition("=")[2] or value).password or urlsplit(value).password:
             raise UserError(f"{file}: {where} holds a password; leave it to the nodes' environment or role")
     return work
 
@@ -109,7 +110,7 @@ class Jobs:
         submission = work.id if not attempts else f"{work.id}-{attempts + 1}"
         with _folder(work) as folder:
             self._client.submit_job(
-                entrypoint=" ".join(("python", "-m", "raylava.cli", *work.arguments)),
+                entrypoint=entrypoint(work.arguments),
                 submission_id=submission,
                 runtime_env={"working_dir": str(folder)},
                 metadata={"raylava": work.arguments[0], "name": work.name},
@@ -120,7 +121,7 @@ class Jobs:
         """A job that nobody else follows, such as a question to the cluster. Raises RunError when it fails."""
         with _folder(Work("ask", arguments, files)) as folder:
             submission = self._client.submit_job(
-                entrypoint=" ".join(("python", "-m", "raylava.cli", *arguments)),
+                entrypoint=entrypoint(arguments),
                 runtime_env={"working_dir": str(folder)},
             )
         self.follow(submission, out)
@@ -157,6 +158,11 @@ class Jobs:
 
     def _attempts(self, work: Work) -> list[JobDetails]:
         return [job for job in self._client.list_jobs() if (job.submission_id or "").startswith(work.id)]
+
+
+def entrypoint(arguments: tuple[str, ...]) -> str:
+    """What the job server gives to a shell."""
+    return shlex.join(("python", "-m", "raylava.cli", *arguments))
 
 
 @contextmanager

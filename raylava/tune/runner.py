@@ -25,7 +25,7 @@ from raylava.console import Console, meanwhile
 from raylava.errors import UserError, first_line
 from raylava.recipe import Resources
 from raylava.session import here, ray_session
-from raylava.stages import absolute, stages_of
+from raylava.stages import absolute, check_room, stages_of
 from raylava.storage import Place, patiently
 from raylava.tune.board import Board, Where
 from raylava.tune.outcome import Ended, Tried
@@ -73,6 +73,10 @@ class SweepRun:
         resources = [variant.recipe.resources for variant in self._variants]
         largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
+            for recipe in {
+                variant.recipe.resources.model_dump_json(): variant.recipe for variant in self._variants
+            }.values():
+                check_room(recipe, console)
             sources = self._sources()
             clock = self._clock()
             at_once = concurrent_trials(resources, resources_in_time(labels_for(TRAIN, largest)))

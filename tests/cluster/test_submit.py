@@ -1,12 +1,13 @@
 """What travels with a job: a validated file and this raylava, under a name that is the same for the same work."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from raylava.cli import main
-from raylava.cluster.jobs import Jobs, work_of
+from raylava.cluster.jobs import Jobs, entrypoint, work_of
 from raylava.demo import recipes_folder
 from raylava.errors import UserError
 from raylava.recipe_file import load_recipe
@@ -46,6 +47,13 @@ def test_a_password_does_not_travel() -> None:
     with pytest.raises(UserError, match=r"tracking\.mlflow holds a password") as told:
         work_of(RECIPE, ["tracking.mlflow=postgresql://me:planted-secret@host/db"], STORAGE)
     assert "planted-secret" not in str(told.value)
+    with pytest.raises(UserError, match=r"arguments\.3 holds a password"):
+        work_of(RECIPE, [], "s3://key:planted-secret@bucket/raylava")
+
+
+def test_a_shell_reads_what_is_submitted_as_it_was_meant() -> None:
+    work = work_of(str(recipes_folder() / "ablations.yaml"), ["name=$(touch owned)"], "/a place/of; mine")
+    assert shlex.split(entrypoint(work.arguments))[3:] == list(work.arguments)
 
 
 def test_a_cluster_that_is_not_named_or_not_there_is_told(

@@ -144,12 +144,6 @@ def test_the_driver_killed_and_started_again_changes_nothing(
     check_the_same(job, lines, peaceful)
 
 
-def test_zero_stage_one_resumes_as_well(job: TrainJob, tmp_path: Path) -> None:
-    whole, hurt = at(job, tmp_path / "whole", zero_stage=1), at(job, tmp_path / "hurt", zero_stage=1)
-    expected = train_to_the_end(whole)
-    check_the_same(hurt, train_to_the_end(hurt, then="kill_worker"), (whole, expected))
-
-
 def test_a_node_lost_without_notice_is_survived_on_fewer_workers(
     job: TrainJob, peaceful: tuple[TrainJob, Lines], tmp_path: Path
 ) -> None:
