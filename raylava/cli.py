@@ -55,10 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def job(command: str, subject: str, *fixed: str) -> int:
     """A command as jobs/ calls it, what it is about given as an option (`--recipe FILE`); returns its exit status."""
+    from raylava.cluster.jobs import check_shared
+
     parser = argparse.ArgumentParser(description=f"raylava {command}, as a job", add_help=False)
     parser.add_argument(subject, dest="subject", required=True)
+    parser.add_argument("--storage", required=True)
     given, rest = parser.parse_known_args()
-    return main([command, given.subject, *fixed, *rest])
+    try:
+        check_shared(given.storage)
+    except UserError as error:
+        parser.error(str(error))
+    return main([command, given.subject, *fixed, "--storage", given.storage, *rest])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--cluster", metavar="FILE", help="against the node types of a `ray up` file or KubeRay manifest"
     )
-    _takes_address(check, "against the cluster there, as it is and as it may grow")
+    check.add_argument("--address", metavar="URL", help="against the cluster there, as it is and as it may grow")
     _takes_recipe(check)
     submit = command("submit", _submit, "run a recipe or sweep as a job of a cluster, and follow it")
     submit.add_argument("--detach", action="store_true", help="do not follow it")
@@ -222,7 +229,7 @@ def _takes_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _takes_address(parser: argparse.ArgumentParser, about: str) -> None:
-    parser.add_argument("--address", metavar="URL", default=None, help=f"{about} (RAY_API_SERVER_ADDRESS)")
+    parser.add_argument("--address", metavar="URL", help=f"{about} (RAY_API_SERVER_ADDRESS)")
 
 
 def _address(arguments: argparse.Namespace) -> str | None:
@@ -290,8 +297,10 @@ def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_known(recipe.model.language, recipe.model.vision)
-    if arguments.address and arguments.address.startswith("http"):
-        return _check_there(arguments, console)
+    if arguments.address and arguments.cluster:
+        raise UserError("check takes --cluster FILE or --address URL; leave one out")
+    if arguments.address not in (None, "auto"):
+        return _check_there(arguments, recipe, console)
     if arguments.address or arguments.cluster:
         return _check_cluster(arguments, recipe, console)
     return Outcome(recipe.model_dump(mode="json"), f"{arguments.recipe}: good")
@@ -323,15 +332,16 @@ def _check_cluster(arguments: argparse.Namespace, recipe: "Recipe", console: Con
     return Outcome({"provisions": [asdict(one) for one in found]}, f"{arguments.recipe}: {told}")
 
 
-def _check_there(arguments: argparse.Namespace, console: Console) -> Outcome:
+def _check_there(arguments: argparse.Namespace, recipe: "Recipe", console: Console) -> Outcome:
     """The same question, put by a job: only a driver sees the cluster's nodes and the autoscaler's file."""
-    from raylava.cluster.jobs import Jobs
-    from raylava.recipe_file import load_recipe
+    from raylava.cluster.jobs import Jobs, Work
+    from raylava.stages import absolute
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides).model_dump(mode="json")
     command = ("check", "recipe.yaml", "--address", "auto", "--storage", arguments.storage)
-    Jobs(arguments.address).run(command, {"recipe.yaml": recipe}, console.stream)
-    return Outcome({}, f"{arguments.recipe}: the cluster can run it")
+    work = Work(recipe.name, command, {"recipe.yaml": absolute(recipe).model_dump(mode="json")})
+    told = Jobs(arguments.address).ask(work)
+    console.stream.write(told)
+    return Outcome({"told": told})
 
 
 def _submit(arguments: argparse.Namespace, console: Console) -> Outcome:
@@ -356,7 +366,7 @@ def _stop(arguments: argparse.Namespace, console: Console) -> Outcome:
 
     work = work_of(arguments.recipe, arguments.overrides, arguments.storage)
     stopped = Jobs(_address(arguments)).stop(work)
-    told = f"{stopped}: stopping; submit again to go on from the last checkpoint" if stopped else "no such job runs"
+    told = f"{stopped}: stopped; submit again to go on from the last checkpoint" if stopped else "no such job runs"
     return Outcome({"submission_id": stopped}, told)
 
 
@@ -380,10 +390,11 @@ def _status(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _laptop(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.cluster.laptop import down, up
+    from raylava.cluster.laptop import VARIABLES, down, up
 
     if arguments.what == "down":
-        return Outcome({}, "stopped" if down() else "no laptop cluster runs")
+        console.say("stopped" if down() else "no laptop cluster runs")
+        return Outcome({}, f"unset {' '.join(VARIABLES)}")
     environment = up(Path(arguments.cluster)).environment()
     console.say('a cluster that grows when there is work; `eval "$(raylava laptop up)"` tells this shell of it')
     return Outcome(environment, "\n".join(f"export {name}={value}" for name, value in environment.items()))

@@ -104,16 +104,20 @@ def run(recipe: Recipe, storage: Place, console: Console, only: str | None = Non
     if not missing:
         return {stage.label: found(stage, console) for stage in stages}
     with ray_session(recipe.resources):
-        check_room(recipe, console)
+        check_room(recipe, {stage.draft.stage for stage in missing}, console)
         for stage in stages:
             artifacts[stage.label] = make(stage, console)
     return artifacts
 
 
-def check_room(recipe: Recipe, console: Console) -> None:
-    """Raises UserError where the cluster can never do the work; says what waits for nodes that are to be started."""
+def check_room(recipe: Recipe, kinds: set[str], console: Console) -> None:
+    """Whether the cluster that is joined has room for such stages (prepare, finetune, …) of the recipe.
+
+    Raises UserError where it never will; says what waits for nodes that are to be started.
+    """
     types = startable() if os.environ.get("RAY_ADDRESS") else []
-    for one in provisions(needs(recipe, has_roles()), live(), types):
+    wanted = [need for need in needs(recipe, has_roles()) if kinds & set(need.stages)]
+    for one in provisions(wanted, live(), types):
         stages = " and ".join(one.need.stages)
         if one.is_impossible:
             raise UserError(f"{stages} can never start on this cluster: {one.need.told}: {one.reason}")

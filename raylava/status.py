@@ -1,6 +1,7 @@
 """How far runs are, by what they left in storage alone: artifacts, locks, ledgers and metrics. Asks no cluster."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from raylava.artifacts import HEARTBEAT_SECONDS, LOCK, RECORD, STALE_AFTER_SECONDS
 from raylava.storage import Place
-from raylava.train.job import CHECKPOINTS
+from raylava.train.job import CHECKPOINTS, SNAPSHOT
 from raylava.train.telemetry import recorded_steps
 
 STAGES = ("prepare", "pretrain", "finetune", "untrained", "evaluate")
@@ -52,18 +53,28 @@ def _unfinished(stage: str, folder: Place) -> Standing:
     heartbeat = _heartbeat(folder)
     is_building = heartbeat is not None and time.time() - heartbeat < STALE_AFTER_SECONDS + HEARTBEAT_SECONDS
     steps = recorded_steps(folder)
-    kept = sorted(child.name for child in (folder / CHECKPOINTS).children() if child.name.startswith("step-"))
+    kept = _whole_checkpoints(folder)
     figures: dict[str, Any] = {}
     parts = []
     if steps:
         last = steps[-1]
         figures = {"step": last["step"] + 1, "loss": last["loss"], "tokens_per_second": last["tokens_per_second"]}
-        parts.append(f"step {figures['step']}, loss {last['loss']:.3g}, {last['tokens_per_second']:,.0f} tokens/s")
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.3g}"
+        parts.append(f"step {figures['step']}, loss {loss}, {last['tokens_per_second']:,.0f} tokens/s")
     if kept:
-        figures["checkpoint"] = int(kept[-1].removeprefix("step-"))
+        figures["checkpoint"] = kept[-1]
         parts.append(f"checkpoint of step {figures['checkpoint']}")
     state = "building" if is_building else "stopped"
     return Standing(stage, folder.name, state, "; ".join(parts), heartbeat or 0.0, figures)
+
+
+def _whole_checkpoints(folder: Place) -> list[int]:
+    """Steps of the checkpoints that are on record: one that is still uploading has a folder, and no more."""
+    try:
+        snapshot = (folder / CHECKPOINTS / SNAPSHOT).read_bytes().decode()
+    except FileNotFoundError:
+        return []
+    return sorted({int(step) for step in re.findall(r"\bstep-(\d{8})\b", snapshot)})
 
 
 def _heartbeat(folder: Place) -> float | None:

@@ -10,14 +10,19 @@ from raylava.artifacts import Draft, lock
 from raylava.cli import main
 from raylava.status import standings
 from raylava.storage import Place, place
+from raylava.train.job import SNAPSHOT
 
 
-def training(folder: Place, *, heartbeat: float | None) -> None:
+def training(folder: Place, *, heartbeat: float | None, loss: float | None = 1.5) -> None:
     """What an unfinished finetuning leaves after twelve steps."""
-    figures = {"loss": 1.5, "tokens_per_second": 1000.0, "seconds": 1.0, "waiting_share": 0.0}
+    figures = {"loss": loss, "tokens_per_second": 1000.0, "seconds": 1.0, "waiting_share": 0.0}
     lines = [json.dumps({"step": step} | figures) + "\n" for step in range(12)]
     (folder / "metrics.jsonl").write_bytes("".join(lines).encode() + b'{"step": 12, "lo')
-    (folder / "checkpoints" / "step-00000008" / "cursor.json").write_bytes(b"{}")
+    for step in (8, 10):  # of the second, part is there
+        (folder / "checkpoints" / f"step-{step:08d}" / "cursor.json").write_bytes(b"{}")
+    (folder / "checkpoints" / SNAPSHOT).write_bytes(
+        b'{"checkpoint_results": [{"checkpoint_dir_name": "step-00000008"}]}'
+    )
     if heartbeat is not None:
         (folder / "lock.json").write_bytes(json.dumps({"heartbeat": heartbeat}).encode())
 
@@ -32,6 +37,12 @@ def test_an_unfinished_training_is_told_by_its_steps_its_checkpoint_and_its_lock
     (one,) = standings(place(tmp_path))
     assert (one.stage, one.fingerprint, one.state) == ("finetune", "abc", state)
     assert one.detail == "step 12, loss 1.5, 1,000 tokens/s; checkpoint of step 8"
+
+
+def test_a_step_that_was_not_finite_is_told(tmp_path: Path) -> None:
+    training(place(tmp_path) / "finetune" / "abc", heartbeat=None, loss=None)
+    (one,) = standings(place(tmp_path))
+    assert one.detail.startswith("step 12, loss not finite")
 
 
 def test_a_real_lock_counts_as_building(tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ it finds on the nodes. The job's name is the fingerprint of what it makes: the s
 """
 
 import asyncio
+import io
 import json
 import logging
+import re
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +25,16 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import raylava
 from raylava.artifacts import fingerprint
 from raylava.errors import RunError, UserError, first_line
+from raylava.model.backbones import is_folder
+from raylava.recipe import Recipe
 from raylava.recipe_file import load_recipe, read_mapping, read_recipe
 from raylava.stages import absolute
+from raylava.storage import place
 
 logger = logging.getLogger(__name__)
 
+_SECRET_KEYS = re.compile(r"(secret|password|passwd|token|credential|access_key)[^=&]*=", re.IGNORECASE)
+_STOP_SECONDS = 60.0
 _FILE = "recipe.yaml"
 _SWEEP = "sweep.yaml"
 
@@ -49,33 +57,86 @@ class Work:
 def work_of(file: str, overrides: list[str], storage: str) -> Work:
     """What `raylava run` or `raylava sweep` of the file would do, ready to travel.
 
-    Raises UserError for a file that is neither, a storage that only this machine's working directory knows, and for a
-    password in the file: what travels is shown to all who see the cluster.
+    Raises UserError for a file that is neither, and for places in it that only this machine's working directory knows.
     """
+    check_shared(storage)
+    data = read_mapping(Path(file), "recipe or sweep")
+    if "recipe" in data:
+        return _sweep(Path(file), data, overrides, storage)
+    recipe = load_recipe(file, overrides)
+    _check_places(recipe, storage)
+    return Work(recipe.name, ("run", _FILE, "--storage", storage), {_FILE: absolute(recipe).model_dump(mode="json")})
+
+
+def check_shared(storage: str) -> None:
+    """Raises UserError for a storage that only this machine's working directory knows."""
     if "://" not in storage and not Path(storage).is_absolute():
         raise UserError(
             f"--storage {storage}: a job has a folder of its own; name a place that every node reaches, "
             "such as s3://BUCKET/raylava"
         )
-    data = read_mapping(Path(file), "recipe or sweep")
-    if "recipe" in data:
-        work = _sweep(Path(file), data, overrides, storage)
-    else:
-        recipe = absolute(load_recipe(file, overrides))
-        work = Work(recipe.name, ("run", _FILE, "--storage", storage), {_FILE: recipe.model_dump(mode="json")})
-    for where, value in _texts({"arguments": work.arguments} | dict(work.files)):
-        if urlsplit(value.partition("=")[2] or value).password or urlsplit(value).password:
-            raise UserError(f"{file}: {where} holds a password; leave it to the nodes' environment or role")
-    return work
+
+
+def _check_places(recipe: Recipe, storage: str) -> None:
+    """Where storage is a bucket, nodes share no disk, and a place relative to this folder means nothing to them.
+
+    Raises UserError for such a place.
+    """
+    if "://" not in storage:
+        return
+    model = recipe.model
+    given = {
+        "data": recipe.data,
+        "model.language.name": model.language.name,
+        "model.vision.name": model.vision.name,
+        "model.connector.weights": model.connector.weights or "",
+    }
+    for key, value in given.items():
+        is_place = key in ("data", "model.connector.weights") or is_folder(value)
+        if value and is_place and "://" not in value and not Path(value).is_absolute():
+            raise UserError(
+                f"{key}={value}: a place in this machine's folder, which no node has; give a bucket, "
+                f"such as {key}=s3://BUCKET/{value}, or a path that every node mounts"
+            )
 
 
 def _sweep(file: Path, data: Mapping[str, Any], overrides: list[str], storage: str) -> Work:
     from raylava.tune.sweep import load_sweep
+    from raylava.tune.variants import variants
 
     sweep = load_sweep(str(file))
+    for variant in variants(sweep, overrides):
+        _check_places(variant.recipe, storage)
     base = read_recipe(str(file.parent / data["recipe"]))
+    base["data"] = place(str(base.get("data") or ".")).uri
     arguments = ("sweep", _SWEEP, "--storage", storage, *overrides)
-    return Work(sweep.name, arguments, {_SWEEP: dict(data) | {"recipe": _FILE}, _FILE: base})
+    travelling = {_SWEEP: dict(data) | {"recipe": _FILE}, _FILE: base}
+    return Work(sweep.name, arguments, {name: _absolute(file) for name, file in travelling.items()})
+
+
+def _absolute(value: Any) -> Any:
+    """A sweep's settings with the folders among them by absolute path: which keys name folders depends on its axes."""
+    if isinstance(value, Mapping):
+        return {key: _absolute(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    is_relative = isinstance(value, str) and "/" in value and "://" not in value and Path(value).is_dir()
+    return place(value).uri if is_relative else value
+
+
+def check_no_secret(work: Work) -> None:
+    """What travels is shown to all who see the cluster. Raises UserError for a URI in it that holds a secret."""
+    for where, value in _texts({"arguments": list(work.arguments)} | dict(work.files)):
+        if any(_holds_secret(one) for one in (value, value.partition("=")[2])):
+            raise UserError(f"{work.name}: {where} holds a password; leave it to the nodes' environment or role")
+
+
+def _holds_secret(text: str) -> bool:
+    try:
+        uri = urlsplit(text)
+        return "://" in text and bool(uri.password or _SECRET_KEYS.search(uri.query))
+    except ValueError:  # not a URI at all
+        return False
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -106,32 +167,51 @@ class Jobs:
         alive = self.alive(work)
         if alive is not None:
             return alive, False
-        attempts = len(self._attempts(work))
-        submission = work.id if not attempts else f"{work.id}-{attempts + 1}"
-        with _folder(work) as folder:
-            self._client.submit_job(
-                entrypoint=entrypoint(work.arguments),
-                submission_id=submission,
-                runtime_env={"working_dir": str(folder)},
-                metadata={"raylava": work.arguments[0], "name": work.name},
-            )
+        submission = self._next_id(work)
+        try:
+            self._send(work, submission)
+        except RuntimeError:  # somebody was quicker, or the server's own trouble
+            alive = self.alive(work)
+            if alive is None:
+                raise
+            return alive, False
         return submission, True
 
-    def run(self, arguments: tuple[str, ...], files: Mapping[str, Mapping[str, Any]], out: IO[str]) -> None:
-        """A job that nobody else follows, such as a question to the cluster. Raises RunError when it fails."""
-        with _folder(Work("ask", arguments, files)) as folder:
-            submission = self._client.submit_job(
-                entrypoint=entrypoint(arguments),
-                runtime_env={"working_dir": str(folder)},
+    def ask(self, work: Work) -> str:
+        """What a job printed that nobody else follows: a question to the cluster. Raises UserError when it says no."""
+        submission = self._send(work, None)
+        told = io.StringIO()
+        try:
+            self.follow(submission, told)
+        except RunError as error:
+            reasons = [line for line in told.getvalue().splitlines() if line.startswith("error: ")]
+            raise UserError(reasons[-1].removeprefix("error: ") if reasons else str(error)) from error
+        return told.getvalue()
+
+    def _next_id(self, work: Work) -> str:
+        """An id that no earlier attempt had: Ray keeps those."""
+        numbers = [int(one.submission_id.removeprefix(work.id).removeprefix("-") or 1) for one in self._attempts(work)]
+        return f"{work.id}-{max(numbers) + 1}" if numbers else work.id
+
+    def _send(self, work: Work, submission: str | None) -> str:
+        check_no_secret(work)
+        with _folder(work) as folder:
+            return str(
+                self._client.submit_job(
+                    entrypoint=entrypoint(work.arguments),
+                    submission_id=submission,
+                    runtime_env={"working_dir": str(folder)},
+                    metadata={"raylava": work.arguments[0], "name": work.name},
+                )
             )
-        self.follow(submission, out)
 
     def follow(self, submission: str, out: IO[str]) -> None:
         """Copy what the job prints to `out` until it ends. Raises RunError when it did not succeed."""
         asyncio.run(self._tail(submission, out))
         info = self._client.get_job_info(submission)
         if info.status != JobStatus.SUCCEEDED:
-            raise RunError(f"job {submission} {info.status.value.lower()}: {(info.message or '').splitlines()[:1]}")
+            (why, *_) = (info.message or "no reason given").splitlines()
+            raise RunError(f"job {submission} {info.status.value.lower()}: {why}")
 
     async def _tail(self, submission: str, out: IO[str]) -> None:
         async for lines in self._client.tail_job_logs(submission):
@@ -146,15 +226,20 @@ class Jobs:
         return None
 
     def stop(self, work: Work) -> str | None:
-        """Ask the job that is at the work to stop; None when there is none. A training saves a checkpoint first."""
-        submission = self.alive(work)
-        if submission is not None:
-            self._client.stop_job(submission)
-        return submission
+        """Stop the job that is at the work, and wait until it has; None when there is none.
 
-    def last(self, work: Work) -> JobDetails | None:
-        """The work's newest job."""
-        return max(self._attempts(work), key=lambda job: job.start_time or 0, default=None)
+        A training that goes on later does so from its last checkpoint.
+        """
+        submission = self.alive(work)
+        if submission is None:
+            return None
+        self._client.stop_job(submission)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not self._client.get_job_status(submission).is_terminal():
+            if time.monotonic() > deadline:
+                raise RunError(f"job {submission} was told to stop and has not in {_STOP_SECONDS:.0f} s")
+            time.sleep(0.2)
+        return submission
 
     def _attempts(self, work: Work) -> list[JobDetails]:
         return [job for job in self._client.list_jobs() if (job.submission_id or "").startswith(work.id)]

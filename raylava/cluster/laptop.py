@@ -48,6 +48,7 @@ from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)
 
+VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # what `environment` sets
 _MARK = "RAYLAVA_LAPTOP"  # in the environment of every process of the cluster: its folder
 _START_SECONDS = 60.0
 _COMMANDS = (
@@ -113,11 +114,14 @@ class Laptop:
 
     def environment(self) -> dict[str, str]:
         """What a shell wants set so that raylava and `ray job` find the cluster and are let in."""
-        return {
-            "RAY_API_SERVER_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": f"{self.folder}/auth_token",
-        }
+        return dict(zip(VARIABLES, (self.address, "token", f"{self.folder}/auth_token"), strict=True))
+
+    def answers(self) -> bool:
+        """Whether its job server does."""
+        host, port = self.address.removeprefix("http://").split(":")
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return True
+        return False
 
     def processes(self) -> Iterator[psutil.Process]:
         """The cluster's processes, jobs included."""
@@ -159,13 +163,16 @@ def start(config: Path) -> Laptop:
         *("--num-cpus=0", f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
         *(f"--labels={_labels(described)}", f"--autoscaling-config={folder}/cluster.json"),
     ]
-    started = subprocess.run(command, env=_environment(laptop), capture_output=True, text=True)
-    (folder / "start.log").write_text(started.stdout + started.stderr)
-    if started.returncode != 0:
-        told = (started.stderr.strip() or started.stdout.strip()).splitlines()[-1:]
+    try:
+        started = subprocess.run(command, env=_environment(laptop), capture_output=True, text=True)
+        (folder / "start.log").write_text(started.stdout + started.stderr)
+        if started.returncode != 0:
+            told = (started.stderr.strip() or started.stdout.strip()).splitlines()[-1:]
+            raise RunError(f"the laptop cluster did not start: {' '.join(told)}")
+        _await(laptop)
+    except BaseException:  # Ctrl-C too: nobody else would know of it
         laptop.stop()
-        raise RunError(f"the laptop cluster did not start: {' '.join(told)}")
-    _await(laptop)
+        raise
     return laptop
 
 
@@ -240,36 +247,37 @@ def _free_ports(count: int) -> list[int]:
 
 def _await(laptop: Laptop) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    host, port = laptop.address.removeprefix("http://").split(":")
-    while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-            return
+    while not laptop.answers():
+        if time.monotonic() > deadline:
+            raise RunError(f"the laptop cluster's job server did not answer at {laptop.address}")
         time.sleep(0.2)
-    laptop.stop()
-    raise RunError(f"the laptop cluster's job server did not answer at {laptop.address} in {_START_SECONDS:.0f} s")
 
 
 def up(config: Path) -> Laptop:
-    """The laptop cluster that runs, or a new one."""
-    return running() or _kept(start(config))
+    """The laptop cluster that runs, or a new one in place of one that is dead."""
+    laptop = _last()
+    if laptop is not None and laptop.answers():
+        return laptop
+    down()
+    return _kept(start(config))
 
 
 def down() -> bool:
-    """Stop the laptop cluster; False when none runs."""
-    laptop = running()
+    """Stop what is left of the laptop cluster; False when nothing is."""
+    laptop = _last()
+    found = laptop is not None and any(laptop.processes())
     if laptop is not None:
         laptop.stop()
     _file().unlink(missing_ok=True)
-    return laptop is not None
+    return found
 
 
-def running() -> Laptop | None:
-    """The one that `up` started, if it lives."""
+def _last() -> Laptop | None:
+    """The one that `up` started, alive or not."""
     try:
-        laptop = Laptop(**json.loads(_file().read_text()))
+        return Laptop(**json.loads(_file().read_text()))
     except FileNotFoundError:
         return None
-    return laptop if any(laptop.processes()) else None
 
 
 def _kept(laptop: Laptop) -> Laptop:

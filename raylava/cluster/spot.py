@@ -19,12 +19,13 @@ from typing import Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from raylava.errors import RunError, UserError
+from raylava.errors import RunError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 2.0
+_PATIENCE_SECONDS = 60.0
 _TOKEN_SECONDS = 300
 _GCP_NOTICE_SECONDS = 30.0
 _AWS = "http://169.254.169.254"
@@ -114,18 +115,29 @@ def _answers(ask: Callable[[], object]) -> bool:
     return True
 
 
-def find_provider() -> Provider:
-    """The cloud that this machine is of. Raises UserError on a machine of neither."""
+def find_provider(patience_seconds: float = _PATIENCE_SECONDS) -> Provider:
+    """The cloud that this machine is of; a machine that starts may not have its metadata yet.
+
+    Raises UserError on a machine of neither, after a while.
+    """
     endpoint = os.environ.get(_ENDPOINT)
     found: list[Provider] = [Aws(endpoint), Gcp(endpoint)] if endpoint else [Aws(), Gcp()]
-    for provider in found:
-        if provider.is_here():
-            return provider
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        for provider in found:
+            if provider.is_here():
+                return provider
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
     raise UserError("watch-spot: neither AWS's nor Google Cloud's instance metadata answers here; run it on a node")
 
 
 def watch(provider: Provider, drain: Callable[[Notice], None], poll_seconds: float = _POLL_SECONDS) -> Notice:
-    """Wait for the notice, drain the node, return the notice. Metadata that does not answer is asked again."""
+    """Wait for the notice, drain the node, return the notice.
+
+    Metadata that does not answer is asked again; a drain that fails is tried again until the node is gone.
+    """
     while True:
         try:
             notice = provider.notice()
@@ -134,9 +146,20 @@ def watch(provider: Provider, drain: Callable[[Notice], None], poll_seconds: flo
             notice = None
         if notice is not None:
             logger.warning("%s in %.0f s; draining it", notice.reason, notice.deadline - time.time())
-            drain(notice)
-            return notice
+            if _drained(drain, notice):
+                return notice
         time.sleep(poll_seconds)
+
+
+def _drained(drain: Callable[[Notice], None], notice: Notice) -> bool:
+    try:
+        drain(notice)
+    except Exception as error:  # of Ray's many kinds; once the deadline is past there is nothing more to try
+        if time.time() > notice.deadline:
+            raise
+        logger.warning("the node could not be drained, will be tried again: %s", first_line(error))
+        return False
+    return True
 
 
 def drain_node(address: str, node_id: str | None, notice: Notice) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from raylava.cluster.nodes import resources_at
+from raylava.cluster.nodes import resources_at, resources_in_time, startable
 from raylava.console import Bar
 from raylava.corpus.blocks import (
     LENGTHS,
@@ -142,7 +142,10 @@ def _run(job: Job, pending: list[int], labels: dict[str, str]) -> Iterator[Block
     )
     # Actors and not tasks: a second shard waits in each, so that none idles while Ray Data looks round (0.2 s a shard).
     workers = max(1, min(len(pending), int(resources_at(labels).get("CPU", 0))))
-    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_tasks_in_flight_per_actor=2)
+    most = None if startable() is None else max(workers, int(resources_in_time(labels).get("CPU", 0)))
+    pool = ray.data.ActorPoolStrategy(  # without `most`, Ray Data asks the autoscaler for nodes of any kind
+        min_size=1, initial_size=workers, max_size=most, max_tasks_in_flight_per_actor=2
+    )
     made = shards.map(_MakeBlock, fn_constructor_args=(job,), compute=pool, label_selector=labels or None)
     for row in made.iter_rows():
         if row["problem"]:

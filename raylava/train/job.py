@@ -10,6 +10,7 @@ from raylava.recipe import Model, Tracking, Training
 from raylava.train.feed import Layout
 from raylava.train.plan import EpochPlan, Shelves
 
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that are whole, among them
 CHECKPOINTS = "checkpoints"  # a run's folder within its draft; removed once the result stands
 
 

@@ -19,15 +19,15 @@ from raylava.errors import RunError, first_line
 from raylava.gauges import Gauges
 from raylava.recipe import Resources
 from raylava.session import here
-from raylava.storage import place
-from raylava.train.job import CHECKPOINTS, TrainJob
+from raylava.storage import Place, place
+from raylava.train.job import CHECKPOINTS, SNAPSHOT, TrainJob
 from raylava.train.telemetry import summary
 from raylava.train.watch import Watch
 from raylava.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOSSES = 8  # lost workers that a stage survives before it gives up
+_MAX_LOSSES = 8  # in a row, without a checkpoint between them, that a stage survives before it gives up
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
 _SILENCE_SECONDS = 120.0  # after which a run that does not move is told, with the rank that holds it up
 
@@ -68,22 +68,28 @@ def train(job: TrainJob, resources: Resources, bar: Bar) -> dict[str, Any]:
         ),
     )
     with _shown(watch, bar, job.stage):
-        _fit(trainer, job.stage, Gauges(output.name, job.stage))
+        _fit(trainer, job.stage, output / CHECKPOINTS / SNAPSHOT, Gauges(output.name, job.stage))
     (output / CHECKPOINTS).delete()
     return summary(output)
 
 
-def _fit(trainer: TorchTrainer, stage: str, gauges: Gauges) -> None:
-    """Train; after a lost worker go on from the last checkpoint, after an error of its own stop at once."""
-    lost = 0
+def _fit(trainer: TorchTrainer, stage: str, snapshot: Place, gauges: Gauges) -> None:
+    """Train; after a lost worker go on from the last checkpoint, after an error of its own stop at once.
+
+    A run that gets on may lose workers for as long as it lasts: only losses without progress between them count.
+    """
+    lost = attempt = 0
+    before: bytes | None = None
     gauges.set(lost_workers=lost)
-    for attempt in range(_MAX_LOSSES + 1):
+    while True:
         try:
             trainer.fit()
             return
         except TrainingFailedError as error:
             if attempt == _MAX_LOSSES or not _lost_workers(error):
                 raise RunError(f"{stage} failed: {_cause(error)}") from error
+            now = snapshot.read_bytes() if snapshot.exists() else None
+            attempt, before = (attempt + 1, before) if now == before else (0, now)
             lost += len(_lost_workers(error))
             gauges.set(lost_workers=lost)
             logger.warning("%s: lost worker %s; going on from the last checkpoint", stage, _lost_workers(error))

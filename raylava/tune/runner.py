@@ -23,6 +23,7 @@ from raylava.cluster.nodes import resources_in_time
 from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Console, meanwhile
 from raylava.errors import UserError, first_line
+from raylava.evaluate.scoring import Exams
 from raylava.recipe import Resources
 from raylava.session import here, ray_session
 from raylava.stages import absolute, check_room, stages_of
@@ -73,15 +74,19 @@ class SweepRun:
         resources = [variant.recipe.resources for variant in self._variants]
         largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
-            for recipe in {
-                variant.recipe.resources.model_dump_json(): variant.recipe for variant in self._variants
-            }.values():
-                check_room(recipe, console)
+            self._check_room(console)
             sources = self._sources()
             clock = self._clock()
             at_once = concurrent_trials(resources, resources_in_time(labels_for(TRAIN, largest)))
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
+
+    def _check_room(self, console: Console) -> None:
+        """For what is missing of each variant; see stages.check_room."""
+        exams = Exams()
+        for variant in self._variants:
+            missing = [one for one in stages_of(variant.recipe, self._storage, exams) if one.draft.find() is None]
+            check_room(variant.recipe, {one.draft.stage for one in missing}, console)
 
     def _clock(self) -> "Clock":
         search = self.sweep.search

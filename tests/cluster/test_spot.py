@@ -97,7 +97,20 @@ def test_each_clouds_notice_is_understood_with_its_deadline(
 
 def test_a_machine_of_no_cloud_is_told(metadata: Metadata) -> None:
     with pytest.raises(UserError, match="neither AWS's nor Google Cloud's"):
-        find_provider()
+        find_provider(patience_seconds=0.0)
+
+
+def test_a_drain_that_fails_is_tried_again(metadata: Metadata) -> None:
+    metadata.cloud, metadata.goes = "aws", True
+    tried: list[Notice] = []
+
+    def drain(notice: Notice) -> None:
+        tried.append(notice)
+        if len(tried) < 3:
+            raise ConnectionError("GCS is away")
+
+    watch(Aws(metadata.url), drain, poll_seconds=0.01)
+    assert len(tried) == 3
 
 
 def test_metadata_that_does_not_answer_is_asked_again(metadata: Metadata) -> None:
