@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from raylava.cli import main
-from raylava.cluster.jobs import Jobs, check_no_secret, entrypoint, work_of
 from raylava.demo import recipes_folder
 from raylava.errors import UserError
 from raylava.recipe_file import load_recipe
+from raylava.submission import Jobs, check_no_secret, entrypoint, work_of
 
 RECIPE = str(recipes_folder() / "llava-gemma-2b.yaml")
 STORAGE = "s3://bucket/raylava"

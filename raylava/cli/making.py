@@ -1,0 +1,99 @@
+"""Commands that make artifacts: demo, run, sweep, train, laboratory."""
+
+import argparse
+from pathlib import Path
+
+from rich.markup import escape
+
+from raylava.cli.command import Add, Outcome, takes_overrides, takes_recipe
+from raylava.console import Console
+from raylava.errors import UserError
+
+
+def register(add: Add) -> None:
+    """Add these commands."""
+    demo = add("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
+    takes_overrides(demo)
+    run = add("run", _run_recipe, "make every artifact of a recipe that is missing")
+    run.add_argument("--only", metavar="STAGE", choices=("prepare",), help="prepare: the corpora alone")
+    takes_recipe(run)
+    sweep = add("sweep", _sweep, "make every variant of a sweep, each piece of work once")
+    sweep.add_argument("sweep", metavar="SWEEP.yaml")
+    sweep.add_argument("--plan", action="store_true", help="show what it comes to, and make nothing")
+    takes_overrides(sweep)
+    train = add("train", _train, "train one stage without Ray: as one process, or under `torchrun --no-python`")
+    train.add_argument("recipe", metavar="RECIPE.yaml")
+    train.add_argument("stage", metavar="STAGE", choices=("pretrain", "finetune"))
+    takes_overrides(train)
+    laboratory = add("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
+    laboratory.add_argument("folder", metavar="FOLDER")
+
+
+def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.demo import demo
+
+    return Outcome(demo(arguments.storage, arguments.overrides, console))
+
+
+def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.recipe_file import load_recipe
+    from raylava.report import closing, summary
+    from raylava.stages import run
+    from raylava.storage import writable
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    artifacts = run(recipe, writable(arguments.storage), console, arguments.only)
+    closing(artifacts, console)
+    return Outcome(summary(artifacts))
+
+
+def _train(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.recipe_file import load_recipe
+    from raylava.stages import train_alone
+    from raylava.storage import writable
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    artifact = train_alone(recipe, writable(arguments.storage), arguments.stage, console)
+    return Outcome(artifact.record if artifact else {})
+
+
+def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.errors import RunError
+    from raylava.storage import writable
+    from raylava.tune.findings import Findings
+    from raylava.tune.plan import plan, plan_of
+    from raylava.tune.report import write_report
+    from raylava.tune.runner import SweepRun
+    from raylava.tune.sweep import load_sweep
+    from raylava.tune.table import plan_table, results_table
+
+    sweep, storage = load_sweep(arguments.sweep), writable(arguments.storage)
+    run = SweepRun(sweep, arguments.overrides, storage)
+    expected = plan(run.expected(), storage)
+    console.show(plan_table(expected))
+    if arguments.plan:
+        return Outcome({"works": [vars(work) for work in expected.works]})
+    ended = run.run(console)
+    findings = Findings(sweep, arguments.overrides, plan_of(ended, storage), ended)
+    write_report(findings, run.folder)
+    console.show(results_table(findings))
+    console.say(f"report: [bold]{escape(str(run.folder / 'report.html'))}[/]   (report.md and results.csv beside it)")
+    failed = [one for one in ended if one.how == "failed"]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(ended)} trials failed, the first: {failed[0].failure}")
+    return Outcome({"results": findings.table(), "folder": run.folder.uri})
+
+
+def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.demo import make_laboratory
+
+    made = make_laboratory(arguments.storage, console)
+    folder = Path(arguments.folder)
+    if folder.is_symlink() and folder.resolve().parent.name == made.stage:
+        folder.unlink()  # this laboratory's or an earlier one's
+    elif folder.exists():
+        raise UserError(f"{folder}: is there already and is no laboratory; name a new folder")
+    folder.symlink_to(made.place.local_copy(), target_is_directory=True)
+    return Outcome(
+        {"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml"
+    )
