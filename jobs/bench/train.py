@@ -30,6 +30,8 @@ from shapes import BATCH, MICRO_BATCH, SHAPES, Shape, build, draw, layout, write
 from torch import Tensor, nn
 
 from raylava.corpus.blocks import Blocks
+from raylava.estimate.flops import peak_flops, step_flops
+from raylava.estimate.shapes import LlavaShape, shape_of
 from raylava.model.attention import VARLEN
 from raylava.model.llava import PackLoss, StageName, choose_trainable
 from raylava.recipe import Training, Zero
@@ -37,7 +39,6 @@ from raylava.train import engine as engine_room
 from raylava.train.engine import DTYPES, Engine, deepspeed_config
 from raylava.train.feed import Feed, Layout
 from raylava.train.figures import memory_gb
-from raylava.train.flops import ModelSize, model_size, peak_flops, step_flops
 from raylava.train.plan import EpochPlan
 
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
@@ -167,7 +168,7 @@ class Bench:
         """The first step is not timed."""
         before = memory_gb(self._device)
         llava = build(self._shape, self._way.attention if self._way.packs else "sdpa", self._device)
-        size = model_size(llava)
+        shape = shape_of(llava.config)
         seconds, waiting, loss = self._packed(llava) if self._way.packs else self._padded(llava)
         timed = self._timed()
         lengths = self._blocks.lengths
@@ -176,18 +177,18 @@ class Bench:
             seconds,
             waiting,
             _peak_gb(self._device) - before,
-            self._flops(size, timed),
+            self._flops(shape, timed),
             loss,
         )
 
     def _timed(self) -> np.ndarray:
         return np.concatenate([step.samples for step in self._plan.from_step(1)])
 
-    def _flops(self, size: ModelSize, samples: np.ndarray) -> float:
+    def _flops(self, shape: LlavaShape, samples: np.ndarray) -> float:
         lengths = self._blocks.lengths
         images, supervised = int(lengths.images[samples].sum()), int(lengths.supervised[samples].sum())
         own = [int(length) for length in lengths.length[samples]]
-        return step_flops(size, own, images, supervised, language=self._stage == "finetune", vision=False)
+        return step_flops(shape, own, images, supervised, language=self._stage == "finetune", vision=False).total
 
     def _packed(self, llava: Any) -> tuple[float, float, float]:
         engine_room.PackLoss = PackLoss if self._way.supervised_logits else WholeLogits  # type: ignore[misc]

@@ -6,10 +6,11 @@ import psutil
 import torch
 
 from raylava.corpus.blocks import Lengths
+from raylava.estimate.flops import peak_flops, step_flops
+from raylava.estimate.shapes import LlavaShape
 from raylava.recipe import Training
 from raylava.train.engine import StepResult
 from raylava.train.feed import StepWork
-from raylava.train.flops import ModelSize, peak_flops, step_flops
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,18 @@ def memory_gb(device: torch.device) -> float:
 
 
 class Meter:
-    """Turns steps' outcomes into figures, for a model of `size` on `world_size` devices like this one."""
+    """Turns steps' outcomes into figures, for a model of such a `shape` on `world_size` devices like this one."""
 
     def __init__(
         self,
-        size: ModelSize,
+        shape: LlavaShape,
         lengths: Lengths,
         training: Training,
         language: bool,
         device: torch.device,
         world_size: int,
     ) -> None:
-        self._size, self._lengths, self._device = size, lengths, device
+        self._shape, self._lengths, self._device = shape, lengths, device
         self._trains = {"language": language, "vision": training.vision_lr is not None}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name)
@@ -70,7 +71,7 @@ class Meter:
         whole = result.seconds + waited
         lengths = [int(length) for length in self._lengths.length[samples]]
         images = int(self._lengths.images[samples].sum())
-        flops = step_flops(self._size, lengths, images, work.supervised, **self._trains)
+        flops = step_flops(self._shape, lengths, images, work.supervised, **self._trains).total
         return StepFigures(
             step=work.step.number,
             loss=result.loss,

@@ -13,6 +13,7 @@ import torch
 
 from raylava.corpus.cache import cached_blocks
 from raylava.errors import RunError
+from raylava.estimate.shapes import shape_of
 from raylava.model.backbones import load_tokenizer
 from raylava.model.llava import CONNECTOR_FILE, assemble, load_connector
 from raylava.model.publish import publish
@@ -20,7 +21,6 @@ from raylava.storage import place
 from raylava.train.engine import DTYPES, Engine, StepResult
 from raylava.train.feed import Feed, StepWork
 from raylava.train.figures import Meter
-from raylava.train.flops import model_size
 from raylava.train.host import COMPUTING, LOADING, SAVING, Host
 from raylava.train.job import TrainJob, epoch_plan, layout_of
 from raylava.train.ledger import LEDGER, Ledger
@@ -44,7 +44,7 @@ class Loop:
         llava = assemble(job.model, job.vision, job.seed, DTYPES[training.precision], training.attention)
         if job.connector:
             load_connector(llava, job.connector)
-        self._size = model_size(llava)
+        self._shape = shape_of(llava.config)
         self._engine = Engine(llava, job.stage, training, self._plan.steps, host.device)
         self._ledger = Ledger()
         self._saver = Saver(job, self._plan.steps, host)
@@ -82,7 +82,7 @@ class Loop:
     def _telemetry(self, first: int) -> Telemetry:
         job, host = self._job, self._host
         language = job.stage == "finetune"
-        meter = Meter(self._size, self._blocks.lengths, job.training, language, host.device, host.world_size)
+        meter = Meter(self._shape, self._blocks.lengths, job.training, language, host.device, host.world_size)
         settings = job.training.content() | {"stage": job.stage, "world_size": host.world_size}
         return Telemetry(place(job.output), first, meter, job.tracking, settings)
 

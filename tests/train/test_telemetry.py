@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from raylava.corpus.blocks import Lengths
+from raylava.estimate.shapes import LanguageShape, LlavaShape, VisionShape
 from raylava.recipe import Tracking, Training
 from raylava.storage import place
 from raylava.train.engine import StepResult
 from raylava.train.feed import StepWork
 from raylava.train.figures import Meter
-from raylava.train.flops import ModelSize
 from raylava.train.plan import Step
 from raylava.train.telemetry import METRICS, Telemetry
 from raylava.train.trackers import TENSORBOARD
 
-SIZE = ModelSize(1000, 100, 2, 16, 500, 2, 16, 4, 50)
+SHAPE = LlavaShape(LanguageShape(16, 32, 2, 2, 1, 8, 100), VisionShape(16, 32, 2, 14, 4, 5, True, False, 48))
 LENGTHS = Lengths(*(np.array(values, dtype=np.int32) for values in ([10, 20, 30, 40], [1, 1, 0, 1], [2, 3, 4, 5])))
 
 
 def telemetry(output: str, first: int = 0, tracking: Tracking | None = None) -> Telemetry:
-    meter = Meter(SIZE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
+    meter = Meter(SHAPE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
     return Telemetry(place(output), first, meter, tracking or Tracking(), {"lr": 1e-3, "stage": "finetune"})
 
 
