@@ -64,26 +64,29 @@ def work_of(file: str, overrides: list[str], storage: str) -> Work:
     if "recipe" in data:
         return _sweep(Path(file), data, overrides, storage)
     recipe = load_recipe(file, overrides)
-    _check_places(recipe, storage)
-    return Work(recipe.name, ("run", _FILE, "--storage", storage), {_FILE: absolute(recipe).model_dump(mode="json")})
+    if _is_bucket(storage):
+        _check_places(recipe)
+    else:
+        recipe = absolute(recipe)
+    return Work(recipe.name, ("run", _FILE, "--storage", storage), {_FILE: recipe.model_dump(mode="json")})
 
 
 def check_shared(storage: str) -> None:
     """Raises UserError for a storage that only this machine's working directory knows."""
-    if "://" not in storage and not Path(storage).is_absolute():
+    if not _is_bucket(storage) and not Path(storage).is_absolute():
         raise UserError(
             f"--storage {storage}: a job has a folder of its own; name a place that every node reaches, "
             "such as s3://BUCKET/raylava"
         )
 
 
-def _check_places(recipe: Recipe, storage: str) -> None:
-    """Where storage is a bucket, nodes share no disk, and a place relative to this folder means nothing to them.
+def _is_bucket(storage: str) -> bool:
+    """Then nodes need not share a disk, and places in this machine's folder mean nothing to them."""
+    return "://" in storage
 
-    Raises UserError for such a place.
-    """
-    if "://" not in storage:
-        return
+
+def _check_places(recipe: Recipe) -> None:
+    """Raises UserError for a place that is relative to this machine's folder."""
     model = recipe.model
     given = {
         "data": recipe.data,
@@ -105,13 +108,15 @@ def _sweep(file: Path, data: Mapping[str, Any], overrides: list[str], storage: s
     from raylava.tune.variants import variants
 
     sweep = load_sweep(str(file))
-    for variant in variants(sweep, overrides):
-        _check_places(variant.recipe, storage)
-    base = read_recipe(str(file.parent / data["recipe"]))
-    base["data"] = place(str(base.get("data") or ".")).uri
-    arguments = ("sweep", _SWEEP, "--storage", storage, *overrides)
-    travelling = {_SWEEP: dict(data) | {"recipe": _FILE}, _FILE: base}
-    return Work(sweep.name, arguments, {name: _absolute(file) for name, file in travelling.items()})
+    travelling = {_SWEEP: dict(data) | {"recipe": _FILE}, _FILE: read_recipe(str(file.parent / data["recipe"]))}
+    recipes = [variant.recipe for variant in variants(sweep, overrides)]
+    if _is_bucket(storage):
+        for recipe in recipes:
+            _check_places(recipe)
+    else:
+        travelling[_FILE]["data"] = place(str(travelling[_FILE].get("data") or ".")).uri
+        travelling = {name: _absolute(content) for name, content in travelling.items()}
+    return Work(sweep.name, ("sweep", _SWEEP, "--storage", storage, *overrides), travelling)
 
 
 def _absolute(value: Any) -> Any:

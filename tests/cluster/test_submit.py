@@ -33,6 +33,23 @@ def test_what_travels_is_the_whole_recipe_with_its_overrides(tmp_path: Path) -> 
     assert work.arguments == ("run", "recipe.yaml", "--storage", STORAGE)
 
 
+def test_where_it_is_submitted_from_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = work_of(RECIPE, ["data=''"], STORAGE).id
+    monkeypatch.chdir(tmp_path)
+    assert work_of(RECIPE, ["data=''"], STORAGE).id == here
+
+
+def test_the_folders_that_a_sweep_names_travel_by_their_absolute_path_where_a_disk_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "micro" / "backbones" / "gemma").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    work = work_of(str(recipes_folder() / "micro-ablations.yaml"), [], str(tmp_path / "storage"))
+    gemma = work.files["sweep.yaml"]["axes"]["language"]["large"]["model.language.name"]
+    assert gemma == str(tmp_path / "micro" / "backbones" / "gemma")
+    assert work.files["recipe.yaml"]["data"] == str(tmp_path / "micro" / "corpus")
+
+
 def test_a_sweep_travels_with_its_recipe() -> None:
     work = work_of(str(recipes_folder() / "ablations.yaml"), ["finetune.lr=1e-5", DATA], STORAGE)
     assert work.arguments == ("sweep", "sweep.yaml", "--storage", STORAGE, "finetune.lr=1e-5", DATA)
