@@ -189,8 +189,8 @@ class Jobs:
         try:
             self.follow(submission, told)
         except RunError as error:
-            reasons = [line for line in told.getvalue().splitlines() if line.startswith("error: ")]
-            raise UserError(reasons[-1].removeprefix("error: ") if reasons else str(error)) from error
+            _, is_told, reason = told.getvalue().rpartition("error: ")  # a long one goes over several lines
+            raise UserError(" ".join(reason.split()) if is_told else str(error)) from error
         return told.getvalue()
 
     def _next_id(self, work: Work) -> str:

@@ -171,7 +171,9 @@ def test_a_recipe_submitted_twice_is_one_job_that_can_be_stopped(
     no = raylava(cluster, "check", *shipped, "resources.workers=9", "--address", cluster.address, cwd=tmp_path)
     told = no.communicate(timeout=120)[0]
     assert no.returncode == 2
-    assert "pretrain and finetune can never start there" in " ".join(told.split())
+    told = " ".join(told.split())
+    assert "pretrain and finetune can never start there" in told
+    assert "raise max_workers, or lower resources.workers" in told
     never = raylava(cluster, "submit", *given, "resources.workers=9")
     told = never.communicate(timeout=120)[0]
     assert never.returncode == 1
