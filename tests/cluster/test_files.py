@@ -19,7 +19,6 @@ import jsonschema
 import pytest
 import ray
 import yaml
-from moto import mock_aws
 from ray._private.ray_constants import LABELS_ENVIRONMENT_VARIABLE
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.command_runner import _with_environment_variables, _with_interactive
@@ -165,27 +164,27 @@ def test_aws_nodes_speak_imdsv2_only_encrypt_their_disks_and_have_the_roles_of_t
 def test_rays_own_provider_starts_each_node_type_of_aws_as_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """In moto's imitation of EC2: nothing is missing that Ray or boto3 wants, and the group of the README is kept."""
+    """In moto's imitation of EC2, on the session's server (moto's own mock would empty that one's buckets): nothing is
+    missing that Ray or boto3 wants, and the group of the README is kept.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair it makes below it
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "imitation")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    with mock_aws():
-        group, image = readmes_preparations()
-        text = (CLUSTER / "aws.yaml").read_text().replace("AWS_ACCOUNT_ID", "123456789012").replace("AMI_ID", image)
-        config = AWSNodeProvider.bootstrap_config(prepare_config(yaml.safe_load(text)))
-        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-        for name, kind in config["available_node_types"].items():
-            tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
-            (instance,) = provider.create_node(kind["node_config"], tags, 1).values()
-            instance.reload()
-            assert instance.instance_lifecycle == ("spot" if kind["labels"][MARKET] == "spot" else None)
-            assert instance.metadata_options["HttpTokens"] == "required"
-            assert [own["GroupId"] for own in instance.security_groups] == [group.id]
-            assert {"Key": "ray-cluster-name", "Value": "raylava"} in instance.tags
+    group, image = readmes_preparations()
+    text = (CLUSTER / "aws.yaml").read_text().replace("AWS_ACCOUNT_ID", "123456789012").replace("AMI_ID", image)
+    config = AWSNodeProvider.bootstrap_config(prepare_config(yaml.safe_load(text)))
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for name, kind in config["available_node_types"].items():
+        tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
+        (instance,) = provider.create_node(kind["node_config"], tags, 1).values()
+        instance.reload()
+        assert instance.instance_lifecycle == ("spot" if kind["labels"][MARKET] == "spot" else None)
+        assert instance.metadata_options["HttpTokens"] == "required"
+        assert [own["GroupId"] for own in instance.security_groups] == [group.id]
+        assert {"Key": "ray-cluster-name", "Value": "raylava"} in instance.tags
 
-        group.reload()
-        assert [entry.get("IpRanges") for entry in group.ip_permissions] == [[], [{"CidrIp": "192.0.2.7/32"}]]
+    group.reload()
+    assert [entry.get("IpRanges") for entry in group.ip_permissions] == [[], [{"CidrIp": "192.0.2.7/32"}]]
 
 
 def readmes_preparations() -> tuple[Any, str]:
