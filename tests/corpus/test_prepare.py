@@ -57,7 +57,7 @@ def test_a_second_run_makes_only_the_blocks_that_are_missing(
     run(whole)
     asked: list[int] = []
 
-    def one_block_then_die(job: Job, pending: list[int]) -> Any:
+    def one_block_then_die(job: Job, pending: list[int], labels: dict[str, str]) -> Any:
         asked.extend(pending)
         yield make_block(job, pending[0])
         raise KeyboardInterrupt
