@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -45,7 +45,7 @@ def _start(cpus: int) -> None:
     Train's controller for dead when that one has never heard of it, and remove the placement group of a running stage;
     or, when that one was killed, wait ten seconds for it at the end of every stage.
     """
-    port = _free_port()
+    (port,) = free_ports(1)
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = f"http://127.0.0.1:{port}"  # all of Ray's processes inherit it
@@ -65,10 +65,13 @@ def _start(cpus: int) -> None:
             os.environ[name] = before
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """So many ports of this machine that nobody listens on, all of them different."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def here() -> NodeAffinitySchedulingStrategy:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from ray.util import get_node_ip_address
 
 from raylava.cluster.roles import CLUSTER_FILE, NODE_ROLES
 from raylava.errors import RunError, UserError, first_line
+from raylava.session import free_ports
 from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def start(config: Path) -> Laptop:
     Raises UserError for a file that is none, RunError when it does not start.
     """
     folder = Path(tempfile.mkdtemp(prefix="raylava-"))  # short: sockets lie below it
-    gcs_port, dashboard_port, client_port = _free_ports(3)
+    gcs_port, dashboard_port, client_port = free_ports(3)
     laptop = Laptop(str(folder), f"http://127.0.0.1:{dashboard_port}", f"{get_node_ip_address()}:{gcs_port}")
     described = _completed(config, laptop)
     (folder / "cluster.json").write_text(json.dumps(described))
@@ -235,14 +236,6 @@ def _completed(config: Path, laptop: Laptop) -> dict[str, Any]:
 def _labels(described: dict[str, Any]) -> str:
     labels = described["available_node_types"][described["head_node_type"]].get("labels", {})
     return ",".join(f"{key}={value}" for key, value in labels.items())
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _await(laptop: Laptop) -> None:

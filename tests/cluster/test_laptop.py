@@ -25,6 +25,7 @@ from raylava.demo import micro_recipe, recipes_folder
 from raylava.recipe import Recipe
 from raylava.stages import run
 from raylava.storage import Place, cache_folder, place
+from raylava.train.job import CHECKPOINTS, SNAPSHOT
 from raylava.train.ledger import LEDGER
 from tests.conftest import SECRET
 
@@ -117,7 +118,7 @@ def wait_for(once: Callable[[], bool], started: "subprocess.Popen[str] | None" =
 
 def checkpoints(storage: Place) -> int:
     """Whole checkpoints of finetunings that are under way."""
-    snapshots = [one / "checkpoints" / "checkpoint_manager_snapshot.json" for one in (storage / "finetune").children()]
+    snapshots = [one / CHECKPOINTS / SNAPSHOT for one in (storage / "finetune").children()]
     return sum(b"step-" in one.read_bytes() for one in snapshots if one.exists())
 
 

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +28,7 @@ from raylava.model.backbones import LanguageSpec, VisionSpec
 from raylava.model.untrained import publish_untrained
 from raylava.recipe import Model
 from raylava.storage import place
+from tests.processes import kill_with_children
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +252,7 @@ def test_an_evaluation_killed_on_the_way_is_finished_by_the_same_command(
     while len(list(storage.glob("evaluate/*/answers/*.parquet"))) < 3 and ran.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    for process in [*psutil.Process(ran.pid).children(recursive=True), psutil.Process(ran.pid)]:
-        process.kill()
-    ran.communicate()
+    kill_with_children(ran)
     before = {file: file.stat().st_mtime_ns for file in storage.glob("evaluate/*/answers/*.parquet")}
     kept = KeptAnswers(place(next(storage.glob("evaluate/*"))))
     assert 0 < len(kept.known) < 400, "it was killed on the way"

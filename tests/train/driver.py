@@ -22,13 +22,13 @@ from raylava.console import Silent
 from raylava.recipe import Resources
 from raylava.session import ray_session
 from raylava.storage import place
-from raylava.train.job import CHECKPOINTS, TrainJob
+from raylava.train.job import CHECKPOINTS, SNAPSHOT, TrainJob
 from raylava.train.trainer import train
 
 
 def checkpoints(job: TrainJob) -> list[str]:
     """The checkpoints that Ray knows to be whole."""
-    snapshot = place(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    snapshot = place(job.output) / CHECKPOINTS / SNAPSHOT
     return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
 
 

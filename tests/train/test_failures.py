@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from raylava.corpus.blocks import Blocks
 from raylava.model.backbones import LanguageSpec, VisionSpec
 from raylava.recipe import Checkpoints, Model, Training, Zero
 from raylava.storage import place
-from raylava.train.job import CHECKPOINTS, TrainJob
+from raylava.train.job import CHECKPOINTS, SNAPSHOT, TrainJob
 from raylava.train.ledger import LEDGER
 from tests.flaky import FlakyProxy
+from tests.processes import kill_with_children
 
 pytestmark = pytest.mark.slow
 
@@ -105,13 +105,11 @@ def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
 def kill_all(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
     """SIGKILL the driver and its whole cluster as soon as something is true."""
     wait_for(run, once)
-    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-        process.kill()
-    run.communicate()
+    kill_with_children(run)
 
 
 def has_checkpoint(job: TrainJob) -> bool:
-    snapshot = place(job.output) / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    snapshot = place(job.output) / CHECKPOINTS / SNAPSHOT
     return snapshot.exists() and b"step-" in snapshot.read_bytes()
 
 

@@ -19,6 +19,7 @@ from raylava.tune.outcome import Tried
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
+from tests.processes import kill_with_children
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +95,7 @@ def test_a_search_whose_driver_and_then_whose_trial_is_killed_ends_as_if_neither
     wait_for(run, lambda: under_way(sweep_file, 1) is not None)
     before, draft = tried(sweep_file), under_way(sweep_file, 1)
     assert draft is not None
-    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-        process.kill()  # SIGKILL, driver and cluster alike
-    run.communicate()
+    kill_with_children(run)  # driver and cluster alike
     finished = {file: file.stat().st_mtime_ns for file in sweep_file.parent.glob("storage/*/*/artifact.json")}
     steps = lines_before_the_first_checkpoint(draft)
 
