@@ -112,15 +112,15 @@ class Corpora(Section):
 
 
 class Zero(Section):
-    """DeepSpeed ZeRO: what is sharded across workers, and what is kept in host memory."""
+    """DeepSpeed ZeRO: what is sharded across workers, and what is kept in host memory. `auto` chooses the stage."""
 
-    stage: Literal[0, 1, 2, 3] = 2
+    stage: Literal[0, 1, 2, 3, "auto"] = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.offload_parameters and self.stage != 3:
+        if self.offload_parameters and self.stage not in (3, "auto"):
             raise ValueError("offload_parameters needs ZeRO stage 3; set zero.stage=3 or offload_parameters=false")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs ZeRO stage 1 to 3; set zero.stage=1 or offload_optimizer=false")
@@ -170,9 +170,10 @@ class Training(Section):
 
     `lr` is the peak rate; `connector_lr` the connector's own, if it has one; `vision_lr` the vision tower's, which is
     frozen without one. Corpora of up to `shuffle_gb` are shuffled whole; of larger ones, blocks are shuffled, and
-    samples within windows of blocks that hold so much. `activation_checkpointing: auto` recomputes only where memory
-    would not do. `deepspeed` is handed to DeepSpeed as it is, for what has no name here. A step whose loss or gradient
-    is not finite is skipped; `stop_after_skipped` of them in a row end the run.
+    samples within windows of blocks that hold so much. `activation_checkpointing`, `pack_tokens` and `zero.stage` may
+    be `auto`: the fastest that memory admits, by the estimate, when training starts. `deepspeed` is handed to DeepSpeed
+    as it is, for what has no name here. A step whose loss or gradient is not finite is skipped; `stop_after_skipped` of
+    them in a row end the run.
     """
 
     enabled: bool = True
@@ -190,7 +191,7 @@ class Training(Section):
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     shuffle_gb: float = Field(100.0, gt=0)
-    pack_tokens: int = scale(2048, ge=16)
+    pack_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = scale(2048)
     zero: Zero = scale(Zero())
     activation_checkpointing: bool | Literal["auto"] = scale(False)
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = scale("varlen")
@@ -302,7 +303,7 @@ class Recipe(Section):
             )
         for stage, corpus in (("pretrain", self.corpora.alignment), ("finetune", self.corpora.instruction)):
             pack = getattr(self, stage).pack_tokens
-            if corpus is not None and corpus.max_length > pack:
+            if corpus is not None and pack != "auto" and corpus.max_length > pack:
                 raise ValueError(
                     f"{stage}.pack_tokens={pack} is less than its corpus's max_length={corpus.max_length}; "
                     f"raise {stage}.pack_tokens"

@@ -30,8 +30,9 @@ from shapes import BATCH, MICRO_BATCH, SHAPES, Shape, build, draw, layout, write
 from torch import Tensor, nn
 
 from raylava.corpus.blocks import Blocks
-from raylava.estimate.flops import peak_flops, step_flops
-from raylava.estimate.shapes import LlavaShape, shape_of
+from raylava.cost.flops import step_flops
+from raylava.cost.hardware import peak_flops
+from raylava.cost.shapes import LlavaShape, shape_of
 from raylava.model.attention import VARLEN
 from raylava.model.llava import PackLoss, StageName, choose_trainable
 from raylava.recipe import Training, Zero
@@ -215,7 +216,7 @@ class Bench:
             llava.enable_input_require_grads()
         batch, micro_batch = BATCH[stage], MICRO_BATCH[stage]
         trained = [weight for weight in llava.parameters() if weight.requires_grad]
-        settings = deepspeed_config(self._training) | {
+        settings = deepspeed_config(self._training, sum(weight.numel() for weight in trained)) | {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": batch // micro_batch,
             "managed_gradient_accumulation": True,

@@ -1,4 +1,5 @@
-"""What a recipe will cost, computed before anything runs: `shapes` has a model's dimensions and counts its parameters,
-`flops` the arithmetic of a step, and the peaks of devices. Pure functions of configurations: no weights, no Ray.
-Training's figures (MFU) take their numbers from here as well.
+"""What a recipe will cost, before anything runs. `workload` says what a stage has to compute (from a prepared corpus,
+or from stated assumptions), `forecast` what that comes to on a cluster, `ingest` the same for preparing, `calibrate`
+times this machine, `simulate` plays a run on thousands of GPUs with failures; `table` shows it. What a single step costs
+is cost's.
 """

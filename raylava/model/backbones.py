@@ -19,6 +19,7 @@ from raylava.storage import place
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_VOCABULARY_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
 FEATURE_LAYER = -2  # hidden_states[-2], for every family (LLaVA; kept by LLaVA-Gemma for CLIP and DINOv2)
 
 
@@ -132,7 +133,7 @@ def check_known(language: Language, vision: Vision) -> None:
 
 def resolve_vision(vision: Vision) -> VisionSpec:
     """The backbone's facts from its configuration files. Raises UserError when it is missing, unknown or unfit."""
-    config = _config(vision.name, vision.revision, "vision")
+    config = read_config(vision.name, vision.revision, "vision")
     family = vision.family or _family_of(config["model_type"], VISION_FAMILIES, vision.name, "vision")
     tower = config.get("vision_config", config)
     processor = _read_json(vision.name, vision.revision, "preprocessor_config.json")
@@ -153,7 +154,7 @@ def resolve_vision(vision: Vision) -> VisionSpec:
 
 def resolve_language(language: Language) -> LanguageSpec:
     """The language model's facts from its config.json. Raises UserError when it is missing or of an unknown family."""
-    config = _config(language.name, language.revision, "language")
+    config = read_config(language.name, language.revision, "language")
     family = language.family or _family_of(config["model_type"], LANGUAGE_FAMILIES, language.name, "language")
     return LanguageSpec(language.name, family, config["hidden_size"], config["vocab_size"])
 
@@ -170,6 +171,11 @@ def load_tokenizer(language: Language) -> "PreTrainedTokenizerBase":
         raise UserError(f"model.language.name={language.name}: no tokenizer could be loaded there ({error})") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer
+
+
+def vocabulary_for(tokens: int, rows: int) -> int:
+    """Embedding rows of a language model that has `rows` of them, once it knows so many `tokens`."""
+    return rows if tokens <= rows else -(-tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -226,7 +232,8 @@ def _hub_commit(name: str, revision: str) -> str:
             ) from error
 
 
-def _config(name: str, revision: str, role: str) -> dict[str, Any]:
+def read_config(name: str, revision: str, role: str) -> dict[str, Any]:
+    """A backbone's config.json; `role` (language, vision) is for the message. Raises UserError when there is none."""
     config = _read_json(name, revision, "config.json")
     if config is None or "model_type" not in config:
         raise UserError(

@@ -20,6 +20,7 @@ from raylava.model.backbones import (
     VisionSpec,
     backbone_path,
     load_tokenizer,
+    vocabulary_for,
 )
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Model
@@ -31,8 +32,6 @@ StageName = Literal["pretrain", "finetune"]
 CONNECTOR = "model.multi_modal_projector."  # the names of the connector's weights start so
 VISION_TOWER = "model.vision_tower."
 CONNECTOR_FILE = "connector.safetensors"
-
-_VOCABULARY_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _make_room(language: "PreTrainedModel", tokens: int) -> None:
     old = language.get_input_embeddings().weight.shape[0]
     if tokens <= old:
         return
-    language.resize_token_embeddings(tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False)
+    language.resize_token_embeddings(vocabulary_for(tokens, old), mean_resizing=False)
     for table in {language.get_input_embeddings(), language.get_output_embeddings()}:
         with torch.no_grad():
             table.weight[old:] = table.weight[:old].float().mean(dim=0).to(table.weight.dtype)

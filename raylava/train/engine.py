@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raylava.cost.memory import REDUCE_BUCKET
 from raylava.errors import RunError, first_line
 from raylava.model.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, choose_trainable
 from raylava.recipe import Training
@@ -98,8 +98,9 @@ class Engine:
         llava.train()
         llava.model.vision_tower.eval()
         self.llava = llava.to(device)
-        if _recomputes(llava, training, device):
-            llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert "auto" not in (training.zero.stage, training.activation_checkpointing), "settle.py decides first"
+        if training.activation_checkpointing:
+            recompute(llava)
         loss = PackLoss(llava)
         if training.compile:
             loss.compile(dynamic=True)  # in place: names stay those of the plain module
@@ -124,17 +125,17 @@ class Engine:
             skipped=not finite,
         )
 
-    def rehearse(self, packs: list[PackTensors]) -> None:
+    def rehearse(self, packs: list[PackTensors], advice: str) -> None:
         """Forward and backward of these packs, changing nothing: a step whose loss is made not finite is skipped.
 
-        Raises RunError with what to change when memory does not do.
+        Raises RunError with `advice`, what to change, when memory does not do.
         """
         try:
             total = self._accumulate(packs, math.nan)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
-            raise RunError(_out_of_memory(packs, self._training, error)) from error
+            raise RunError(_out_of_memory(packs, error, advice)) from error
         finite = self._update(total * math.nan)
         assert not finite, "a rehearsal must not update"
 
@@ -180,7 +181,7 @@ class Engine:
             str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            about = Cursor(cursor, dist.get_world_size(), self._training.zero.stage)
+            about = Cursor(cursor, dist.get_world_size(), int(self._training.zero.stage))
             (folder / _CURSOR).write_text(json.dumps(asdict(about)))
 
     def written(self) -> None:
@@ -240,38 +241,21 @@ class Engine:
         return collected if dist.get_rank() == 0 else None
 
 
-def _recomputes(llava: "LlavaForConditionalGeneration", training: Training, device: torch.device) -> bool:
-    """Whether activations are recomputed: as the recipe says, or when a full pack's would not fit into memory."""
-    if training.activation_checkpointing != "auto":
-        return training.activation_checkpointing
-    text = llava.config.text_config
-    width = 2 if training.precision == "bf16" else 4
-    # 34·hidden bytes a token and layer at 2 bytes a value, attention fused (Korthikanti et al. 2022, section 4.1).
-    held = training.pack_tokens * text.num_hidden_layers * text.hidden_size * 17 * width
-    logits = training.pack_tokens * text.vocab_size * (width + 4)
-    scarce = torch.tensor(float(held + logits > 0.6 * _free_memory(device)), device=device)
-    dist.all_reduce(scarce, dist.ReduceOp.MAX)  # all ranks alike, or ZeRO-3's gathers would not match
-    return bool(scarce.item())
+def recompute(llava: "LlavaForConditionalGeneration") -> None:
+    """Keep each layer's input alone for the backward pass, and compute the rest again.
+
+    transformers then has all embeddings require gradients, which only the reentrant kind needs: a frozen tower would
+    keep its activations and be differentiated for nothing.
+    """
+    llava.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    llava.disable_input_require_grads()
 
 
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available) / dist.get_world_size()
-
-
-def _out_of_memory(packs: list[PackTensors], training: Training, error: BaseException) -> str:
+def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) -> str:
     largest = max(packs, key=lambda pack: pack.input_ids.shape[1])
-    advice = [f"lower pack_tokens (now {training.pack_tokens})"]
-    if training.activation_checkpointing is False:
-        advice.append("set activation_checkpointing=true")
-    if training.zero.stage < 3:
-        advice.append("raise zero.stage")
-    if not training.zero.offload_optimizer and training.zero.stage > 0:
-        advice.append("set zero.offload_optimizer=true")
     return (
-        f"out of memory in the rehearsal of the largest pack ({largest.input_ids.shape[1]} tokens, "
-        f"{largest.pixel_values.shape[0]} pictures): {', or '.join(advice)} ({first_line(error)[:120]})"
+        f"out of memory in the rehearsal of the largest packs (up to {largest.input_ids.shape[1]} tokens, "
+        f"{largest.pixel_values.shape[0]} pictures): {advice} ({first_line(error)[:120]})"
     )
 
 
@@ -305,14 +289,14 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
 
     deepspeed.logger.setLevel(logging.WARNING)
     groups = list(parameter_groups(module, training))
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(training), dist_init_required=False
-    )
+    # foreach would hold intermediate values of all weights at once, at stage 0; the others have flat ones
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, foreach=False)
+    trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
+    config = deepspeed_config(training, sum(trained.values()))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
         state["step"].zero_()  # stage 0 in bf16 has taken a step, at a rate of zero, to allocate Adam's moments
-    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
-    engine.checkpoint_engine = BackgroundWriter(trained)
+    engine.checkpoint_engine = BackgroundWriter(set(trained))
     return engine
 
 
@@ -341,10 +325,11 @@ def _part(name: str) -> str:
     return "vision" if VISION_TOWER in name else "language"
 
 
-def deepspeed_config(training: Training) -> dict[str, Any]:
-    """DeepSpeed's own settings for one training stage.
+def deepspeed_config(training: Training, trained: int) -> dict[str, Any]:
+    """DeepSpeed's own settings for one training stage of so many `trained` parameters.
 
     Accumulation is unmanaged: `backward` adds up, `step` reduces, so each step may have its own number of packs.
+    Buckets are no larger than what they hold: DeepSpeed's own take a gigabyte even where a connector alone trains.
     """
     zero: dict[str, Any] = {"stage": training.zero.stage, "overlap_comm": False}
     if training.zero.offload_optimizer:
@@ -363,9 +348,13 @@ def deepspeed_config(training: Training) -> dict[str, Any]:
         "steps_per_print": 1 << 31,
     }
     given = training.deepspeed
-    if training.precision == "bf16" and training.zero.stage >= 2:  # a step's packs are summed in fp32; 0 and 1 can't
+    if training.precision == "bf16" and training.zero.stage in (
+        2,
+        3,
+    ):  # a step's packs are summed in fp32; 0 and 1 can't
         given = {"data_types": {"grad_accum_dtype": "fp32"}} | given
-    return {**given, **ours, "zero_optimization": {**given.get("zero_optimization", {}), **zero}}
+    buckets = {"reduce_bucket_size": min(REDUCE_BUCKET, trained)}
+    return {**given, **ours, "zero_optimization": {**buckets, **given.get("zero_optimization", {}), **zero}}
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

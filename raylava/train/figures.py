@@ -6,8 +6,9 @@ import psutil
 import torch
 
 from raylava.corpus.blocks import Lengths
-from raylava.estimate.flops import peak_flops, step_flops
-from raylava.estimate.shapes import LlavaShape
+from raylava.cost.flops import step_flops
+from raylava.cost.hardware import peak_flops
+from raylava.cost.shapes import LlavaShape
 from raylava.recipe import Training
 from raylava.train.engine import StepResult
 from raylava.train.feed import StepWork

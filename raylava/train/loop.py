@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 
 from raylava.corpus.cache import cached_blocks
+from raylava.cost.shapes import shape_of
 from raylava.errors import RunError
-from raylava.estimate.shapes import shape_of
 from raylava.model.backbones import load_tokenizer
 from raylava.model.llava import CONNECTOR_FILE, assemble, load_connector
 from raylava.model.publish import publish
 from raylava.storage import place
-from raylava.train.engine import DTYPES, Engine, StepResult
+from raylava.train.engine import DTYPES, Engine, StepResult, read_cursor
 from raylava.train.feed import Feed, StepWork
 from raylava.train.figures import Meter
-from raylava.train.host import COMPUTING, LOADING, SAVING, Host
+from raylava.train.host import COMPUTING, LOADING, SAVING, Host, KeptCheckpoint
 from raylava.train.job import TrainJob, epoch_plan, layout_of
 from raylava.train.ledger import LEDGER, Ledger
 from raylava.train.plan import largest_packs
 from raylava.train.replay import dump
 from raylava.train.saver import Saver
+from raylava.train.settle import Settler
 from raylava.train.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,16 @@ class Loop:
         llava = assemble(job.model, job.vision, job.seed, DTYPES[training.precision], training.attention)
         if job.connector:
             load_connector(llava, job.connector)
-        self._shape = shape_of(llava.config)
-        self._engine = Engine(llava, job.stage, training, self._plan.steps, host.device)
+        self._llava, self._shape = llava, shape_of(llava.config)
         self._ledger = Ledger()
         self._saver = Saver(job, self._plan.steps, host)
         self._skipped = 0
 
     def run(self) -> None:
         """From the last checkpoint, or the start, to the result."""
-        first = self._resume()
+        with self._host.last_checkpoint() as kept:
+            self._settle(kept)
+            first = self._resume(kept)
         if first < self._plan.steps:
             self._rehearse()
         telemetry = self._telemetry(first) if self._host.rank == 0 else None
@@ -61,34 +63,42 @@ class Loop:
             telemetry.close()
         _write_result(self._job, self._engine, self._ledger)
 
-    def _resume(self) -> int:
+    def _settle(self, kept: KeptCheckpoint | None) -> None:
+        """Choose what the recipe leaves open, and build the engine with it."""
+        job, host = self._job, self._host
+        settler = Settler(job.stage, self._shape, self._blocks.lengths, host.device, host.world_size)
+        settled = settler.settle(job.training, read_cursor(place(kept.folder)).zero_stage if kept else None)
+        self._training, self._advice = settled.training, settled.advice
+        self._pack_tokens = settled.option.way.pack_tokens
+        self._engine = Engine(self._llava, job.stage, self._training, self._plan.steps, host.device)
+
+    def _resume(self, kept: KeptCheckpoint | None) -> int:
         """The next step."""
-        with self._host.last_checkpoint() as kept:
-            if kept is None:
-                return 0
-            step = self._engine.load(kept.folder)
-            if self._host.rank == 0:
-                self._ledger = Ledger((kept.folder / LEDGER).read_text())
-            self._saver.resumed(kept.uri, step)
+        if kept is None:
+            return 0
+        step = self._engine.load(kept.folder)
+        if self._host.rank == 0:
+            self._ledger = Ledger((kept.folder / LEDGER).read_text())
+        self._saver.resumed(kept.uri, step)
         logger.info("resumed at step %d", step)
         return step
 
     def _rehearse(self) -> None:
         """The largest packs once, so that memory gives out now or never."""
-        lengths = self._blocks.lengths
-        packs = largest_packs(lengths.length, lengths.images, self._job.training.pack_tokens)
-        self._engine.rehearse([self._layout.tensors([self._blocks[number] for number in pack]) for pack in packs])
+        packs = largest_packs(self._blocks.lengths, self._pack_tokens, self._job.training.global_batch)
+        tensors = [self._layout.tensors([self._blocks[number] for number in pack]) for pack in packs]
+        self._engine.rehearse(tensors, self._advice)
 
     def _telemetry(self, first: int) -> Telemetry:
         job, host = self._job, self._host
         language = job.stage == "finetune"
-        meter = Meter(self._shape, self._blocks.lengths, job.training, language, host.device, host.world_size)
+        meter = Meter(self._shape, self._blocks.lengths, self._training, language, host.device, host.world_size)
         settings = job.training.content() | {"stage": job.stage, "world_size": host.world_size}
         return Telemetry(place(job.output), first, meter, job.tracking, settings)
 
     def _train(self, first: int, telemetry: Telemetry | None) -> None:
-        host, pack_tokens = self._host, self._job.training.pack_tokens
-        feed = Feed(self._blocks, self._plan, self._layout, host.rank, host.world_size, pack_tokens, first)
+        host = self._host
+        feed = Feed(self._blocks, self._plan, self._layout, host.rank, host.world_size, self._pack_tokens, first)
         saving = 0.0
         host.beat(first, LOADING)
         asked = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raylava.corpus.blocks import Lengths
 from raylava.errors import UserError
 
 Pack = tuple[int, ...]  # sample numbers that share one row; empty when a rank has nothing left to compute
@@ -142,21 +143,27 @@ def assign(
     return [_padded(_split(packs, most), most) for packs in packed]
 
 
-def largest_packs(lengths: npt.NDArray[np.int32], images: npt.NDArray[np.int32], pack_tokens: int) -> tuple[Pack, Pack]:
-    """Two packs that no step's exceed: the fullest in tokens, and the one with the most pictures.
+def largest_packs(lengths: Lengths, pack_tokens: int, samples: int) -> tuple[Pack, Pack, Pack]:
+    """Three packs of at most so many samples that no step's exceed: the fullest in tokens, in pictures, and in
+    supervised tokens, whose logits weigh as much as all else.
 
     For the rehearsal before the first step: what memory does for these it does for all.
     """
-    longest = np.argsort(-lengths, kind="stable")
-    dense = np.argsort(-(images / lengths), kind="stable")
-    return _filled(longest, lengths, pack_tokens), _filled(dense, lengths, pack_tokens)
+    tokens = lengths.length
+    orders = (-tokens, -(lengths.images / tokens), -(lengths.supervised / tokens))
+    longest, pictures, supervised = (np.argsort(order, kind="stable") for order in orders)
+    return (
+        _filled(longest, tokens, pack_tokens, samples),
+        _filled(pictures, tokens, pack_tokens, samples),
+        _filled(supervised, tokens, pack_tokens, samples),
+    )
 
 
-def _filled(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], pack_tokens: int) -> Pack:
+def _filled(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], pack_tokens: int, samples: int) -> Pack:
     pack: list[int] = []
     room = pack_tokens
     for sample in order[:100_000]:
-        if lengths[sample] <= room:
+        if lengths[sample] <= room and len(pack) < samples:
             pack.append(int(sample))
             room -= int(lengths[sample])
     return tuple(pack)

@@ -1,4 +1,4 @@
-"""One rank of an engine without Ray, for test_engine.py: runs of a few steps, a JSON line for each step.
+"""One rank of an engine without Ray, for test_engine.py: runs of a few steps, a JSON line for each step on rank 0.
 
 The one argument is JSON: rank, world_size, rendezvous, language, vision, blocks, and `runs`: for each name its training
 settings, and where wanted stage, epochs (of six steps; one by default), checkpoint (a folder written after step 3),
@@ -24,6 +24,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
 from raylava.corpus.blocks import Blocks, Sample
+from raylava.cost.shapes import shape_of
 from raylava.errors import RunError
 from raylava.model.backbones import load_tokenizer, resolve_vision
 from raylava.model.llava import PackTensors, assemble
@@ -32,6 +33,7 @@ from raylava.recipe import Language, Model, Training, Vision
 from raylava.train.engine import DTYPES, Engine
 from raylava.train.feed import Feed, Layout, StepWork
 from raylava.train.plan import EpochPlan
+from raylava.train.settle import Settler
 
 DEFAULTS = {"lr": 1e-3, "clip_norm": 1.0, "weight_decay": 0.01, "precision": "fp32"}
 
@@ -43,7 +45,8 @@ def main(given: dict[str, Any]) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=given["rank"], world_size=given["world_size"])
     for name, run in given["runs"].items():
         for line in steps(given, run):
-            sys.stdout.write(json.dumps({"run": name} | line) + "\n")
+            if given["rank"] == 0:  # nobody reads the others' pipes meanwhile
+                sys.stdout.write(json.dumps({"run": name} | line) + "\n")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort an ordinary interpreter exit
@@ -57,11 +60,13 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     plan = EpochPlan(len(corpus), 8, epochs=run.get("epochs", 1), seed=0)
     training = Training.model_validate(DEFAULTS | run["training"])
     llava = assemble(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attention)
-    engine = Engine(llava, run.get("stage", "finetune"), training, plan.steps, torch.device("cpu"))
+    stage, device = run.get("stage", "finetune"), torch.device("cpu")
+    settled = Settler(stage, shape_of(llava.config), corpus.lengths, device, world_size).settle(training)
+    engine = Engine(llava, stage, settled.training, plan.steps, device)
     first = engine.load(Path(run["resume"])) if "resume" in run else 0
     layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
     if run.get("rehearse"):
-        engine.rehearse([layout.tensors([corpus[0], corpus[1]])])
+        engine.rehearse([layout.tensors([corpus[0], corpus[1]])], "")
     if run.get("starve"):
         yield {"told": _starved(engine, layout.tensors([corpus[n] for n in range(len(corpus))] * 20))}
         return
@@ -75,7 +80,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
             engine.written()
         if work.step.number == 0 and "moments" in run:
             _write_moments(engine, run["moments"])
-        line = {"step": work.step.number, **vars(result)}
+        line = {"step": work.step.number, **vars(result), "way": vars(settled.option.way)}
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         yield line
@@ -121,7 +126,7 @@ def _starved(engine: Engine, pack: PackTensors) -> str:
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
     try:
-        engine.rehearse([pack])
+        engine.rehearse([pack], "use less")
     except RunError as error:
         return str(error)
     return "nothing"

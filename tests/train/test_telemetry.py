@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raylava.corpus.blocks import Lengths
-from raylava.estimate.shapes import LanguageShape, LlavaShape, VisionShape
+from raylava.cost.shapes import LanguageShape, LlavaShape, VisionShape
 from raylava.recipe import Tracking, Training
 from raylava.storage import place
 from raylava.train.engine import StepResult

@@ -1,4 +1,4 @@
-"""The arithmetic of a training step, and the peak of devices by name: what model FLOPs utilisation (MFU) is made of.
+"""The arithmetic of a training step: what model FLOPs utilisation (MFU) is made of.
 
 Counted is what the model needs, not what an implementation spends: recomputed activations and padding count nothing
 (PaLM, Chowdhery et al. 2022, appendix B). A multiplication by a weight costs 2 FLOPs a token forward, 2 for the
@@ -9,24 +9,7 @@ element-wise work are left out, as `torch.utils.flop_counter` does. Pure functio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raylava.estimate.shapes import LanguageShape, LlavaShape, VisionShape
-
-# Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
-_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-}
+from raylava.cost.shapes import LanguageShape, LlavaShape, VisionShape
 
 
 @dataclass(frozen=True)
@@ -105,8 +88,3 @@ def _body(shape: LanguageShape, lengths: Sequence[int], learns: bool, causal: bo
     squares = sum(length * length for length in lengths)
     attention = (2 if causal else 4) * shape.layers * shape.attention_width * squares
     return Flops(matrices.forward + attention, matrices.backward + 2 * attention)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None for one that is not listed (a CPU)."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)

@@ -19,8 +19,9 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from raylava.estimate.flops import peak_flops, step_flops
-from raylava.estimate.shapes import LlavaShape, language_shape, vision_shape
+from raylava.cost.flops import step_flops
+from raylava.cost.hardware import peak_flops
+from raylava.cost.shapes import LlavaShape, language_shape, vision_shape
 
 CLIP_L = CLIPVisionConfig(
     hidden_size=1024,

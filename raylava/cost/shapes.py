@@ -32,6 +32,13 @@ class LanguageShape:
         return self.layers * (attention + 3 * self.width * self.intermediate)
 
     @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """(size, how many of it) of all weights."""
+        queries, shared = self.width * self.attention_width, self.width * self.kv_heads * self.head_size
+        layer = [(queries, 2), (shared, 2), (self.width * self.intermediate, 3), (self.width, 2)]
+        return [(self.embedding, 1), (self.width, 1), *((size, count * self.layers) for size, count in layer)]
+
+    @property
     def embedding(self) -> int:
         """The embedding, which is the output layer too."""
         return self.vocabulary * self.width
@@ -75,6 +82,15 @@ class VisionShape:
         return self.layers * (4 * self.width**2 + 2 * self.width * self.intermediate)
 
     @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """(size, how many of it) of all weights; what its family has besides counts as one."""
+        wide, inner = self.width**2, self.width * self.intermediate
+        layer = [(wide, 4), (inner, 2), (self.width, 9), (self.intermediate, 1)]
+        rest = [(self.patch_matrix, 1), (self.positions * self.width, 1), (self.extra, 1), (self.width, 2)]
+        rest += [(self.width, 1)] * self.patch_bias
+        return [*rest, *((size, count * self.layers) for size, count in layer)]
+
+    @property
     def parameters(self) -> int:
         """All of them, those that LLaVA does not use included."""
         biases = self.layers * (5 * self.width + self.intermediate)
@@ -104,6 +120,16 @@ class LlavaShape:
     def connector(self) -> int:
         """The connector's parameters."""
         return self.connector_in + self.connector_out + 2 * self.language.width
+
+    @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """(size, how many of it) of all weights."""
+        connector = [(self.connector_in, 1), (self.connector_out, 1), (self.language.width, 2)]
+        return [*self.language.tensors, *self.vision.tensors, *connector]
+
+    def trained(self, language: bool, vision: bool) -> int:
+        """Parameters that train: the connector, and those parts."""
+        return self.connector + language * self.language.parameters + vision * self.vision.parameters
 
     @property
     def parameters(self) -> int:

@@ -1,0 +1,121 @@
+"""Which way to train: every one that the settings leave open, weighed by memory and time; the cheapest that fits.
+
+Training settles its `auto` settings here, `raylava estimate` its table. Pure functions.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from raylava.cost.memory import Load, Memory, Trained, Way, memory
+from raylava.cost.speed import Speed, StepSeconds, step_seconds
+from raylava.cost.traffic import Traffic, traffic
+from raylava.recipe import Training
+
+_PACKS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+_CONTEXT = 1.5e9  # bytes of CUDA's context, NCCL's buffers and cuBLAS's workspace: measured by others at 1 to 2 GB
+_FRAGMENTS = 0.05  # of the allocator's memory, lost between blocks
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of packs of one size, on the slowest rank: FLOPs forward and backward, those of the language model's body
+    forward alone (what is recomputed), and the fullest pack of the run.
+    """
+
+    load: Load
+    packs: float
+    flops: float
+    body_forward: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for each worker: bytes of its device and of its share of the host (None: not known), how many
+    workers, and the bandwidth between them in bytes/s.
+    """
+
+    device: float
+    host: float | None
+    world_size: int
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way, and what comes of it. `why_not` is empty where it fits."""
+
+    way: Way
+    memory: Memory
+    seconds: StepSeconds
+    traffic: Traffic
+    why_not: str
+
+
+def usable(memory: float) -> float:
+    """Of a GPU's memory, what tensors may take: the rest is the context's, or lost to fragmentation."""
+    return memory * (1 - _FRAGMENTS) - _CONTEXT
+
+
+def open_ways(training: Training, longest: int) -> Iterator[Way]:
+    """All that a recipe's stage leaves open; one where it says everything. `longest` is the longest sample, in tokens.
+
+    Where packs' gradients should be summed in fp32, `auto` leaves stages 0 and 1 out: in bf16 they can't.
+    """
+    fewest = 2 if training.precision == "bf16" else 0
+    automatic = [stage for stage in range(fewest, 4) if not (training.compile and stage == 3)]
+    zero = training.zero
+    stages = automatic if zero.stage == "auto" else [zero.stage]
+    recompute = training.activation_checkpointing
+    for stage, again, tokens in itertools.product(
+        stages, [False, True] if recompute == "auto" else [recompute], _pack_sizes(training.pack_tokens, longest)
+    ):
+        if (zero.offload_parameters and stage < 3) or (zero.offload_optimizer and stage == 0):
+            continue
+        yield Way(stage, zero.offload_optimizer, zero.offload_parameters, again, tokens)
+
+
+def all_ways(training: Training, longest: int) -> Iterator[Way]:
+    """Every way there is, whatever the recipe says of it: those that `raylava estimate` compares."""
+    sizes = sorted({*_pack_sizes("auto", longest), *_pack_sizes(training.pack_tokens, longest)})
+    for stage, offload, again, tokens in itertools.product(range(4), (False, True), (False, True), sizes):
+        if not (offload and stage == 0) and not (training.compile and stage == 3):
+            yield Way(stage, offload, False, again, tokens)
+            if offload and stage == 3:
+                yield Way(stage, True, True, again, tokens)
+
+
+def _pack_sizes(tokens: int | Literal["auto"], longest: int) -> list[int]:
+    if tokens != "auto":
+        return [tokens]
+    return [size for size in _PACKS if size >= longest] or [longest]
+
+
+def weigh(ways: Iterable[Way], model: Trained, work: Callable[[int], Work], speed: Speed, room: Room) -> list[Option]:
+    """What comes of each. `work` tells a step's work by the size of packs."""
+    work = cache(work)
+    return [_weighed(way, model, work(way.pack_tokens), speed, room) for way in ways]
+
+
+def _weighed(way: Way, model: Trained, work: Work, speed: Speed, room: Room) -> Option:
+    held = memory(model, way, work.load, room.world_size)
+    sent = traffic(model, way, work.packs, room.world_size)
+    flops = work.flops + work.body_forward * way.recompute
+    seconds = step_seconds(speed, flops, work.packs, sent, model, way, room.world_size, room.bandwidth)
+    return Option(way, held, seconds, sent, _why_not(held, room))
+
+
+def _why_not(held: Memory, room: Room) -> str:
+    if held.peak > room.device:
+        return f"{held.peak / 1e9:.1f} GB in the {held.at}, {room.device / 1e9:.1f} usable"
+    if room.host is not None and held.host > room.host:
+        return f"{held.host / 1e9:.1f} GB on the host, {room.host / 1e9:.1f} there"
+    return ""
+
+
+def cheapest(options: Iterable[Option]) -> Option | None:
+    """Of those that fit, the fastest; of equals the one that holds least. None where none fits."""
+    fitting = [one for one in options if not one.why_not]
+    return min(fitting, key=lambda one: (round(one.seconds.total, 6), one.memory.peak), default=None)

@@ -1,0 +1,223 @@
+"""A recipe on a cluster → each stage's size, memory, time and cost; what would be cheapest, and why the rest is not.
+
+Pure but for the configuration files and the prepared corpora that it reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, usable, weigh
+from raylava.cost.flops import StepFlops
+from raylava.cost.hardware import Cluster
+from raylava.cost.memory import Trained, checkpoint_bytes, result_bytes
+from raylava.cost.published import shape_of_model
+from raylava.cost.shapes import LlavaShape
+from raylava.cost.speed import Speed
+from raylava.errors import UserError
+from raylava.estimate.ingest import Ingest, IngestPlan, plan
+from raylava.estimate.workload import CorpusName, CorpusSize, Workload, assumed
+from raylava.recipe import Recipe, Training
+
+StageName = Literal["pretrain", "finetune"]
+CORPUS_OF: dict[StageName, CorpusName] = {"pretrain": "alignment", "finetune": "instruction"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where it is to run: the room for each worker, how fast one is, seconds from a stage's start to its first step,
+    seconds that training stands still for a checkpoint's byte, cores for preparing, and the price of an hour of all
+    nodes.
+    """
+
+    label: str
+    room: Room
+    speed: Speed
+    start: float
+    save: float
+    cores: int
+    nodes: int
+    hourly: float | None
+
+
+_HOST_COPY = 1 / 5e9  # seconds a byte, from a GPU to its host
+_START = 90.0  # Ray's workers, imports, DeepSpeed
+_LOAD = 1e9  # bytes/s, weights from storage or a page cache
+_CORES_A_GPU = 12
+
+
+def on_gpus(cluster: Cluster, speed: Speed) -> Target:
+    """A cluster of GPUs."""
+    device = cluster.device
+    return Target(
+        label=f"{cluster.nodes} × {cluster.gpus} {device.name}",
+        room=Room(usable(device.memory), None, cluster.world_size, cluster.bandwidth),
+        speed=speed,
+        start=_START,
+        save=_HOST_COPY,
+        cores=_CORES_A_GPU * cluster.gpus,
+        nodes=cluster.nodes,
+        hourly=None if cluster.price is None else cluster.price * cluster.nodes,
+    )
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """A training stage on a target. `asked` is the way that the recipe takes (the cheapest of those it leaves open),
+    `best` the cheapest of all; None where none fits.
+    """
+
+    stage: StageName
+    workload: Workload
+    target: Target
+    asked: Option
+    best: Option | None
+    options: tuple[Option, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+        return self.workload.plan.steps
+
+    @cached_property
+    def flops(self) -> StepFlops:
+        """Of a step, all ranks together."""
+        return self.workload.step_flops()
+
+    @property
+    def model(self) -> Trained:
+        """What trains."""
+        return self.workload.model
+
+    @property
+    def seconds(self) -> float:
+        """From its start to its result."""
+        model, target = self.model, self.target
+        training = self.steps * self.asked.seconds.total
+        saves = max(1, int(training / (60 * self.workload.training.checkpoints.every_minutes)))
+        load = model.shape.parameters * model.value / _LOAD
+        return target.start + load + training + saves * self.checkpoint / target.room.world_size * target.save
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of one, all ranks together."""
+        return checkpoint_bytes(self.model, self.asked.way)
+
+    @property
+    def result(self) -> float:
+        """Bytes of the artifact."""
+        return result_bytes(self.model)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the devices could, when these are known by their peak."""
+        peak = self.target.speed.peak
+        if peak is None:
+            return None
+        return self.flops.total / self.asked.seconds.total / (peak * self.target.room.world_size)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A recipe on a target."""
+
+    name: str
+    shape: LlavaShape
+    target: Target
+    corpora: Mapping[CorpusName, CorpusSize]
+    prepare: Mapping[CorpusName, IngestPlan]
+    stages: tuple[StageForecast, ...]
+
+    @property
+    def hours(self) -> float:
+        """Of the cluster, all stages one after another."""
+        preparing = sum(one.hours for one in self.prepare.values())
+        return preparing + sum(one.seconds for one in self.stages) / 3600
+
+    @property
+    def node_hours(self) -> float:
+        """Hours × nodes."""
+        return self.hours * self.target.nodes
+
+    @property
+    def cost(self) -> float | None:
+        """In the price table's currency."""
+        return None if self.target.hourly is None else self.hours * self.target.hourly
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage does, as the recipe has it."""
+        return all(not one.asked.why_not for one in self.stages)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of the corpora: those that are prepared, and rows of those that are not."""
+
+    corpora: Mapping[CorpusName, CorpusSize]
+    rows: Mapping[CorpusName, int]
+
+
+def forecast(recipe: Recipe, target: Target, given: Given, weighs_all: bool = True) -> Forecast:
+    """The recipe on the target; without `weighs_all` only as the recipe has it.
+
+    Raises UserError for a corpus that nothing is known of, or a backbone whose configuration cannot be read.
+    """
+    shape = shape_of_model(recipe.model)
+    corpora = sizes(recipe, shape, given)
+    stages = tuple(_stage(recipe, stage, shape, corpora, target, weighs_all) for stage in training_stages(recipe))
+    return Forecast(
+        recipe.name, shape, target, corpora, {name: _ingest(recipe, name, corpora, target) for name in corpora}, stages
+    )
+
+
+def training_stages(recipe: Recipe) -> list[StageName]:
+    """Those that the recipe runs."""
+    connector = recipe.pretrain.enabled and recipe.model.connector.weights is None
+    return ["pretrain", "finetune"] if connector else ["finetune"]
+
+
+def sizes(recipe: Recipe, shape: LlavaShape, given: Given) -> dict[CorpusName, CorpusSize]:
+    """Of the corpora that the recipe's stages read."""
+    found: dict[CorpusName, CorpusSize] = {}
+    for stage in training_stages(recipe):
+        name = CORPUS_OF[stage]
+        corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
+        assert corpus is not None
+        pixels = int(shape.vision.patches**0.5) * shape.vision.patch
+        known = given.corpora.get(name)
+        found[name] = known or assumed(name, corpus, shape.vision.patches, pixels, given.rows.get(name))
+    return found
+
+
+def _stage(
+    recipe: Recipe,
+    stage: StageName,
+    shape: LlavaShape,
+    corpora: Mapping[CorpusName, CorpusSize],
+    target: Target,
+    weighs_all: bool,
+) -> StageForecast:
+    training: Training = getattr(recipe, stage)
+    model = Trained.of(shape, stage, training)
+    workload = Workload(model, training, corpora[CORPUS_OF[stage]], recipe.seed)
+    if training.pack_tokens != "auto" and training.pack_tokens < workload.longest:
+        raise UserError(
+            f"{stage}.pack_tokens={training.pack_tokens} is less than the corpus's longest sample, "
+            f"{workload.longest} tokens; raise it, or set it to auto"
+        )
+    work, room = workload.work(target.room.world_size), target.room
+    asked = weigh(open_ways(training, workload.longest), model, work, target.speed, room)
+    every = weigh(all_ways(training, workload.longest), model, work, target.speed, room) if weighs_all else asked
+    own = cheapest(asked) or min(asked, key=lambda one: one.memory.peak)
+    return StageForecast(stage, workload, target, own, cheapest(every), tuple(every))
+
+
+def _ingest(recipe: Recipe, name: CorpusName, corpora: Mapping[CorpusName, CorpusSize], target: Target) -> IngestPlan:
+    corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
+    assert corpus is not None
+    size = corpora[name]
+    images = max(1, size.images)
+    ingest = Ingest(images, cores=target.cores, block_bytes=size.bytes / images, rows_per_block=corpus.rows_per_block)
+    return plan(ingest, target.nodes)
