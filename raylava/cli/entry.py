@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from raylava.cli import clusters, looking, making, scores
+from raylava.cli import clusters, estimating, looking, making, scores
 from raylava.cli.command import DEFAULT_STORAGE, Handler, Outcome, Parser
 from raylava.console import Console, quiet
 from raylava.errors import UserError, first_line
@@ -96,6 +96,6 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(handler=handler)
         return added
 
-    for room in (making, scores, looking, clusters):
+    for room in (making, scores, looking, estimating, clusters):
         room.register(add)
     return parser

@@ -9,26 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from raylava.cost.memory import Load, Memory, Trained, Way, memory
-from raylava.cost.speed import Speed, StepSeconds, step_seconds
+from raylava.cost.memory import Memory, Trained, Way, memory
+from raylava.cost.speed import Speed, StepSeconds, Work, step_seconds
 from raylava.cost.traffic import Traffic, traffic
 from raylava.recipe import Training
 
 _PACKS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 _CONTEXT = 1.5e9  # bytes of CUDA's context, NCCL's buffers and cuBLAS's workspace: measured by others at 1 to 2 GB
 _FRAGMENTS = 0.05  # of the allocator's memory, lost between blocks
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step of packs of one size, on the slowest rank: FLOPs forward and backward, those of the language model's body
-    forward alone (what is recomputed), and the fullest pack of the run.
-    """
-
-    load: Load
-    packs: float
-    flops: float
-    body_forward: float
 
 
 @dataclass(frozen=True)
@@ -45,13 +33,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Option:
-    """A way, and what comes of it. `why_not` is empty where it fits."""
+    """A way, and what comes of it. `why_not` is empty where it fits; `caution` where nothing speaks against it."""
 
     way: Way
     memory: Memory
     seconds: StepSeconds
     traffic: Traffic
     why_not: str
+    caution: str
 
 
 def usable(memory: float) -> float:
@@ -60,12 +49,8 @@ def usable(memory: float) -> float:
 
 
 def open_ways(training: Training, longest: int) -> Iterator[Way]:
-    """All that a recipe's stage leaves open; one where it says everything. `longest` is the longest sample, in tokens.
-
-    Where packs' gradients should be summed in fp32, `auto` leaves stages 0 and 1 out: in bf16 they can't.
-    """
-    fewest = 2 if training.precision == "bf16" else 0
-    automatic = [stage for stage in range(fewest, 4) if not (training.compile and stage == 3)]
+    """All that a recipe's stage leaves open; one where it says everything. `longest` is the longest sample, in tokens."""
+    automatic = [stage for stage in range(4) if not (training.compile and stage == 3)]
     zero = training.zero
     stages = automatic if zero.stage == "auto" else [zero.stage]
     recompute = training.activation_checkpointing
@@ -102,9 +87,10 @@ def weigh(ways: Iterable[Way], model: Trained, work: Callable[[int], Work], spee
 def _weighed(way: Way, model: Trained, work: Work, speed: Speed, room: Room) -> Option:
     held = memory(model, way, work.load, room.world_size)
     sent = traffic(model, way, work.packs, room.world_size)
-    flops = work.flops + work.body_forward * way.recompute
-    seconds = step_seconds(speed, flops, work.packs, sent, model, way, room.world_size, room.bandwidth)
-    return Option(way, held, seconds, sent, _why_not(held, room))
+    seconds = step_seconds(speed, work, sent, model, way, room.world_size, room.bandwidth)
+    coarse = model.value == 2 and way.zero_stage < 2 and work.packs > 1
+    caution = "sums the gradients of packs in bf16" if coarse else ""
+    return Option(way, held, seconds, sent, _why_not(held, room), caution)
 
 
 def _why_not(held: Memory, room: Room) -> str:
@@ -116,6 +102,6 @@ def _why_not(held: Memory, room: Room) -> str:
 
 
 def cheapest(options: Iterable[Option]) -> Option | None:
-    """Of those that fit, the fastest; of equals the one that holds least. None where none fits."""
-    fitting = [one for one in options if not one.why_not]
+    """Of those that fit and need no caution, the fastest; of equals what holds least. None where there is none."""
+    fitting = [one for one in options if not one.why_not and not one.caution]
     return min(fitting, key=lambda one: (round(one.seconds.total, 6), one.memory.peak), default=None)

@@ -40,7 +40,7 @@ class Way:
         kept = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
         offloaded = " and ".join(name for name, is_so in kept if is_so)
         words = [f"ZeRO {self.zero_stage}", f"packs of {self.pack_tokens:,}"]
-        return ", ".join(words + [f"{offloaded} on the host"] * bool(offloaded) + ["recomputed"] * self.recompute)
+        return ", ".join(words + [f"host: {offloaded}"] * bool(offloaded) + ["recomputed"] * self.recompute)
 
 
 @dataclass(frozen=True)

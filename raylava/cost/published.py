@@ -76,17 +76,31 @@ def shape_of_model(model: Model) -> LlavaShape:
     return LlavaShape(_language(model.language), _vision(model.vision))
 
 
+def configs_of_model(model: Model) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Both backbones' config.json, the language model's with room for `<image>`, and a picture's patches."""
+    config, _ = _vision_config(model.vision)
+    return _language_config(model.language), config.get("vision_config", config), _vision(model.vision).patches
+
+
 def _language(language: Language) -> LanguageShape:
+    return language_shape(_language_config(language))
+
+
+def _language_config(language: Language) -> dict[str, Any]:
     known = LANGUAGE.get(language.name)
     config = known or read_config(language.name, language.revision, "language")
     rows = config["vocab_size"]
     tokens = rows + 1 if known else len(load_tokenizer(language))
-    return language_shape({**config, "vocab_size": vocabulary_for(tokens, rows)})
+    return {**config, "vocab_size": vocabulary_for(tokens, rows)}
 
 
 def _vision(vision: Vision) -> VisionShape:
+    return vision_shape(*_vision_config(vision))
+
+
+def _vision_config(vision: Vision) -> tuple[dict[str, Any], int]:
+    """The tower's configuration, and the pixels a side that it is shown."""
     known = VISION.get(vision.name)
     if known is None:
-        config = read_config(vision.name, vision.revision, "vision")
-        return vision_shape(config, resolve_vision(vision).pixels.size)
-    return vision_shape(known, vision.image_size or KNOWN_VISION[vision.name].image_size)
+        return read_config(vision.name, vision.revision, "vision"), resolve_vision(vision).pixels.size
+    return known, vision.image_size or KNOWN_VISION[vision.name].image_size

@@ -4,7 +4,7 @@ Pure but for the configuration files and the prepared corpora that it reads.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -39,6 +39,11 @@ class Target:
     cores: int
     nodes: int
     hourly: float | None
+    speeds: Mapping[StageName, Speed] = field(default_factory=dict)
+
+    def speed_of(self, stage: StageName) -> Speed:
+        """The stage's own, where it was measured."""
+        return self.speeds.get(stage, self.speed)
 
 
 _HOST_COPY = 1 / 5e9  # seconds a byte, from a GPU to its host
@@ -112,7 +117,7 @@ class StageForecast:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs over what the devices could, when these are known by their peak."""
-        peak = self.target.speed.peak
+        peak = self.target.speed_of(self.stage).peak
         if peak is None:
             return None
         return self.flops.total / self.asked.seconds.total / (peak * self.target.room.world_size)
@@ -207,9 +212,10 @@ def _stage(
             f"{stage}.pack_tokens={training.pack_tokens} is less than the corpus's longest sample, "
             f"{workload.longest} tokens; raise it, or set it to auto"
         )
-    work, room = workload.work(target.room.world_size), target.room
-    asked = weigh(open_ways(training, workload.longest), model, work, target.speed, room)
-    every = weigh(all_ways(training, workload.longest), model, work, target.speed, room) if weighs_all else asked
+    room, speed = target.room, target.speed_of(stage)
+    work = workload.work(room.world_size)
+    asked = weigh(open_ways(training, workload.longest), model, work, speed, room)
+    every = weigh(all_ways(training, workload.longest), model, work, speed, room) if weighs_all else asked
     own = cheapest(asked) or min(asked, key=lambda one: one.memory.peak)
     return StageForecast(stage, workload, target, own, cheapest(every), tuple(every))
 

@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 
 from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, Manifest, read_lengths
-from raylava.cost.choose import Work
 from raylava.cost.flops import StepFlops, step_flops
 from raylava.cost.memory import Trained
+from raylava.cost.speed import Work
 from raylava.errors import UserError
 from raylava.recipe import Corpus, Training
 from raylava.storage import Place
-from raylava.train.plan import EpochPlan, assign
+from raylava.train.plan import EpochPlan, Pack, assign
 from raylava.train.settle import fullest
 
 CorpusName = Literal["alignment", "instruction"]
@@ -135,8 +135,11 @@ class Workload:
 
     @cached_property
     def _sampled(self) -> "list[np.ndarray[tuple[int], np.dtype[np.int64]]]":
-        """Some of the steps, evenly over the run."""
-        count = min(self.plan.steps, _SAMPLED_STEPS)
+        return self.sampled(_SAMPLED_STEPS)
+
+    def sampled(self, most: int) -> "list[np.ndarray[tuple[int], np.dtype[np.int64]]]":
+        """The samples of some steps, evenly over the run."""
+        count = min(self.plan.steps, most)
         first = np.linspace(0, self.plan.steps - 1, count).astype(int)
         return [next(self.plan.from_step(int(number))).samples for number in first]
 
@@ -153,17 +156,17 @@ class Workload:
         """A step's work by the size of packs, on the rank that has most to do, a mean over steps."""
 
         def at(pack_tokens: int) -> Work:
-            found = [self._slowest(step, world_size, pack_tokens) for step in self._sampled]
+            ranks = [assign(step, self.corpus.lengths.length, world_size, pack_tokens) for step in self._sampled]
+            found = [self.slowest(one) for one in ranks]
             packs, flops, forward = (float(np.mean([one[part] for one in found])) for part in range(3))
             load = fullest(self.corpus.lengths, pack_tokens, self.training.global_batch)
-            return Work(load, packs, flops, forward)
+            images = self.corpus.images / len(self.corpus.lengths) * self.training.global_batch / world_size
+            return Work(load, packs, flops, forward, images)
 
         return at
 
-    def _slowest(
-        self, step: "np.ndarray[tuple[int], np.dtype[np.int64]]", world_size: int, pack_tokens: int
-    ) -> tuple[int, float, float]:
-        ranks = assign(step, self.corpus.lengths.length, world_size, pack_tokens)
+    def slowest(self, ranks: list[list[Pack]]) -> tuple[int, float, float]:
+        """Of one step's packs by rank: how many each has; FLOPs of the rank with most, and its body's forward."""
         flops = [self._flops([sample for pack in packs for sample in pack]) for packs in ranks]
         most = max(flops, key=lambda one: one.total)
         return len(ranks[0]), most.total, most.body.forward

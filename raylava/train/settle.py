@@ -13,21 +13,21 @@ import torch
 import torch.distributed as dist
 
 from raylava.corpus.blocks import Lengths
-from raylava.cost.choose import Option, Room, Work, all_ways, cheapest, open_ways, usable, weigh
+from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, usable, weigh
 from raylava.cost.flops import step_flops
 from raylava.cost.hardware import Device, device_named
 from raylava.cost.memory import Load, Trained, Way
 from raylava.cost.shapes import LlavaShape
-from raylava.cost.speed import Speed, stated
+from raylava.cost.speed import Speed, Work, stated
 from raylava.model.llava import StageName
 from raylava.recipe import Training
 from raylava.train.plan import Pack, largest_packs
 
 logger = logging.getLogger(__name__)
 
-_CPU = Speed(flops=1e11, pack=1e-2, step=0.0, update=1e-9, latency=1e-4, source="a CPU core's order of magnitude")
+CPU_SPEED = Speed(flops=1e11, pack=1e-2, step=0.0, update=1e-9, latency=1e-4, source="a CPU core's order of magnitude")
 _CPU_BANDWIDTH = 1e9  # bytes/s between two processes over loopback
-_SHARE = 0.8  # of a host's free memory
+MEMORY_SHARE = 0.8  # of a host's free memory
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Settler:
 
     def _weigh(self, ways: Iterable[Way], model: Trained, training: Training) -> list[Option]:
         found = _known(self._device)
-        return weigh(ways, model, self._work(model, training), stated(found) if found else _CPU, self._room)
+        return weigh(ways, model, self._work(model, training), stated(found) if found else CPU_SPEED, self._room)
 
     def _work(self, model: Trained, training: Training) -> Callable[[int], Work]:
         lengths, world_size = self._lengths, self._room.world_size
@@ -77,7 +77,7 @@ class Settler:
             tokens = float(lengths.length.sum()) * share
             packs = max(1.0, np.ceil(tokens / pack_tokens))
             load = fullest(lengths, pack_tokens, training.global_batch)
-            return Work(load, packs, flops.total * samples, flops.body.forward * samples)
+            return Work(load, packs, flops.total * samples, flops.body.forward * samples, images * samples)
 
         return work
 
@@ -124,7 +124,7 @@ def _known(device: torch.device) -> Device | None:
 
 def _room(device: torch.device, world_size: int) -> Room:
     """The least that any rank has, so that all choose the same."""
-    host = psutil.virtual_memory().available * _SHARE / world_size
+    host = psutil.virtual_memory().available * MEMORY_SHARE / world_size
     own = usable(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host
     least = torch.tensor([own, host], dtype=torch.float64, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)

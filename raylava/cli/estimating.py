@@ -1,0 +1,194 @@
+"""The command that says what a recipe will cost: estimate."""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylava.cli.command import Add, Outcome, positive, takes_overrides
+from raylava.console import Console
+from raylava.errors import UserError
+
+if TYPE_CHECKING:
+    from raylava.cost.hardware import Cluster
+    from raylava.estimate.forecast import Given, Target
+    from raylava.recipe import Recipe
+
+_SCALES = (558_128, 10_000_000, 1_000_000_000)
+
+
+def register(add: Add) -> None:
+    """Add this command."""
+    estimate = add("estimate", _estimate, "memory, time and money of a recipe, before anything runs")
+    estimate.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or with --sweep a sweep")
+    estimate.add_argument("--sweep", action="store_true", help="the file is a sweep: what variants share counts once")
+    estimate.add_argument("--nodes", type=positive, metavar="N", help="nodes (as many as the recipe's workers need)")
+    estimate.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each (8)")
+    estimate.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, …; without it those of --prices, or h100")
+    estimate.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is reached (0.4)")
+    estimate.add_argument("--prices", metavar="FILE", help="YAML, such as `h100x8: 60.0`: a node's price for an hour")
+    estimate.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="a prepared corpus; NAME: alignment, or instruction",
+    )
+    estimate.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="rows of one that is not")
+    estimate.add_argument("--calibrate", action="store_true", help="time a few steps on this machine first")
+    estimate.add_argument("--simulate", action="store_true", help="play finetuning on 8 to 4,096 GPUs, with failures")
+    estimate.add_argument("--spot", type=float, default=0.0, metavar="RATE", help="spot reclaims, a node and hour (0)")
+    takes_overrides(estimate)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from error
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    if arguments.sweep:
+        return _sweep(arguments, console)
+    from raylava.estimate import table
+    from raylava.estimate.forecast import forecast
+    from raylava.recipe_file import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    given = _given(arguments, recipe)
+    if arguments.calibrate:
+        _calibrate(recipe, given, console)
+    found = [forecast(recipe, target, given) for target in _targets(arguments, recipe, given)]
+    best = min(found, key=lambda one: (not one.fits, one.cost if one.cost is not None else one.hours))
+    console.show(table.sizes_table(best))
+    for stage in best.stages:
+        console.show(table.ways_table(stage))
+    console.show(table.ingest_table([*best.prepare.items(), *_at_scale(best.target)]))
+    console.show(table.totals_table(found))
+    data: dict[str, Any] = {"estimates": [table.data(one) for one in found], "cheapest": best.target.label}
+    if arguments.simulate:
+        data["simulated"] = _simulate(arguments, recipe, given, console)
+    return Outcome(data)
+
+
+def _given(arguments: argparse.Namespace, recipe: "Recipe") -> "Given":
+    from raylava.estimate.forecast import Given
+    from raylava.estimate.workload import prepared
+    from raylava.storage import place
+
+    corpora = {name: prepared(place(path)) for name, path in _named(arguments.corpus, "--corpus")}
+    rows = {name: _count(count, name) for name, count in _named(arguments.rows, "--rows")}
+    return Given(_found(recipe, arguments.storage) | corpora, rows)
+
+
+def _named(given: Sequence[str], option: str) -> list[tuple[Any, str]]:
+    pairs = [tuple(one.split("=", 1)) if "=" in one else ("instruction", one) for one in given]
+    for name, _ in pairs:
+        if name not in ("alignment", "instruction"):
+            raise UserError(f"{option} {name}=…: a recipe's corpora are alignment and instruction")
+    return pairs
+
+
+def _count(text: str, name: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--rows {name}={text}: give a number above 0")
+    return int(text)
+
+
+def _found(recipe: "Recipe", storage: str) -> dict[Any, Any]:
+    """Corpora of the recipe that storage holds, where its files are at hand to know them by."""
+    from raylava.estimate.workload import prepared
+    from raylava.stages import stages_of
+    from raylava.storage import place
+
+    where = place(storage)
+    if not (where / "prepare").exists():
+        return {}
+    try:
+        stages = [stage for stage in stages_of(recipe, where) if stage.draft.stage == "prepare"]
+    except UserError:  # backbones or annotations are not at hand: nothing of this recipe can be recognised
+        return {}
+    made = [stage for stage in stages if stage.draft.find() is not None]
+    return {stage.label.removeprefix("prepare "): prepared(stage.draft.place) for stage in made}
+
+
+def _targets(arguments: argparse.Namespace, recipe: "Recipe", given: "Given") -> list["Target"]:
+    """The cluster that options name; every one of the price table; this machine, for a recipe that trains on CPUs."""
+    from raylava.estimate.forecast import on_gpus
+    from raylava.estimate.here import on_this_machine
+
+    if arguments.gpu is None and arguments.prices is None and not recipe.resources.gpus_per_worker:
+        return [on_this_machine(recipe, given)]
+    clusters = _clusters(arguments, recipe)
+    return [on_gpus(one, _speed(one, arguments.mfu)) for one in clusters]
+
+
+def _clusters(arguments: argparse.Namespace, recipe: "Recipe") -> list["Cluster"]:
+    from raylava.cost.hardware import cluster, read_prices
+
+    prices = read_prices(arguments.prices) if arguments.prices else {}
+    if arguments.gpu is None and prices:
+        kinds = [(name, int(gpus)) for name, _, gpus in (key.rpartition("x") for key in prices)]
+    else:
+        kinds = [(arguments.gpu or "h100", arguments.gpus_per_node or min(8, recipe.resources.workers))]
+    return [
+        cluster(arguments.nodes or -(-recipe.resources.workers // gpus), gpus, name, prices) for name, gpus in kinds
+    ]
+
+
+def _speed(cluster: "Cluster", mfu: float | None) -> Any:
+    from raylava.cost.speed import STATED_MFU, stated
+
+    return stated(cluster.device, mfu or STATED_MFU)
+
+
+def _calibrate(recipe: "Recipe", given: "Given", console: Console) -> None:
+    from raylava.estimate.calibrate import calibrate
+    from raylava.estimate.here import workloads
+
+    for stage, workload in workloads(recipe, given).items():
+        console.say(f"timing some steps of {stage} on this machine…")
+        with tempfile.TemporaryDirectory(prefix="raylava-calibrate-") as folder:
+            found = calibrate(recipe, stage, workload, Path(folder))
+        console.say(f"[green]✓[/] {stage}: {found.speed.flops / 1e9:,.1f} GFLOP/s a worker, {found.speed.source}")
+
+
+def _at_scale(target: "Target") -> list[tuple[str, Any]]:
+    """558 k, 10 M and a billion pictures, on as few nodes as a day takes."""
+    from raylava.estimate.ingest import Ingest, plan
+
+    single = [(f"{images:,} files", plan(Ingest(images, target.cores))) for images in _SCALES]
+    packed = Ingest(_SCALES[-1], target.cores, shard=1000, prefixes=16)
+    return [*single, (f"{_SCALES[-1]:,} in tars of 1,000", plan(packed))]
+
+
+def _simulate(arguments: argparse.Namespace, recipe: "Recipe", given: "Given", console: Console) -> dict[str, Any]:
+    from raylava.estimate.scale import data, played, scale_table
+    from raylava.estimate.simulate import World
+
+    cluster = _clusters(arguments, recipe)[0]
+    world = World(reclaims_per_node_hour=arguments.spot)
+    found = played(recipe, cluster, _speed(cluster, arguments.mfu), given, world)
+    console.show(scale_table(recipe.name, found))
+    return data(found)
+
+
+def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.estimate.sweeps import pieces, pieces_table
+    from raylava.storage import writable
+    from raylava.tune.runner import SweepRun
+    from raylava.tune.sweep import load_sweep
+
+    sweep = load_sweep(arguments.recipe)
+    recipes = [one.recipe for one in SweepRun(sweep, arguments.overrides, writable(arguments.storage)).expected()]
+    given = _given(arguments, recipes[0])
+    found = pieces(recipes, lambda recipe: _targets(arguments, recipe, given)[0], given)
+    console.show(pieces_table(sweep.name, len(recipes), found))
+    hours = sum(one.worker_hours for one in found)
+    return Outcome({"trials": len(recipes), "pieces": [asdict(one) for one in found], "worker_hours": hours})

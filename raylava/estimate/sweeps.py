@@ -1,0 +1,85 @@
+"""A sweep's cost: every variant's stages forecast, those that variants share counted once. Without storage or hub."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from raylava.estimate.forecast import CORPUS_OF, Forecast, Given, Target, forecast
+from raylava.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A distinct stage of a sweep: how many variants need it; hours of the cluster, hours × workers."""
+
+    stage: str
+    users: int
+    hours: float
+    worker_hours: float
+
+
+def pieces(recipes: Sequence[Recipe], target_of: Callable[[Recipe], Target], given: Given) -> list[Piece]:
+    """The distinct stages of all variants. Two are the same when all that decides their result is."""
+    first: dict[str, tuple[str, float, float]] = {}
+    users: dict[str, int] = {}
+    for recipe in recipes:
+        target = target_of(recipe)
+        one = forecast(recipe, target, given, weighs_all=False)
+        for stage, key, hours in _stages(recipe, one):
+            workers = 0 if stage.startswith("prepare") else target.room.world_size
+            first.setdefault(key, (stage, hours, hours * workers))
+            users[key] = users.get(key, 0) + 1
+    return [Piece(stage, users[key], hours, worker_hours) for key, (stage, hours, worker_hours) in first.items()]
+
+
+def _stages(recipe: Recipe, one: Forecast) -> list[tuple[str, str, float]]:
+    """(kind, what decides it, hours) of each of a recipe's stages."""
+    found: list[tuple[str, str, float]] = []
+    read: dict[str, Any] = {}
+    connector: str | None = recipe.model.connector.weights
+    for name, plan in one.prepare.items():
+        read[name] = _prepare_key(recipe, name, one)
+        found.append((f"prepare {name}", read[name], plan.hours))
+    for stage in one.stages:
+        settings = getattr(recipe, stage.stage).content()
+        decides = [stage.stage, recipe.model.content(), settings, recipe.seed, read[CORPUS_OF[stage.stage]]]
+        key = json.dumps([*decides, connector if stage.stage == "finetune" else None], sort_keys=True)
+        connector = key if stage.stage == "pretrain" else connector
+        found.append((stage.stage, key, stage.seconds / 3600))
+    return found
+
+
+def _prepare_key(recipe: Recipe, name: str, one: Forecast) -> str:
+    """Language models of one vocabulary share a tokenizer, and with it the blocks."""
+    corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
+    assert corpus is not None
+    shape = one.shape
+    sources = [source.model_dump() for source in corpus.sources]
+    decides = [corpus.content(), sources, shape.language.vocabulary, shape.vision.patches, shape.vision.patch]
+    return json.dumps(["prepare", recipe.data, *decides], sort_keys=True, default=str)
+
+
+def pieces_table(name: str, trials: int, found: Sequence[Piece]) -> Table:
+    """By kind of stage: how many, what they come to, and what sharing spares."""
+    table = Table("stage", title=f"{name}: {trials} trials", title_justify="left")
+    for heading in ("needed", "distinct", "hours", "GPU-hours", "unshared GPU-hours"):
+        table.add_column(heading, justify="right")
+    for kind in dict.fromkeys(one.stage for one in found):
+        own = [one for one in found if one.stage == kind]
+        table.add_row(kind, *_sums(own))
+    table.add_section()
+    table.add_row("all", *_sums(found))
+    return table
+
+
+def _sums(own: Sequence[Piece]) -> list[str]:
+    return [
+        f"{sum(one.users for one in own):,}",
+        f"{len(own):,}",
+        f"{sum(one.hours for one in own):,.1f}",
+        f"{sum(one.worker_hours for one in own):,.1f}",
+        f"{sum(one.worker_hours * one.users for one in own):,.1f}",
+    ]

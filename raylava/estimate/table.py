@@ -1,0 +1,191 @@
+"""Forecasts for people (rich tables) and for programs (plain values)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from raylava.cost.choose import Option
+from raylava.estimate.forecast import Forecast, StageForecast
+from raylava.estimate.ingest import IngestPlan
+
+
+def sizes_table(forecast: Forecast) -> Table:
+    """The model, and what each stage has to do, wherever it runs."""
+    table = Table("", title=f"{forecast.name}: what there is to do", title_justify="left")
+    for stage in forecast.stages:
+        table.add_column(stage.stage, justify="right")
+    rows: list[tuple[str, list[str]]] = [
+        ("samples", [f"{len(one.workload.corpus.lengths):,}" for one in forecast.stages]),
+        ("steps", [f"{one.steps:,}" for one in forecast.stages]),
+        ("tokens a step", [f"{one.workload.tokens():,.0f}" for one in forecast.stages]),
+        ("longest sample, tokens", [f"{one.workload.longest:,}" for one in forecast.stages]),
+        ("parameters that train", [f"{one.model.parameters:,}" for one in forecast.stages]),
+        (
+            "parameters frozen",
+            [f"{one.model.shape.parameters - one.model.parameters:,}" for one in forecast.stages],
+        ),
+    ]
+    for part in ("vision", "connector", "body", "logits"):
+        flops = [getattr(one.flops, part) for one in forecast.stages]
+        told = [f"{one.forward / 1e12:,.3g} + {one.backward / 1e12:,.3g}" for one in flops]
+        rows.append((f"TFLOP a step, {part}", told))
+    rows += [
+        ("EFLOP in all", [f"{one.flops.total * one.steps / 1e18:,.3g}" for one in forecast.stages]),
+        ("a checkpoint", [_bytes(one.checkpoint) for one in forecast.stages]),
+        ("the result", [_bytes(one.result) for one in forecast.stages]),
+        ("blocks", [_bytes(one.workload.corpus.bytes) for one in forecast.stages]),
+    ]
+    for name, told in rows:
+        table.add_row(name, *told)
+    sources = dict.fromkeys(f"{name}: {one.source}" for name, one in forecast.corpora.items())
+    table.caption = "\n".join([*sources, "FLOPs: forward + backward, without what is recomputed"])
+    table.caption_justify = "left"
+    return table
+
+
+def ways_table(stage: StageForecast) -> Table:
+    """The recipe's way, the cheapest, and the best of each kind that is not it, with why."""
+    title = f"{stage.stage} on {stage.target.label}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("way", no_wrap=True)
+    for heading in ("states", "activations", "logits", "peak GB", "s/step", "hours", "verdict"):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right")
+    for option, verdict in _few(stage):
+        held = option.memory
+        cells = [
+            f"{(held.weights + held.optimizer + held.gradients + held.bucket) / 1e9:.1f}",
+            f"{held.activations / 1e9:.1f}",
+            f"{held.logits / 1e9:.1f}",
+            f"{held.peak / 1e9:.1f}",
+            f"{option.seconds.total:.3g}",
+            f"{option.seconds.total * stage.steps / 3600:.2f}",
+        ]
+        style = "red" if option.why_not else "green" if option is stage.best else None
+        table.add_row(option.way.name, *cells, verdict, style=style)
+    seconds = stage.asked.seconds
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(seconds).items())
+    sent = stage.asked.traffic.sent(stage.target.room.world_size)
+    table.caption = (
+        f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
+        f"usable {stage.target.room.device / 1e9:.1f} GB; {stage.target.speed_of(stage.stage).source}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _few(stage: StageForecast) -> list[tuple[Option, str]]:
+    """The recipe's own, the cheapest, and for each ZeRO stage the fastest others: of those that fit, and that don't."""
+    shown = [(stage.asked, stage.asked.why_not or f"the recipe's; {stage.asked.caution}".rstrip("; "))]
+    if stage.best is not None:
+        if stage.best.way == stage.asked.way:
+            shown = [(stage.best, "the recipe's, and the fastest that fits")]
+        else:
+            shown.append((stage.best, "the fastest that fits"))
+    told = {option.way for option, _ in shown}
+    for zero in range(4):
+        own = [one for one in stage.options if one.way.zero_stage == zero and one.way not in told]
+        fitting = sorted((one for one in own if not one.why_not), key=lambda one: one.seconds.total)
+        failing = sorted((one for one in own if one.why_not), key=lambda one: one.seconds.total)
+        if fitting and stage.best is not None:
+            slower = fitting[0].seconds.total / stage.best.seconds.total - 1
+            shown.append((fitting[0], fitting[0].caution or (f"{slower:+.0%}" if slower > 0.005 else "as fast")))
+        if failing:
+            shown.append((failing[0], failing[0].why_not))
+    return shown
+
+
+def totals_table(forecasts: Sequence[Forecast]) -> Table:
+    """Time and cost, a line a recipe or cluster."""
+    table = Table("recipe", "on", title="time and cost", title_justify="left")
+    for heading in ("prepare h", "pretrain h", "finetune h", "hours", "node-hours", "GPU-hours", "cost", ""):
+        table.add_column(heading, justify="right")
+    for one in forecasts:
+        by_stage = {stage.stage: f"{stage.seconds / 3600:.2f}" for stage in one.stages}
+        workers = one.target.room.world_size
+        table.add_row(
+            one.name,
+            one.target.label,
+            f"{sum(plan.hours for plan in one.prepare.values()):.2f}",
+            by_stage.get("pretrain", "-"),
+            by_stage["finetune"],
+            f"{one.hours:.2f}",
+            f"{one.node_hours:.2f}",
+            f"{sum(stage.seconds for stage in one.stages) / 3600 * workers:.1f}",
+            "-" if one.cost is None else f"{one.cost:,.2f}",
+            "" if one.fits else "does not fit",
+            style=None if one.fits else "red",
+        )
+    table.caption = "evaluating and the start of nodes are not counted; the recipe's own settings"
+    table.caption_justify = "left"
+    return table
+
+
+def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
+    """Preparing, a line a corpus."""
+    table = Table("corpus", title="preparing", title_justify="left")
+    for heading in ("nodes", "pictures/s", "held by", "hours", "node-hours", "requests/s", "blocks", "nodes at most"):
+        table.add_column(heading, justify="left" if heading == "held by" else "right")
+    for name, one in plans:
+        table.add_row(
+            name,
+            f"{one.nodes:,}",
+            f"{one.rate:,.0f}",
+            one.bound,
+            f"{one.hours:.2f}",
+            f"{one.node_hours:.1f}",
+            f"{one.requests_per_second:,.0f}",
+            _bytes(one.stored),
+            f"{one.nodes_at_most:,}",
+        )
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
+    return f"{count / 1e3:,.3g} kB"
+
+
+def data(forecast: Forecast) -> dict[str, Any]:
+    """All of a forecast, JSON-able; bytes, seconds, hours, FLOPs."""
+    return {
+        "recipe": forecast.name,
+        "on": forecast.target.label,
+        "speed": asdict(forecast.target.speed),
+        "parameters": forecast.shape.parameters,
+        "corpora": {name: {"source": one.source, "rows": len(one.lengths)} for name, one in forecast.corpora.items()},
+        "prepare": {name: asdict(one) for name, one in forecast.prepare.items()},
+        "stages": {one.stage: _stage(one) for one in forecast.stages},
+        "hours": forecast.hours,
+        "node_hours": forecast.node_hours,
+        "cost": forecast.cost,
+        "fits": forecast.fits,
+    }
+
+
+def _stage(stage: StageForecast) -> dict[str, Any]:
+    return {
+        "steps": stage.steps,
+        "trained": stage.model.parameters,
+        "flops_per_step": asdict(stage.flops),
+        "seconds": stage.seconds,
+        "mfu": stage.mfu,
+        "checkpoint_bytes": stage.checkpoint,
+        "result_bytes": stage.result,
+        "recipe": _option(stage.asked),
+        "best": None if stage.best is None else _option(stage.best),
+        "options": [_option(one) for one in stage.options],
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    return {
+        "way": asdict(option.way),
+        "memory": asdict(option.memory),
+        "step_seconds": asdict(option.seconds),
+        "traffic": asdict(option.traffic),
+        "why_not": option.why_not,
+    }
