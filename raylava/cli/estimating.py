@@ -88,11 +88,11 @@ def _given(arguments: argparse.Namespace, recipe: "Recipe") -> "Given":
 
 
 def _named(given: Sequence[str], option: str) -> list[tuple[Any, str]]:
-    pairs = [tuple(one.split("=", 1)) if "=" in one else ("instruction", one) for one in given]
+    pairs = [one.partition("=")[::2] if "=" in one else ("instruction", one) for one in given]
     for name, _ in pairs:
         if name not in ("alignment", "instruction"):
             raise UserError(f"{option} {name}=…: a recipe's corpora are alignment and instruction")
-    return pairs
+    return list(pairs)
 
 
 def _count(text: str, name: str) -> int:

@@ -49,7 +49,7 @@ def usable(memory: float) -> float:
 
 
 def open_ways(training: Training, longest: int) -> Iterator[Way]:
-    """All that a recipe's stage leaves open; one where it says everything. `longest` is the longest sample, in tokens."""
+    """All that a recipe's stage leaves open; one where it says everything. `longest` sample in tokens."""
     automatic = [stage for stage in range(4) if not (training.compile and stage == 3)]
     zero = training.zero
     stages = automatic if zero.stage == "auto" else [zero.stage]
