@@ -25,6 +25,7 @@ from raylava.cost.published import configs_of_model
 from raylava.cost.shapes import LlavaShape
 from raylava.cost.speed import Speed
 from raylava.errors import RunError
+from raylava.estimate.noise import noise
 from raylava.estimate.workload import Workload
 from raylava.model.backbones import is_folder
 from raylava.model.llava import PackTensors
@@ -190,7 +191,7 @@ class _Bench:
             yield [self._pack(pack) for pack in ranks[self._rank]], flops + forward * self._way.recompute
 
     def _tiny(self) -> PackTensors:
-        return self._tensors([(2 + self._shape.vision.patches, 1, 1)])
+        return noise([(2 + self._shape.vision.patches, 1, 1)], self._shape, self._image_token)
 
     @property
     def _shape(self) -> LlavaShape:
@@ -198,33 +199,11 @@ class _Bench:
 
     def _pack(self, pack: Pack) -> PackTensors:
         lengths = self._timing.workload.corpus.lengths
-        parts = (lengths.length, lengths.images, lengths.supervised)
-        samples = [tuple(int(part[number]) for part in parts) for number in pack]
-        if not any(images for _, images, _ in samples):  # as training does it: a blank picture of its own
-            samples.append((1 + self._shape.vision.patches, 1, 0))
-        return self._tensors(samples)
-
-    def _tensors(self, samples: list[tuple[int, ...]]) -> PackTensors:
-        """Random ids, noise for pictures; supervised are each sample's last tokens."""
-        patches, vocabulary = self._shape.vision.patches, self._shape.language.vocabulary
-        side = int(patches**0.5) * self._shape.vision.patch
-        rows, keep, start = [], [], 0
-        for length, images, supervised in samples:
-            row = torch.randint(0, min(vocabulary - 1, self._image_token), (length,))
-            row[1 : 1 + images * patches] = self._image_token
-            rows.append(row)
-            keep.append(torch.arange(start + length - supervised, start + length) - 1)
-            start += length
-        ids = torch.cat(rows)[None]
-        kept = torch.cat(keep)
-        return PackTensors(
-            input_ids=ids,
-            position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None],
-            pixel_values=torch.rand(sum(images for _, images, _ in samples), 3, side, side),
-            keep=kept,
-            labels=ids[0, kept + 1],
-            boundaries=torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32),
-        )
+        samples = [
+            (int(lengths.length[number]), int(lengths.images[number]), int(lengths.supervised[number]))
+            for number in pack
+        ]
+        return noise(samples, self._shape, self._image_token)
 
     def _picture_seconds(self) -> float:
         """To decode one as blocks hold it, on the core that computes as well."""

@@ -16,7 +16,7 @@ from raylava.cost.published import shape_of_model
 from raylava.cost.shapes import LlavaShape
 from raylava.cost.speed import Speed
 from raylava.errors import UserError
-from raylava.estimate.ingest import Ingest, IngestPlan, plan
+from raylava.estimate.ingest import Ingest, IngestPlan, Store, plan
 from raylava.estimate.workload import CorpusName, CorpusSize, Workload, assumed
 from raylava.recipe import Recipe, Training
 
@@ -225,5 +225,6 @@ def _ingest(recipe: Recipe, name: CorpusName, corpora: Mapping[CorpusName, Corpu
     assert corpus is not None
     size = corpora[name]
     images = max(1, size.images)
-    ingest = Ingest(images, cores=target.cores, block_bytes=size.bytes / images, rows_per_block=corpus.rows_per_block)
+    store, each = Store() if "://" in recipe.data else Store.disk(), size.bytes / images
+    ingest = Ingest(images, target.cores, block_bytes=each, rows_per_block=corpus.rows_per_block, store=store)
     return plan(ingest, target.nodes)

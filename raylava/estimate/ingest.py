@@ -3,10 +3,12 @@
 Pure. Assumptions are fields of `Ingest`; the rate of a core is measured here (`jobs/bench/prepare.py`) or given.
 """
 
+import math
 from dataclasses import dataclass
 
 IMAGES_PER_CORE = 100.0  # a second: decode 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md, one core)
 _LIST_PAGE = 1_000  # keys that one LIST request returns (S3)
+_MANY = 1e6
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Store:
     node_bytes: float = 1.25e9
     latency: float = 0.03
     in_flight: int = 1
+
+    @classmethod
+    def disk(cls) -> "Store":
+        """A folder that every node has: no requests to count, nothing to wait for."""
+        return cls(gets=math.inf, puts=math.inf, lists=math.inf, node_bytes=2e9, latency=0.0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
     node = own[bound_alone]
     limit = _store_rates(ingest)
     bound_store = min(limit, key=lambda name: limit[name])
-    most = max(1, int(limit[bound_store] / node))
-    wanted = nodes or min(most, max(1, -(-int(ingest.images) // max(1, int(node * within_hours * 3600)))))
+    most = int(min(limit[bound_store] / node, _MANY))
+    wanted = nodes or min(max(1, most), max(1, -(-int(ingest.images) // max(1, int(node * within_hours * 3600)))))
     rate = min(wanted * node, limit[bound_store])
     hours = ingest.images / rate / 3600
     requests = ingest.images / ingest.shard + ingest.images / ingest.rows_per_block
@@ -81,7 +88,7 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
         requests_per_second=requests / hours / 3600,
         listing=ingest.images / ingest.shard / _LIST_PAGE / min(10.0, ingest.store.lists) / 3600,
         stored=ingest.images * ingest.block_bytes,
-        nodes_at_most=most,
+        nodes_at_most=max(1, most),
     )
 
 

@@ -50,17 +50,17 @@ def ways_table(stage: StageForecast) -> Table:
     title = f"{stage.stage} on {stage.target.label}"
     table = Table(title=title, title_justify="left")
     table.add_column("way", no_wrap=True)
-    for heading in ("states", "activations", "logits", "peak GB", "s/step", "hours", "verdict"):
+    for heading in ("states", "activations", "logits", "peak", "a step", "all steps", "verdict"):
         table.add_column(heading, justify="left" if heading == "verdict" else "right")
     for option, verdict in _few(stage):
         held = option.memory
         cells = [
-            f"{(held.weights + held.optimizer + held.gradients + held.bucket) / 1e9:.1f}",
-            f"{held.activations / 1e9:.1f}",
-            f"{held.logits / 1e9:.1f}",
-            f"{held.peak / 1e9:.1f}",
-            f"{option.seconds.total:.3g}",
-            f"{option.seconds.total * stage.steps / 3600:.2f}",
+            _bytes(held.weights + held.optimizer + held.gradients + held.bucket),
+            _bytes(held.activations),
+            _bytes(held.logits),
+            _bytes(held.peak),
+            _time(option.seconds.total),
+            _time(option.seconds.total * stage.steps),
         ]
         style = "red" if option.why_not else "green" if option is stage.best else None
         table.add_row(option.way.name, *cells, verdict, style=style)
@@ -69,7 +69,7 @@ def ways_table(stage: StageForecast) -> Table:
     sent = stage.asked.traffic.sent(stage.target.room.world_size)
     table.caption = (
         f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
-        f"usable {stage.target.room.device / 1e9:.1f} GB; {stage.target.speed_of(stage.stage).source}"
+        f"usable {_bytes(stage.target.room.device)}; {stage.target.speed_of(stage.stage).source}"
     )
     table.caption_justify = "left"
     return table
@@ -99,20 +99,20 @@ def _few(stage: StageForecast) -> list[tuple[Option, str]]:
 def totals_table(forecasts: Sequence[Forecast]) -> Table:
     """Time and cost, a line a recipe or cluster."""
     table = Table("recipe", "on", title="time and cost", title_justify="left")
-    for heading in ("prepare h", "pretrain h", "finetune h", "hours", "node-hours", "GPU-hours", "cost", ""):
+    for heading in ("prepare", "pretrain", "finetune", "all", "node-hours", "worker-hours", "cost", ""):
         table.add_column(heading, justify="right")
     for one in forecasts:
-        by_stage = {stage.stage: f"{stage.seconds / 3600:.2f}" for stage in one.stages}
+        by_stage = {stage.stage: _time(stage.seconds) for stage in one.stages}
         workers = one.target.room.world_size
         table.add_row(
             one.name,
             one.target.label,
-            f"{sum(plan.hours for plan in one.prepare.values()):.2f}",
+            _time(3600 * sum(plan.hours for plan in one.prepare.values())),
             by_stage.get("pretrain", "-"),
             by_stage["finetune"],
-            f"{one.hours:.2f}",
+            _time(3600 * one.hours),
             f"{one.node_hours:.2f}",
-            f"{sum(stage.seconds for stage in one.stages) / 3600 * workers:.1f}",
+            f"{sum(stage.seconds for stage in one.stages) / 3600 * workers:.2f}",
             "-" if one.cost is None else f"{one.cost:,.2f}",
             "" if one.fits else "does not fit",
             style=None if one.fits else "red",
@@ -124,8 +124,9 @@ def totals_table(forecasts: Sequence[Forecast]) -> Table:
 
 def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
     """Preparing, a line a corpus."""
-    table = Table("corpus", title="preparing", title_justify="left")
-    for heading in ("nodes", "pictures/s", "held by", "hours", "node-hours", "requests/s", "blocks", "nodes at most"):
+    table = Table(title="preparing", title_justify="left")
+    table.add_column("corpus", no_wrap=True)
+    for heading in ("nodes", "pictures/s", "held by", "time", "node-hours", "requests/s", "blocks", "most nodes"):
         table.add_column(heading, justify="left" if heading == "held by" else "right")
     for name, one in plans:
         table.add_row(
@@ -133,7 +134,7 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
             f"{one.nodes:,}",
             f"{one.rate:,.0f}",
             one.bound,
-            f"{one.hours:.2f}",
+            _time(3600 * one.hours),
             f"{one.node_hours:.1f}",
             f"{one.requests_per_second:,.0f}",
             _bytes(one.stored),
@@ -147,6 +148,13 @@ def _bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:,.3g} {unit}"
     return f"{count / 1e3:,.3g} kB"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def data(forecast: Forecast) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""How far off `raylava estimate` is: predicted beside measured, for two sizes of recipe and for 1, 2 and 4 workers.
+
+    raylava laboratory micro
+    python jobs/bench/estimate.py [--steps 80]
+
+Calibrates, predicts, then trains the same stages for real (Ray Train, DeepSpeed) and reads their metrics. Takes about
+ten minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raylava.cost.choose import Room
+from raylava.estimate.calibrate import calibrate
+from raylava.estimate.forecast import Given, forecast
+from raylava.estimate.here import on_this_machine, workloads
+from raylava.estimate.workload import prepared
+from raylava.micro.language import LanguageSize, build_language_model
+from raylava.recipe import Recipe
+from raylava.recipe_file import load_recipe
+from raylava.storage import place
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "micro.yaml"
+MIDDLE = LanguageSize(width=320, layers=8, heads=8, key_value_heads=1, steps=1, batch=2)
+LOOPBACK = 1e9  # bytes/s, two processes of one machine over gloo
+
+
+def overrides(size: str, folder: Path, steps: int, workers: int) -> list[str]:
+    """The recipe's settings for one measurement."""
+    found = [
+        "evaluate=[]",
+        f"resources.workers={workers}",
+        f"finetune.max_steps={steps}",
+        f"pretrain.max_steps={steps}",
+    ]
+    return [*found, f"model.language.name={folder}"] if size == "middle" else found
+
+
+def trained(changes: list[str], storage: Path) -> dict[str, tuple[float, float]]:
+    """Seconds of a step (the median: Ray's own processes still start during the first) and of the stage."""
+    command = ["raylava", "run", str(RECIPE), *changes, "--storage", str(storage), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found = {}
+    for label, artifact in json.loads(done.stdout).items():
+        if label in ("pretrain", "finetune"):
+            lines = (Path(artifact["path"]) / "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line)["seconds"] for line in lines]
+            record = json.loads((Path(artifact["path"]) / "artifact.json").read_text())
+            found[label] = (statistics.median(steps), float(record["seconds"]))
+    return found
+
+
+def corpora(recipe: Recipe, changes: list[str], storage: Path) -> Given:
+    """The recipe's corpora, prepared."""
+    command = ["raylava", "run", str(RECIPE), *changes, "--only", "prepare", "--storage", str(storage), "--json"]
+    done = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    made: dict[Any, Any] = {label.removeprefix("prepare "): prepared(place(one["path"])) for label, one in done.items()}
+    return Given(made, {})
+
+
+def timed(recipe: Recipe, given: Given) -> None:
+    """Time a few steps of each stage here."""
+    for stage, workload in workloads(recipe, given).items():
+        with tempfile.TemporaryDirectory() as folder:
+            calibrate(recipe, stage, workload, Path(folder))
+
+
+def compared(size: str, folder: Path, steps: int, storage: Path, table: Table) -> None:
+    """A row a stage: seconds of a step and of the stage."""
+    changes = overrides(size, folder, steps, workers=2)
+    recipe = load_recipe(str(RECIPE), changes)
+    given = corpora(recipe, changes, storage)
+    timed(recipe, given)
+    predicted = forecast(recipe, on_this_machine(recipe, given), given, weighs_all=False)
+    measured = trained(changes, storage)
+    for stage in predicted.stages:
+        step, whole = measured[stage.stage]
+        parameters = f"{stage.model.shape.parameters / 1e6:.1f} M"
+        add(table, f"{size} ({parameters}), {stage.stage}", "s/step", stage.asked.seconds.total, step)
+        add(table, f"{size} ({parameters}), {stage.stage}", "s, the stage", stage.seconds, whole)
+
+
+def scaled(folder: Path, steps: int, storage: Path, table: Table) -> None:
+    """Finetuning with 1, 2 and 4 workers, predicted from what was timed with one."""
+    alone = load_recipe(str(RECIPE), overrides("middle", folder, steps, workers=1))
+    given = corpora(alone, overrides("middle", folder, steps, workers=1), storage)
+    timed(alone, given)
+    target = on_this_machine(alone, given)
+    for workers in (1, 2, 4):
+        changes = overrides("middle", folder, steps, workers)
+        share = min(1.0, (os.cpu_count() or 1) / workers)
+        one = target.speed_of("finetune")
+        speed = replace(one, flops=one.flops * share, pack=one.pack / share, step=one.step / share)
+        room = Room(target.room.device, None, workers, LOOPBACK)
+        there = replace(target, room=room, speeds={"finetune": speed, "pretrain": speed})
+        predicted = forecast(load_recipe(str(RECIPE), changes), there, given, weighs_all=False).stages[-1]
+        step, _ = trained(changes, storage / f"{workers}")["finetune"]
+        add(table, f"middle, finetune, {workers} workers", "s/step", predicted.asked.seconds.total, step)
+
+
+def add(table: Table, what: str, unit: str, predicted: float, measured: float) -> None:
+    """A row."""
+    table.add_row(what, unit, f"{predicted:.3f}", f"{measured:.3f}", f"{predicted / measured - 1:+.0%}")
+    sys.stderr.write(f"{what} {unit} {predicted:.3f} {measured:.3f}\n")
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=80, help="of each stage")
+    arguments = parser.parse_args()
+    table = Table("what", title="predicted and measured", title_justify="left")
+    for heading in ("", "predicted", "measured", "off"):
+        table.add_column(heading, justify="right")
+    with tempfile.TemporaryDirectory(prefix="raylava-bench-") as name:
+        folder = Path(name)
+        build_language_model(folder / "gemma", MIDDLE, 0, lambda: None)
+        compared("micro", folder / "gemma", arguments.steps, folder / "storage", table)
+        compared("middle", folder / "gemma", arguments.steps, folder / "storage", table)
+        scaled(folder / "gemma", arguments.steps, folder / "storage", table)
+    Console(file=sys.stdout, width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
