@@ -11,15 +11,19 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raylava.artifacts import Artifact
-from raylava.console import Console
+from raylava.console import Console, Silent
+from raylava.corpus.blocks import Blocks
+from raylava.corpus.prepare import Job, prepare
 from raylava.micro.laboratory import LaboratorySize, laboratory
 from raylava.micro.language import LanguageSize
 from raylava.micro.vision import VisionSize
-from raylava.model.backbones import LanguageSpec, VisionSpec, resolve_language, resolve_vision
-from raylava.recipe import Language, Model, Resources, Vision
+from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer, resolve_language, resolve_vision
+from raylava.model.templates import IMAGE_TOKEN
+from raylava.recipe import Corpus, Language, Model, Resources, Source, Storing, Vision
 from raylava.session import ray_session
 from raylava.stage import make
 from raylava.storage import place
+from raylava.train.feed import Layout
 from tests.flaky import FlakyProxy
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
@@ -113,3 +117,33 @@ def language(micro_model: Model) -> LanguageSpec:
 def corpus_copy(lab: Artifact, tmp_path: Path) -> Path:
     """The laboratory's corpus in a folder that a test may damage."""
     return Path(shutil.copytree((lab.place / "corpus").path, tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def prepared_blocks(
+    lab: Artifact,
+    micro_model: Model,
+    vision: VisionSpec,
+    language: LanguageSpec,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Blocks:
+    folder = lab.place / "corpus"
+    output = tmp_path_factory.mktemp("blocks")
+    source = Source(annotations="instruction.json", images="pictures")
+    job = Job(
+        "instruction",
+        Corpus(sources=(source,), max_length=256, store=Storing(format="png")),
+        ((str(folder / "instruction.json"), str(folder / "pictures")),),
+        micro_model.language,
+        language.template,
+        vision,
+        str(output),
+    )
+    prepare(job, "tokenizer", Silent())
+    return Blocks(output)
+
+
+@pytest.fixture(scope="session")
+def blocks_layout(micro_model: Model, vision: VisionSpec) -> Layout:
+    tokenizer = load_tokenizer(micro_model.language)
+    return Layout(vision, *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))

@@ -24,23 +24,29 @@ def register(add: Add) -> None:
     estimate = add("estimate", _estimate, "memory, time and money of a recipe, before anything runs")
     estimate.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or with --sweep a sweep")
     estimate.add_argument("--sweep", action="store_true", help="the file is a sweep: what variants share counts once")
-    estimate.add_argument("--nodes", type=positive, metavar="N", help="nodes (as many as the recipe's workers need)")
-    estimate.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each (8)")
-    estimate.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, …; without it those of --prices, or h100")
-    estimate.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is reached (0.4)")
-    estimate.add_argument("--prices", metavar="FILE", help="YAML, such as `h100x8: 60.0`: a node's price for an hour")
-    estimate.add_argument(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="a prepared corpus; NAME: alignment, or instruction",
-    )
-    estimate.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="rows of one that is not")
+    takes_cluster(estimate)
+    takes_corpora(estimate)
     estimate.add_argument("--calibrate", action="store_true", help="time a few steps on this machine first")
     estimate.add_argument("--simulate", action="store_true", help="play finetuning on 8 to 4,096 GPUs, with failures")
     estimate.add_argument("--spot", type=float, default=0.0, metavar="RATE", help="spot reclaims, a node and hour (0)")
     takes_overrides(estimate)
+
+
+def takes_cluster(parser: argparse._ActionsContainer) -> None:
+    """Where it would run, and at what price."""
+    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes (as many as the recipe's workers need)")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each (up to 8)")
+    parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, …; without it those of --prices, or h100")
+    parser.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is reached (0.4)")
+    parser.add_argument("--prices", metavar="FILE", help="YAML, such as `h100x8: 60.0`: a node's price for an hour")
+
+
+def takes_corpora(parser: argparse._ActionsContainer) -> None:
+    """What is known of the corpora."""
+    parser.add_argument(
+        "--corpus", action="append", default=[], metavar="[NAME=]PATH", help="a prepared one: alignment or instruction"
+    )
+    parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="rows of one that is not")
 
 
 def _share(text: str) -> float:
@@ -180,15 +186,23 @@ def _simulate(arguments: argparse.Namespace, recipe: "Recipe", given: "Given", c
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.estimate.sweeps import pieces, pieces_table
     from raylava.storage import writable
     from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
 
     sweep = load_sweep(arguments.recipe)
-    recipes = [one.recipe for one in SweepRun(sweep, arguments.overrides, writable(arguments.storage)).expected()]
+    expected = SweepRun(sweep, arguments.overrides, writable(arguments.storage)).expected()
+    return Outcome(sweep_hours(sweep.name, [one.recipe for one in expected], arguments, console))
+
+
+def sweep_hours(
+    name: str, recipes: "Sequence[Recipe]", arguments: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """Show what the variants come to, what they share counted once. Raises UserError as a forecast does."""
+    from raylava.estimate.sweeps import pieces, pieces_table
+
     given = _given(arguments, recipes[0])
     found = pieces(recipes, lambda recipe: _targets(arguments, recipe, given)[0], given)
-    console.show(pieces_table(sweep.name, len(recipes), found))
+    console.show(pieces_table(name, len(recipes), found))
     hours = sum(one.worker_hours for one in found)
-    return Outcome({"trials": len(recipes), "pieces": [asdict(one) for one in found], "worker_hours": hours})
+    return {"trials": len(recipes), "pieces": [asdict(one) for one in found], "worker_hours": hours}

@@ -2,12 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from raylava.cli.command import Add, Outcome, takes_overrides, takes_recipe
+from raylava.cli.estimating import sweep_hours, takes_cluster, takes_corpora
 from raylava.console import Console
 from raylava.errors import UserError
+
+if TYPE_CHECKING:
+    from raylava.recipe import Recipe
 
 
 def register(add: Add) -> None:
@@ -20,6 +25,8 @@ def register(add: Add) -> None:
     sweep = add("sweep", _sweep, "make every variant of a sweep, each piece of work once")
     sweep.add_argument("sweep", metavar="SWEEP.yaml")
     sweep.add_argument("--plan", action="store_true", help="show what it comes to, and make nothing")
+    takes_cluster(sweep.add_argument_group("where the plan's hours are counted"))
+    takes_corpora(sweep.add_argument_group("what is known of corpora that are not prepared"))
     takes_overrides(sweep)
     train = add("train", _train, "train one stage without Ray: as one process, or under `torchrun --no-python`")
     train.add_argument("recipe", metavar="RECIPE.yaml")
@@ -72,7 +79,8 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     expected = plan(run.expected(), storage)
     console.show(plan_table(expected))
     if arguments.plan:
-        return Outcome({"works": [vars(work) for work in expected.works]})
+        hours = _hours(sweep.name, [one.recipe for one in expected.variants], arguments, console)
+        return Outcome({"works": [vars(work) for work in expected.works], "hours": hours})
     ended = run.run(console)
     findings = Findings(sweep, arguments.overrides, plan_of(ended, storage), ended)
     write_report(findings, run.folder)
@@ -82,6 +90,15 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     if failed:
         raise RunError(f"{len(failed)} of {len(ended)} trials failed, the first: {failed[0].failure}")
     return Outcome({"results": findings.table(), "folder": run.folder.uri})
+
+
+def _hours(name: str, recipes: "list[Recipe]", arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """What the plan will take, where enough is known of its corpora to say it."""
+    try:
+        return sweep_hours(name, recipes, arguments, console)
+    except UserError as error:
+        console.say(f"[dim]how long it takes is not known: {escape(str(error))}[/]")
+        return {}
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -61,11 +61,14 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes/s that a GPU sends in a ring over all of them, one direction: that of the slowest link on it.
+        """Bytes/s that a GPU sends in rings over all of them, one direction.
 
-        A ring leaves a node over all its network cards at once, so its share of them counts once for each GPU.
+        Of a node's GPUs one sends to the next node in each ring, the others to their neighbours; with as many rings as
+        network cards, all cards carry a share of every GPU's bytes.
         """
-        return self.device.link if self.nodes == 1 else min(self.device.link, self.device.network)
+        if self.nodes == 1:
+            return self.device.link
+        return min(self.device.link, self.device.network * self.gpus)
 
 
 def device(name: str) -> Device:

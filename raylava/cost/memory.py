@@ -164,7 +164,8 @@ def _activations(model: Trained, way: Way, load: Load) -> tuple[float, float]:
     if not way.recompute:
         return float(vision + language.layers * layer + norm), float(embedding + 2 * inner)
     inputs = load.tokens * language.layers * language.width * model.value
-    temporary = (3 + model.language) * (way.zero_stage < 3)  # ZeRO-3's most is reached earlier, at its gathering
+    # ZeRO-3's most is reached when a layer's weights are gathered anew, before its last product is there.
+    temporary = 3 + model.language if way.zero_stage < 3 else -1
     return float(vision + inputs + norm), float(layer + embedding + temporary * inner)
 
 

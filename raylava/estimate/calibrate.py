@@ -6,6 +6,7 @@ how long a step takes. What is found is kept for the next estimate of the same s
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -169,7 +170,7 @@ class _Bench:
 
     def _some(self, steps: list[tuple[list[PackTensors], float]]) -> Iterator[tuple[int, Any]]:
         began = time.monotonic()
-        for number, step in enumerate(steps[1:]):
+        for number, step in enumerate(itertools.islice(itertools.cycle(steps[1:] or steps), _STEPS)):
             late = torch.tensor(float(number > 1 and time.monotonic() - began > _MAX_SECONDS), device=self._device)
             dist.all_reduce(late, dist.ReduceOp.MAX)
             if late.item():

@@ -129,7 +129,8 @@ class _Player:
                 self._advance(max(0.0, loss - self._now), speed)
                 return False
             self._advance(took, speed)
-            if self._done >= total - 1e-9:
+            if self._done >= total * (1 - 1e-12):  # rounding may leave a trace of work
+                self._done = total
                 return True
             self._save()
 

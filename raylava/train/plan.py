@@ -9,6 +9,7 @@ what. Every rank gets the same number of packs, so that collectives can't fall o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from raylava.errors import UserError
 
 Pack = tuple[int, ...]  # sample numbers that share one row; empty when a rank has nothing left to compute
 
+_LOOKED_AT = 100_000  # samples, for the largest packs
 _ATTENTION_TOKENS = (
     16_384  # cost(t) = t + t²/this: attention's share of a Gemma-2B layer reaches the rest at about there
 )
@@ -150,8 +152,8 @@ def largest_packs(lengths: Lengths, pack_tokens: int, samples: int) -> tuple[Pac
     For the rehearsal before the first step: what memory does for these it does for all.
     """
     tokens = lengths.length
-    orders = (-tokens, -(lengths.images / tokens), -(lengths.supervised / tokens))
-    longest, pictures, supervised = (np.argsort(order, kind="stable") for order in orders)
+    longest = _greatest(tokens)
+    pictures, supervised = (_greatest(what / tokens) for what in (lengths.images, lengths.supervised))
     return (
         _filled(longest, tokens, pack_tokens, samples),
         _filled(pictures, tokens, pack_tokens, samples),
@@ -159,11 +161,21 @@ def largest_packs(lengths: Lengths, pack_tokens: int, samples: int) -> tuple[Pac
     )
 
 
+def _greatest(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Places of the greatest values, falling; of very many the first hundred thousand."""
+    if len(values) <= _LOOKED_AT:
+        return np.argsort(-values, kind="stable")
+    found = np.argpartition(-values, _LOOKED_AT)[:_LOOKED_AT]
+    return found[np.argsort(-values[found], kind="stable")]
+
+
 def _filled(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], pack_tokens: int, samples: int) -> Pack:
     pack: list[int] = []
-    room = pack_tokens
-    for sample in order[:100_000]:
-        if lengths[sample] <= room and len(pack) < samples:
+    room, shortest = pack_tokens, int(lengths.min())
+    for sample in order:
+        if room < shortest or len(pack) == samples:
+            break
+        if lengths[sample] <= room:
             pack.append(int(sample))
             room -= int(lengths[sample])
     return tuple(pack)

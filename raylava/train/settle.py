@@ -15,7 +15,7 @@ import torch.distributed as dist
 from raylava.corpus.blocks import Lengths
 from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, usable, weigh
 from raylava.cost.flops import step_flops
-from raylava.cost.hardware import Device, device_named
+from raylava.cost.hardware import Cluster, Device, device_named
 from raylava.cost.memory import Load, Trained, Way
 from raylava.cost.shapes import LlavaShape
 from raylava.cost.speed import Speed, Work, stated
@@ -130,5 +130,6 @@ def _room(device: torch.device, world_size: int) -> Room:
     dist.all_reduce(least, dist.ReduceOp.MIN)
     found = _known(device)
     local = torch.cuda.device_count() if device.type == "cuda" else world_size
-    bandwidth = _CPU_BANDWIDTH if found is None else found.link if world_size <= local else found.network
+    nodes = -(-world_size // max(1, local))
+    bandwidth = _CPU_BANDWIDTH if found is None else Cluster(nodes, local, found).bandwidth
     return Room(float(least[0]), float(least[1]), world_size, bandwidth)

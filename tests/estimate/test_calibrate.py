@@ -1,0 +1,99 @@
+"""What is timed on this machine predicts a run on it. How well, on a quiet one, jobs/bench/estimate.py tells."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raylava.artifacts import Artifact
+from raylava.cli.entry import main
+from raylava.cost.shapes import shape_of
+from raylava.demo import micro_recipe
+from raylava.estimate.calibrate import Calibration, calibrate, kept
+from raylava.estimate.forecast import Given, forecast
+from raylava.estimate.here import on_this_machine, workloads
+from raylava.estimate.noise import noise
+from raylava.estimate.workload import prepared
+from raylava.model.backbones import resolve_vision
+from raylava.model.llava import PackLoss, assemble
+from raylava.recipe import Recipe
+from raylava.storage import place
+
+SETTINGS = ["pretrain.enabled=false", "evaluate=[]", "resources.workers=1", "finetune.epochs=20"]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibrated")
+
+
+@pytest.fixture(scope="module")
+def recipe(lab: Artifact) -> Recipe:
+    return micro_recipe(lab.place, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def given(recipe: Recipe, recipe_file: str, storage: Path, ray_cluster: None) -> Given:
+    assert main(["run", recipe_file, *SETTINGS, "--only", "prepare", "--storage", str(storage)]) == 0
+    (made,) = (storage / "prepare").iterdir()
+    return Given({"instruction": prepared(place(made))}, {})
+
+
+@pytest.fixture(scope="module")
+def recipe_file(lab: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The micro recipe on the tiny laboratory, as a file."""
+    file = tmp_path_factory.mktemp("recipe") / "micro.yaml"
+    file.write_text(json.dumps(micro_recipe(lab.place, []).model_dump(mode="json")))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def calibration(recipe: Recipe, given: Given, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    (workload,) = workloads(recipe, given).values()
+    return calibrate(recipe, "finetune", workload, tmp_path_factory.mktemp("timing"))
+
+
+def test_what_was_timed_is_there_for_the_next_estimate(recipe: Recipe, given: Given, calibration: Calibration) -> None:
+    (workload,) = workloads(recipe, given).values()
+    assert kept(recipe, "finetune", workload) == calibration
+    speed = on_this_machine(recipe, given).speed_of("finetune")
+    assert speed == calibration.speed
+    assert "measured here: 8 steps, 1 workers on cpu" in speed.source
+
+
+def test_other_settings_were_not_timed(recipe: Recipe, given: Given, calibration: Calibration) -> None:
+    changed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"precision": "bf16"})})
+    (workload,) = workloads(changed, given).values()
+    assert kept(changed, "finetune", workload) is None
+
+
+def test_a_run_takes_about_as_long_as_predicted(
+    recipe: Recipe, recipe_file: str, given: Given, storage: Path, calibration: Calibration
+) -> None:
+    """Within 40 % on a machine that may be busy; the bench holds it to 20 % on one that is not."""
+    stage = forecast(recipe, on_this_machine(recipe, given), given, weighs_all=False).stages[-1]
+    command = [sys.executable, "-m", "raylava.cli", "train", recipe_file, "finetune", *SETTINGS]
+    subprocess.run([*command, "--storage", str(storage)], check=True, capture_output=True)
+    (metrics,) = (storage / "finetune").glob("*/metrics.jsonl")
+    seconds = [json.loads(line)["seconds"] for line in metrics.read_text().splitlines()]
+    assert len(seconds) == stage.steps
+    assert stage.asked.seconds.total == pytest.approx(statistics.median(seconds), rel=0.4)
+
+
+def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, lab: Artifact) -> None:
+
+    llava = assemble(recipe.model, resolve_vision(recipe.model.vision), 0, torch.float32, "varlen")
+    shape, token = shape_of(llava.config), llava.config.image_token_index
+    patches = shape.vision.patches
+    pack = noise([(patches + 10, 1, 5), (7, 0, 3)], shape, token)
+    assert pack.input_ids.shape == (1, patches + 17)
+    assert len(pack.labels) == 8
+    assert torch.equal(pack.input_ids[0, pack.keep + 1], pack.labels)
+    assert torch.isfinite(PackLoss(llava)(**vars(pack)))
+    blank = noise([(7, 0, 3)], shape, token)
+    assert blank.pixel_values.shape[0] == 1
+    assert (blank.input_ids == token).sum() == patches
