@@ -201,7 +201,7 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:
-        if self.compile and self.zero.stage == 3:
+        if self.compile and (self.zero.stage == 3 or self.zero.offload_parameters):
             raise ValueError(
                 "compile gives wrong losses beside ZeRO stage 3's hooks; set zero.stage to 2 or less, or compile=false"
             )

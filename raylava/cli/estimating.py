@@ -13,7 +13,7 @@ from raylava.errors import UserError
 
 if TYPE_CHECKING:
     from raylava.cost.hardware import Cluster
-    from raylava.estimate.forecast import Given, Target
+    from raylava.estimate.forecast import Forecast, Given, Target
     from raylava.recipe import Recipe
 
 _SCALES = (558_128, 10_000_000, 1_000_000_000)
@@ -28,7 +28,7 @@ def register(add: Add) -> None:
     takes_corpora(estimate)
     estimate.add_argument("--calibrate", action="store_true", help="time a few steps on this machine first")
     estimate.add_argument("--simulate", action="store_true", help="play finetuning on 8 to 4,096 GPUs, with failures")
-    estimate.add_argument("--spot", type=float, default=0.0, metavar="RATE", help="spot reclaims, a node and hour (0)")
+    estimate.add_argument("--spot", type=_rate, metavar="RATE", help="with it: spot reclaims, a node and hour (0)")
     takes_overrides(estimate)
 
 
@@ -59,7 +59,34 @@ def _share(text: str) -> float:
     return value
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from error
+    if not 0 <= value < 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1,000")
+    return value
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Options that would be ignored are mistakes."""
+    clashes = [
+        ("sweep", "calibrate"),
+        ("sweep", "simulate"),
+        ("calibrate", "gpu"),
+        ("calibrate", "prices"),
+        ("calibrate", "simulate"),
+    ]
+    for one, other in clashes:
+        if getattr(arguments, one) and getattr(arguments, other):
+            raise UserError(f"--{one} goes without --{other}; leave one of them out")
+    if arguments.spot is not None and not arguments.simulate:
+        raise UserError("--spot says how a simulated run loses nodes; add --simulate")
+
+
 def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    _check(arguments)
     if arguments.sweep:
         return _sweep(arguments, console)
     from raylava.estimate import table
@@ -71,7 +98,8 @@ def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
     if arguments.calibrate:
         _calibrate(recipe, given, console)
     found = [forecast(recipe, target, given) for target in _targets(arguments, recipe, given)]
-    best = min(found, key=lambda one: (not one.fits, one.cost if one.cost is not None else one.hours))
+    place = min(range(len(found)), key=lambda one: _merit(found[one]))
+    best = found[place]
     console.show(table.sizes_table(best))
     for stage in best.stages:
         console.show(table.ways_table(stage))
@@ -79,8 +107,12 @@ def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
     console.show(table.totals_table(found))
     data: dict[str, Any] = {"estimates": [table.data(one) for one in found], "cheapest": best.target.label}
     if arguments.simulate:
-        data["simulated"] = _simulate(arguments, recipe, given, console)
+        data["simulated"] = _simulate(_clusters(arguments, recipe)[place], arguments, recipe, given, console)
     return Outcome(data)
+
+
+def _merit(one: "Forecast") -> tuple[bool, float]:
+    return not one.fits, one.hours if one.cost is None else one.cost
 
 
 def _given(arguments: argparse.Namespace, recipe: "Recipe") -> "Given":
@@ -125,11 +157,14 @@ def _found(recipe: "Recipe", storage: str) -> dict[Any, Any]:
 
 
 def _targets(arguments: argparse.Namespace, recipe: "Recipe", given: "Given") -> list["Target"]:
-    """The cluster that options name; every one of the price table; this machine, for a recipe that trains on CPUs."""
+    """The cluster that options name; every one of the price table; this machine, for a recipe that trains on CPUs or
+    was just timed here.
+    """
     from raylava.estimate.forecast import on_gpus
     from raylava.estimate.here import on_this_machine
 
-    if arguments.gpu is None and arguments.prices is None and not recipe.resources.gpus_per_worker:
+    named = any(getattr(arguments, name) for name in ("gpu", "prices", "nodes", "gpus_per_node", "mfu"))
+    if getattr(arguments, "calibrate", False) or not (named or recipe.resources.gpus_per_worker):
         return [on_this_machine(recipe, given)]
     clusters = _clusters(arguments, recipe)
     return [on_gpus(one, _speed(one, arguments.mfu)) for one in clusters]
@@ -141,6 +176,9 @@ def _clusters(arguments: argparse.Namespace, recipe: "Recipe") -> list["Cluster"
     prices = read_prices(arguments.prices) if arguments.prices else {}
     if arguments.gpu is None and prices:
         kinds = [(name, int(gpus)) for name, _, gpus in (key.rpartition("x") for key in prices)]
+        kinds = [one for one in kinds if arguments.gpus_per_node in (None, one[1])]
+        if not kinds:
+            raise UserError(f"--prices {arguments.prices}: names no node of {arguments.gpus_per_node} GPUs")
     else:
         kinds = [(arguments.gpu or "h100", arguments.gpus_per_node or min(8, recipe.resources.workers))]
     return [
@@ -174,24 +212,25 @@ def _at_scale(target: "Target") -> list[tuple[str, Any]]:
     return [*single, (f"{_SCALES[-1]:,} in tars of 1,000", plan(packed))]
 
 
-def _simulate(arguments: argparse.Namespace, recipe: "Recipe", given: "Given", console: Console) -> dict[str, Any]:
+def _simulate(
+    cluster: "Cluster", arguments: argparse.Namespace, recipe: "Recipe", given: "Given", console: Console
+) -> dict[str, Any]:
     from raylava.estimate.scale import data, played, scale_table
     from raylava.estimate.simulate import World
 
-    cluster = _clusters(arguments, recipe)[0]
-    world = World(reclaims_per_node_hour=arguments.spot)
+    world = World(reclaims_per_node_hour=arguments.spot or 0.0, elastic=recipe.resources.min_workers is not None)
     found = played(recipe, cluster, _speed(cluster, arguments.mfu), given, world)
     console.show(scale_table(recipe.name, found))
     return data(found)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.storage import writable
+    from raylava.storage import place
     from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
 
     sweep = load_sweep(arguments.recipe)
-    expected = SweepRun(sweep, arguments.overrides, writable(arguments.storage)).expected()
+    expected = SweepRun(sweep, arguments.overrides, place(arguments.storage)).expected()
     return Outcome(sweep_hours(sweep.name, [one.recipe for one in expected], arguments, console))
 
 
@@ -201,8 +240,11 @@ def sweep_hours(
     """Show what the variants come to, what they share counted once. Raises UserError as a forecast does."""
     from raylava.estimate.sweeps import pieces, pieces_table
 
-    given = _given(arguments, recipes[0])
-    found = pieces(recipes, lambda recipe: _targets(arguments, recipe, given)[0], given)
+    found = pieces(
+        recipes,
+        lambda recipe, given: _targets(arguments, recipe, given)[0],
+        lambda recipe: _given(arguments, recipe),
+    )
     console.show(pieces_table(name, len(recipes), found))
     hours = sum(one.worker_hours for one in found)
     return {"trials": len(recipes), "pieces": [asdict(one) for one in found], "worker_hours": hours}

@@ -4,7 +4,7 @@ Training settles its `auto` settings here, `raylava estimate` its table. Pure fu
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 from raylava.cost.memory import Memory, Trained, Way, memory
 from raylava.cost.speed import Speed, StepSeconds, Work, step_seconds
 from raylava.cost.traffic import Traffic, traffic
+from raylava.errors import UserError
 from raylava.recipe import Training
 
 _PACKS = (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -88,7 +89,7 @@ def _weighed(way: Way, model: Trained, work: Work, speed: Speed, room: Room) -> 
     held = memory(model, way, work.load, room.world_size)
     sent = traffic(model, way, work.packs, room.world_size)
     seconds = step_seconds(speed, work, sent, model, way, room.world_size, room.bandwidth)
-    coarse = model.value == 2 and way.zero_stage < 2 and work.packs > 1
+    coarse = model.value == 2 and way.zero_stage < 2 and work.most_packs > 1
     caution = "sums the gradients of packs in bf16" if coarse else ""
     return Option(way, held, seconds, sent, _why_not(held, room), caution)
 
@@ -99,6 +100,18 @@ def _why_not(held: Memory, room: Room) -> str:
     if room.host is not None and held.host > room.host:
         return f"{held.host / 1e9:.1f} GB on the host, {room.host / 1e9:.1f} there"
     return ""
+
+
+def taken(options: Sequence[Option]) -> Option:
+    """The cheapest; else the fastest that fits, in spite of a caution; else the one that holds least.
+
+    Raises UserError where the settings leave none.
+    """
+    if not options:
+        raise UserError("zero's offloading fits no ZeRO stage that is left (stage 0 has none, compile rules out 3)")
+    fitting = [one for one in options if not one.why_not]
+    fastest = min(fitting, key=lambda one: one.seconds.total, default=None)
+    return cheapest(options) or fastest or min(options, key=lambda one: one.memory.peak)
 
 
 def cheapest(options: Iterable[Option]) -> Option | None:

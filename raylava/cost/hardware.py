@@ -1,5 +1,6 @@
 """What computes, and what it costs: devices by name, a cluster of them, a table of prices the user gives. Pure."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from raylava.recipe_file import read_mapping
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. `flops` is its dense bf16 peak in FLOP/s, `memory` in bytes, both from the makers' data sheets; `link` is
-    the bandwidth to its neighbours in a node, `network` its share of the node's, both in bytes/s and one direction, as
-    clouds commonly sell it.
+    """A GPU. `flops` is its dense bf16 peak in FLOP/s (of fp16 where it has no bf16: V100, T4), `memory` in bytes, both
+    from the makers' data sheets; `link` is the bandwidth to its neighbours in a node, `network` its share of the
+    node's, both in bytes/s and one direction, as clouds commonly sell it.
     """
 
     name: str
@@ -81,7 +82,8 @@ def device(name: str) -> Device:
 
 def device_named(reported: str) -> Device | None:
     """The device that CUDA reports under this name ("NVIDIA H100 80GB HBM3"), None for one that is not listed."""
-    return next((one for one in DEVICES.values() if all(word in reported for word in one.name.split())), None)
+    words = set(re.findall(r"\w+", reported))
+    return next((one for one in DEVICES.values() if words.issuperset(one.name.split())), None)
 
 
 def peak_flops(reported: str) -> float | None:
@@ -98,7 +100,13 @@ def read_prices(path: str) -> dict[str, float]:
     found: dict[str, Any] = read_mapping(Path(path), "price table")
     for key, value in found.items():
         name, _, gpus = str(key).rpartition("x")
-        if name not in DEVICES or not gpus.isdigit() or not isinstance(value, int | float) or value < 0:
+        if (
+            name not in DEVICES
+            or not gpus.isdigit()
+            or not int(gpus)
+            or not isinstance(value, int | float)
+            or value < 0
+        ):
             raise UserError(f"{path}: {key}: {value!r}: write such as `h100x8: 60.0`, a node's price for an hour")
     return {str(key): float(value) for key, value in found.items()}
 

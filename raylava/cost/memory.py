@@ -10,7 +10,7 @@ from raylava.cost.shapes import LanguageShape, LlavaShape
 from raylava.recipe import Training
 
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's own limit, in parameters; the engine makes no bucket larger than it needs
-_GATHERED = 1_000_000_000  # DeepSpeed's max_live_parameters and max_reuse_distance
+GATHERED = 1_000_000_000  # DeepSpeed's max_live_parameters and max_reuse_distance
 _ALWAYS_WHOLE = 100_000  # its param_persistence_threshold: ZeRO-3 leaves smaller weights whole on each device
 _FP32 = 4
 
@@ -150,7 +150,7 @@ def _gathered(model: Trained, way: Way, times: int = 1) -> float:
     """ZeRO-3's whole weights on the device; in the backward pass they are gathered anew beside those of the forward."""
     if way.zero_stage < 3:
         return 0.0
-    return float(min(_GATHERED, times * (model.shape.parameters - _always_whole(model.shape))) * model.value)
+    return float(min(GATHERED, times * (model.shape.parameters - _always_whole(model.shape))) * model.value)
 
 
 def _activations(model: Trained, way: Way, load: Load) -> tuple[float, float]:

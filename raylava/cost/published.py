@@ -1,6 +1,6 @@
 """The dimensions of published backbones, as their config.json says, so that an estimate needs neither hub nor weights.
 
-tests/estimate holds them against transformers' own modules. Which backbones raylava trains is model/backbones.py's.
+tests/cost holds them against transformers' own modules. Which backbones raylava trains is model/backbones.py's.
 """
 
 from typing import Any
@@ -31,10 +31,11 @@ def _gemma(width: int, intermediate: int, layers: int, heads: int, kv_heads: int
 
 def _clip_large(pixels: int) -> dict[str, Any]:
     return {
-        "model_type": "clip",
+        "model_type": "clip_vision_model",
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
+        "num_attention_heads": 16,
         "image_size": pixels,
         "patch_size": 14,
     }
@@ -42,7 +43,7 @@ def _clip_large(pixels: int) -> dict[str, Any]:
 
 def _dinov2(width: int, layers: int) -> dict[str, Any]:
     shared = {"model_type": "dinov2", "mlp_ratio": 4, "image_size": 518, "patch_size": 14}
-    return shared | {"hidden_size": width, "num_hidden_layers": layers}
+    return shared | {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
 
 
 _GEMMA_2B, _GEMMA_7B = _gemma(2048, 16_384, 18, 8, 1), _gemma(3072, 24_576, 28, 16, 16)
@@ -58,10 +59,11 @@ VISION = {
     "facebook/dinov2-large": _dinov2(1024, 24),
     "facebook/dinov2-base": _dinov2(768, 12),
     "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip",
+        "model_type": "siglip_vision_model",
         "hidden_size": 1152,
         "intermediate_size": 4304,
         "num_hidden_layers": 27,
+        "num_attention_heads": 16,
         "image_size": 384,
         "patch_size": 14,
     },

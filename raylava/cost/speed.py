@@ -38,11 +38,12 @@ class Speed:
 @dataclass(frozen=True)
 class Work:
     """A step of packs of one size, on the slowest rank: FLOPs forward and backward, those of the language model's body
-    forward alone (what is recomputed), pictures, and the fullest pack of the run.
+    forward alone (what is recomputed), pictures, and the fullest pack of the run. `packs` is a mean over steps.
     """
 
     load: Load
     packs: float
+    most_packs: int
     flops: float
     body_forward: float
     images: float

@@ -6,7 +6,7 @@ once a step at 0 and 1, with every pack at 2; stage 3 scatters those of every pa
 
 from dataclasses import dataclass
 
-from raylava.cost.memory import REDUCE_BUCKET, Trained, Way
+from raylava.cost.memory import GATHERED, REDUCE_BUCKET, Trained, Way
 
 _KEPT = (
     1_000_000_000  # parameters that ZeRO-3 keeps gathered from forward to backward (DeepSpeed's max_live_parameters)
@@ -38,6 +38,6 @@ def traffic(model: Trained, way: Way, packs: float, world_size: int) -> Traffic:
         gathered = trained * (way.zero_stage > 0)
         return Traffic(trained * times, gathered, 0, buckets * times + (way.zero_stage > 0))
     whole = model.shape.parameters
-    gathers = packs * (1 if whole <= _KEPT else 2)
+    gathers = packs * (1 if whole <= GATHERED else 2)
     layers = model.shape.language.layers + model.shape.vision.layers
     return Traffic(0, gathers * whole * model.value, packs * trained, gathers * layers + packs * buckets)

@@ -4,14 +4,14 @@ The model has random weights where a backbone's own are not in a folder here, th
 how long a step takes. What is found is kept for the next estimate of the same stage on this machine.
 """
 
-import functools
 import hashlib
 import itertools
 import json
+import multiprocessing.connection
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -25,12 +25,12 @@ from raylava.corpus.images import decode_stored, encode
 from raylava.cost.published import configs_of_model
 from raylava.cost.shapes import LlavaShape
 from raylava.cost.speed import Speed
-from raylava.errors import RunError
+from raylava.errors import RunError, UserError
 from raylava.estimate.noise import noise
 from raylava.estimate.workload import Workload
 from raylava.model.backbones import is_folder
 from raylava.model.llava import PackTensors
-from raylava.recipe import Recipe, Storing
+from raylava.recipe import Model, Recipe, Storing
 from raylava.storage import cache_folder
 from raylava.train.plan import Pack, assign
 
@@ -67,10 +67,12 @@ class Timing:
 def calibrate(recipe: Recipe, stage: str, workload: Workload, folder: Path) -> Calibration:
     """Time the stage here, with the recipe's workers (those of them that have a GPU, where it asks for GPUs).
 
-    `folder` is for what ranks write. Raises RunError when a rank fails.
+    `folder` is for what ranks write. Raises UserError where there is no GPU for them, RunError when a rank fails.
     """
-    device = "cuda" if recipe.resources.gpus_per_worker and torch.cuda.is_available() else "cpu"
-    most = torch.cuda.device_count() if device == "cuda" else max(1, (os.cpu_count() or 1))
+    device = "cuda" if recipe.resources.gpus_per_worker else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--calibrate: the recipe trains on GPUs and this machine has none; run it where one is")
+    most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     world_size = min(recipe.resources.workers, most)
     timing = Timing(recipe, workload, stage, world_size, recipe.resources.cpus_per_worker, device, str(folder))
     context = torch.multiprocessing.get_context("spawn")
@@ -78,13 +80,20 @@ def calibrate(recipe: Recipe, stage: str, workload: Workload, folder: Path) -> C
     ranks = [context.Process(target=_rank, args=(timing, rank, started)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join()
-    if any(rank.exitcode for rank in ranks):
-        raise RunError(f"timing {stage} failed on this machine; see the log")
+    _join(ranks, stage)
     found = _kept(json.loads((folder / "timed.json").read_text()))
     keep(recipe, stage, workload, found)
     return found
+
+
+def _join(ranks: Sequence[Any], stage: str) -> None:
+    """Wait for all; when one fails, the others would wait for it and are ended."""
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()])
+    if any(rank.exitcode for rank in ranks):
+        for rank in ranks:
+            rank.kill()
+        raise RunError(f"timing {stage} on this machine failed; the log has why")
 
 
 def keep(recipe: Recipe, stage: str, workload: Workload, found: Calibration) -> None:
@@ -140,7 +149,8 @@ class _Bench:
         workload, recipe = timing.workload, timing.recipe
         llava = _model(recipe, DTYPES[workload.training.precision], workload.training.attention)
         stage: Any = timing.stage
-        settler = Settler(stage, workload.model.shape, workload.corpus.lengths, device, timing.world_size)
+        plan = workload.plan_of_known
+        settler = Settler(stage, workload.model.shape, workload.corpus.lengths, plan, device)
         settled = settler.settle(workload.training)
         self._way = settled.option.way
         self._engine: Engine = Engine(llava, stage, settled.training, _STEPS + 1, device)
@@ -186,9 +196,9 @@ class _Bench:
     def _steps(self) -> Iterator[tuple[list[PackTensors], float]]:
         """This rank's packs of some of the run's steps, and the FLOPs of the rank that has most to do in each."""
         workload, world_size = self._timing.workload, self._timing.world_size
-        for samples in workload.sampled(_STEPS + 1):
+        for samples in workload.sampled.steps[: _STEPS + 1]:
             ranks = assign(samples, workload.corpus.lengths.length, world_size, self._way.pack_tokens)
-            _, flops, forward = workload.slowest(ranks)
+            _, flops, forward = workload.sampled.slowest(ranks)
             yield [self._pack(pack) for pack in ranks[self._rank]], flops + forward * self._way.recompute
 
     def _tiny(self) -> PackTensors:
@@ -228,22 +238,23 @@ def _model(recipe: Recipe, dtype: torch.dtype, attention: str) -> "LlavaForCondi
     model = recipe.model
     if is_folder(model.language.name) and is_folder(model.vision.name):
         return assemble(model, resolve_vision(model.vision), 0, dtype, attention)
-    return _random(recipe, dtype, attention)
+    return random_llava(model, dtype, attention)
 
 
-def _random(recipe: Recipe, dtype: torch.dtype, attention: str) -> "LlavaForConditionalGeneration":
+def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForConditionalGeneration":
+    """Of the dimensions of the recipe's backbones, on torch's default device."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from raylava.model.attention import register
 
     register()
-    language, vision, patches = configs_of_model(recipe.model)
-    build = functools.partial(AutoConfig.for_model)
+    language, vision, patches = configs_of_model(model)
     config = LlavaConfig(
-        vision_config=build(**vision),
-        text_config=build(**language),
+        vision_config=AutoConfig.for_model(**vision),
+        text_config=AutoConfig.for_model(**language),
         image_token_index=language["vocab_size"] - 1,
         image_seq_length=patches,
+        vision_feature_select_strategy="full" if vision["model_type"].startswith("siglip") else "default",
         tie_word_embeddings=True,
     )
     config.text_config._attn_implementation = attention

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, usable, weigh
+from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, taken, usable, weigh
 from raylava.cost.flops import StepFlops
 from raylava.cost.hardware import Cluster
 from raylava.cost.memory import Trained, checkpoint_bytes, result_bytes
@@ -18,7 +18,7 @@ from raylava.cost.speed import Speed
 from raylava.errors import UserError
 from raylava.estimate.ingest import Ingest, IngestPlan, Store, plan
 from raylava.estimate.workload import CorpusName, CorpusSize, Workload, assumed
-from raylava.recipe import Recipe, Training
+from raylava.recipe import Corpus, Recipe, Training
 
 StageName = Literal["pretrain", "finetune"]
 CORPUS_OF: dict[StageName, CorpusName] = {"pretrain": "alignment", "finetune": "instruction"}
@@ -88,7 +88,7 @@ class StageForecast:
     @cached_property
     def flops(self) -> StepFlops:
         """Of a step, all ranks together."""
-        return self.workload.step_flops()
+        return self.workload.sampled.flops()
 
     @property
     def model(self) -> Trained:
@@ -125,7 +125,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A recipe on a target."""
+    """A recipe on a target. `prepare` has the corpora that are not prepared yet."""
 
     name: str
     shape: LlavaShape
@@ -172,9 +172,12 @@ def forecast(recipe: Recipe, target: Target, given: Given, weighs_all: bool = Tr
     shape = shape_of_model(recipe.model)
     corpora = sizes(recipe, shape, given)
     stages = tuple(_stage(recipe, stage, shape, corpora, target, weighs_all) for stage in training_stages(recipe))
-    return Forecast(
-        recipe.name, shape, target, corpora, {name: _ingest(recipe, name, corpora, target) for name in corpora}, stages
-    )
+    preparing = {
+        CORPUS_OF[stage]: _ingest(recipe, stage, corpora[CORPUS_OF[stage]], target)
+        for stage in training_stages(recipe)
+        if not corpora[CORPUS_OF[stage]].is_prepared
+    }
+    return Forecast(recipe.name, shape, target, corpora, preparing, stages)
 
 
 def training_stages(recipe: Recipe) -> list[StageName]:
@@ -187,9 +190,7 @@ def sizes(recipe: Recipe, shape: LlavaShape, given: Given) -> dict[CorpusName, C
     """Of the corpora that the recipe's stages read."""
     found: dict[CorpusName, CorpusSize] = {}
     for stage in training_stages(recipe):
-        name = CORPUS_OF[stage]
-        corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
-        assert corpus is not None
+        name, corpus = CORPUS_OF[stage], _corpus(recipe, stage)
         pixels = int(shape.vision.patches**0.5) * shape.vision.patch
         known = given.corpora.get(name)
         found[name] = known or assumed(name, corpus, shape.vision.patches, pixels, given.rows.get(name))
@@ -213,18 +214,21 @@ def _stage(
             f"{workload.longest} tokens; raise it, or set it to auto"
         )
     room, speed = target.room, target.speed_of(stage)
-    work = workload.work(room.world_size)
-    asked = weigh(open_ways(training, workload.longest), model, work, speed, room)
-    every = weigh(all_ways(training, workload.longest), model, work, speed, room) if weighs_all else asked
-    own = cheapest(asked) or min(asked, key=lambda one: one.memory.peak)
-    return StageForecast(stage, workload, target, own, cheapest(every), tuple(every))
+    work, longest = workload.sampled.work(room.world_size), max(workload.longest, _corpus(recipe, stage).max_length)
+    asked = weigh(open_ways(training, longest), model, work, speed, room)
+    every = weigh(all_ways(training, longest), model, work, speed, room) if weighs_all else asked
+    return StageForecast(stage, workload, target, taken(asked), cheapest(every), tuple(every))
 
 
-def _ingest(recipe: Recipe, name: CorpusName, corpora: Mapping[CorpusName, CorpusSize], target: Target) -> IngestPlan:
-    corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
-    assert corpus is not None
-    size = corpora[name]
-    images = max(1, size.images)
-    store, each = Store() if "://" in recipe.data else Store.disk(), size.bytes / images
+def _corpus(recipe: Recipe, stage: StageName) -> Corpus:
+    found = recipe.corpora.alignment if stage == "pretrain" else recipe.corpora.instruction
+    assert found is not None
+    return found
+
+
+def _ingest(recipe: Recipe, stage: StageName, size: CorpusSize, target: Target) -> IngestPlan:
+    corpus, images = _corpus(recipe, stage), max(1, round(size.images))
+    remote = any("://" in place for source in corpus.sources for place in (recipe.data, source.images))
+    store, each = Store() if remote else Store.disk(), size.bytes / images
     ingest = Ingest(images, target.cores, block_bytes=each, rows_per_block=corpus.rows_per_block, store=store)
     return plan(ingest, target.nodes)

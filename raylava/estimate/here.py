@@ -3,8 +3,9 @@
 import os
 
 import psutil
+import torch
 
-from raylava.cost.choose import Room
+from raylava.cost.choose import Room, usable
 from raylava.cost.memory import Trained
 from raylava.cost.published import shape_of_model
 from raylava.estimate.calibrate import kept
@@ -33,14 +34,16 @@ def workloads(recipe: Recipe, given: Given) -> dict[StageName, Workload]:
 
 
 def on_this_machine(recipe: Recipe, given: Given) -> Target:
-    """One node of CPUs, at the speed that `--calibrate` measured, or at the order of magnitude of a core."""
+    """One node, at the speed that `--calibrate` measured, or at the order of magnitude of a core."""
     workers = recipe.resources.workers
-    memory = psutil.virtual_memory().available * MEMORY_SHARE / workers
+    has_gpu = recipe.resources.gpus_per_worker > 0 and torch.cuda.is_available()
+    host = psutil.virtual_memory().available * MEMORY_SHARE / workers
+    memory = usable(torch.cuda.mem_get_info()[1]) if has_gpu else host
     found = {stage: kept(recipe, stage, workload) for stage, workload in workloads(recipe, given).items()}
     measured = {stage: one.speed for stage, one in found.items() if one is not None}
     return Target(
         label=f"this machine, {workers} workers",
-        room=Room(memory, None, workers, float("inf") if measured else 1e9),
+        room=Room(memory, host, workers, float("inf") if measured else 1e9),
         speed=next(iter(measured.values()), CPU_SPEED),
         start=_START,
         save=_DISK,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 IMAGES_PER_CORE = 100.0  # a second: decode 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md, one core)
 _LIST_PAGE = 1_000  # keys that one LIST request returns (S3)
-_MANY = 1e6
+MANY = 1_000_000  # nodes, where nothing but their number limits them
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
     node = own[bound_alone]
     limit = _store_rates(ingest)
     bound_store = min(limit, key=lambda name: limit[name])
-    most = int(min(limit[bound_store] / node, _MANY))
+    most = int(min(limit[bound_store] / node, MANY))
     wanted = nodes or min(max(1, most), max(1, -(-int(ingest.images) // max(1, int(node * within_hours * 3600)))))
     rate = min(wanted * node, limit[bound_store])
     hours = ingest.images / rate / 3600
@@ -95,11 +95,10 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
 def _node_rates(ingest: Ingest) -> dict[str, float]:
     """Pictures/s that a node can do, by what may hold it back."""
     store = ingest.store
-    busy = 1 / ingest.images_per_core + store.latency / ingest.shard / store.in_flight
+    computing, waiting = 1 / ingest.images_per_core, store.latency / ingest.shard / store.in_flight
     return {
-        "cores": ingest.cores * ingest.images_per_core,
-        "waiting for the store": ingest.cores / busy,
-        "the node's network": store.node_bytes / (ingest.picture_bytes + ingest.block_bytes),
+        "cores" if computing >= waiting else "latency": ingest.cores / (computing + waiting),
+        "network": store.node_bytes / (ingest.picture_bytes + ingest.block_bytes),
     }
 
 

@@ -1,4 +1,4 @@
-"""A forecast at other sizes: the same recipe on 8 to thousands of GPUs, played through with failures."""
+"""A forecast at other sizes: the same recipe on a node to thousands of GPUs, played through with failures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from raylava.cost.hardware import Cluster
 from raylava.cost.speed import Speed
+from raylava.errors import UserError
 from raylava.estimate.forecast import Given, StageForecast, forecast, on_gpus
 from raylava.estimate.simulate import (
     Run,
@@ -23,7 +24,7 @@ from raylava.estimate.simulate import (
 )
 from raylava.recipe import Recipe
 
-SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_MOST = 4096  # GPUs
 _UPLOAD = 1e9  # bytes/s of a node, to an object store
 
 
@@ -44,20 +45,24 @@ class Played:
 
 
 def played(
-    recipe: Recipe, cluster: Cluster, speed: Speed, given: Given, world: World, sizes: Sequence[int] = SIZES
+    recipe: Recipe, cluster: Cluster, speed: Speed, given: Given, world: World, nodes: Sequence[int] = ()
 ) -> Played:
-    """Play the recipe's finetuning on the cluster's kind of nodes, at each number of GPUs and at the cluster's own."""
+    """Play the recipe's finetuning on so many of the cluster's nodes (1, 2, 4, … by default), and on its own number.
 
-    def run_at(workers: int) -> tuple[Run, dict[str, float]]:
-        nodes = max(1, workers // cluster.gpus)
-        own = replace(cluster, nodes=nodes, gpus=min(workers, cluster.gpus))
-        stage = forecast(recipe, on_gpus(own, speed), given, weighs_all=False).stages[-1]
-        return _run(stage, nodes), asdict(stage.asked.seconds)
+    Raises UserError where it does not fit the cluster.
+    """
 
-    scaled = scaling(sizes, run_at, world)
-    run, _ = run_at(cluster.world_size)
-    best = best_interval(run, world)
-    mean = between_failures(run, world)
+    def finetuning(count: int) -> StageForecast:
+        return forecast(recipe, on_gpus(replace(cluster, nodes=count), speed), given, weighs_all=False).stages[-1]
+
+    own = finetuning(cluster.nodes)
+    if own.asked.why_not:
+        raise UserError(f"finetune does not fit {own.target.label}: {own.asked.why_not}; see the ways that do above")
+    stages = {count * cluster.gpus: finetuning(count) for count in nodes or _doublings(_MOST // cluster.gpus)}
+    fitting = [workers for workers, stage in stages.items() if not stage.asked.why_not]
+    scaled = scaling(fitting, lambda workers: (_run(stages[workers]), asdict(stages[workers].asked.seconds)), world)
+    run = _run(own)
+    best, mean = best_interval(run, world), between_failures(run, world)
     save = run.save + run.upload  # nothing is safe before it is uploaded
     return Played(
         world,
@@ -71,8 +76,12 @@ def played(
     )
 
 
-def _run(stage: StageForecast, nodes: int) -> Run:
-    workers = stage.target.room.world_size
+def _doublings(most: int) -> list[int]:
+    return [2**power for power in range(max(1, most).bit_length()) if 2**power <= max(1, most)]
+
+
+def _run(stage: StageForecast) -> Run:
+    workers, nodes = stage.target.room.world_size, stage.target.nodes
     return Run(
         nodes=nodes,
         workers=workers,
@@ -94,14 +103,14 @@ def scale_table(name: str, found: Played) -> Table:
         table.add_row(
             f"{one.workers:,}",
             f"{one.run.step:.3g}",
-            f"{outcome.seconds / 3600:.2f}",
-            f"{outcome.seconds / 3600 * one.workers:,.1f}",
-            f"{one.efficiency:.0%}",
+            f"{outcome.seconds / 3600:.2f}" if outcome.finished else "no end",
+            f"{outcome.seconds / 3600 * one.workers:,.1f}" if outcome.finished else "-",
+            f"{one.efficiency:.0%}" if outcome.finished else "-",
             f"{outcome.goodput:.1%}",
             f"{outcome.lost / 60:.1f}",
             f"{outcome.failures}",
             one.bound,
-            style="green" if one.workers == found.pays else None,
+            style="green" if one.workers == found.pays else None if outcome.finished else "red",
         )
     world = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in asdict(found.world).items())
     table.caption = (

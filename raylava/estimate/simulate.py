@@ -22,8 +22,8 @@ _DAY = 86_400.0
 class World:
     """What is assumed. Rates are per node: failures a day (Llama 3's 16,384 H100 saw 419 in 54 days on 2,048 nodes),
     spot reclaims an hour. Seconds: until a loss is noticed, until a new run has started (workers, checkpoint,
-    rehearsal), until a lost node is replaced; an elastic run goes on with the rest meanwhile. `jitter` is the spread of
-    a worker's step (lognormal sigma); a step waits for the slowest.
+    rehearsal), until a lost node is replaced; an elastic run goes on with the rest meanwhile, and starts anew with it.
+    `jitter` is the spread of a worker's step (lognormal sigma); a step waits for the slowest.
     """
 
     failures_per_node_day: float = 419 / 54 / 2048
@@ -31,7 +31,7 @@ class World:
     noticed: float = 60.0
     restart: float = 90.0
     replaced: float = 300.0
-    elastic: bool = True
+    elastic: bool = False
     jitter: float = 0.02
 
 
@@ -120,9 +120,10 @@ class _Player:
             work = min(self._run.interval * speed, total - self._done)
             took = work / speed
             back = self._absent[0] if self._absent else math.inf
-            if back < min(loss, self._now + took):  # a node is back: all go on together again
+            if back < min(loss, self._now + took):  # all start anew with it, from the last checkpoint
                 self._advance(max(0.0, back - self._now), speed)
                 heapq.heappop(self._absent)
+                self._fall_back()
                 self._wait(self._world.restart)
                 continue
             if self._now + took > loss:
@@ -136,7 +137,7 @@ class _Player:
 
     def _speed(self) -> float:
         """Work a second: what is left of the nodes does it all, where training is elastic."""
-        return max(1, self._run.nodes - len(self._absent)) / self._run.nodes if self._world.elastic else 1.0
+        return (self._run.nodes - len(self._absent)) / self._run.nodes
 
     def _advance(self, seconds: float, speed: float) -> None:
         self._now += seconds
@@ -148,19 +149,22 @@ class _Player:
         heapq.heappush(self._uploads, (self._now + self._run.upload, self._done))
 
     def _lose(self) -> None:
-        """A node goes: the work since the last safe checkpoint with it."""
+        """A node goes, and the work since the last safe checkpoint. The rest goes on, if it may and there is any."""
+        self._failures += 1
+        self._fall_back()
+        world = self._world
+        heapq.heappush(self._absent, self._now + world.replaced)
+        self._wait(world.noticed)
+        if not world.elastic or len(self._absent) == self._run.nodes:
+            self._wait(max(0.0, heapq.heappop(self._absent) - self._now))
+        self._wait(world.restart)
+
+    def _fall_back(self) -> None:
         while self._uploads and self._uploads[0][0] <= self._now:
             self._safe = max(self._safe, heapq.heappop(self._uploads)[1])
         self._uploads.clear()
-        self._failures += 1
         self._lost += self._done - self._safe
         self._done = self._safe
-        world = self._world
-        if world.elastic:
-            heapq.heappush(self._absent, self._now + world.replaced)
-            self._wait(world.noticed + world.restart)
-        else:
-            self._wait(world.noticed + world.replaced + world.restart)
 
     def _wait(self, seconds: float) -> None:
         self._now += seconds
@@ -247,7 +251,7 @@ def _stops(outcome: Outcome, run: Run) -> dict[str, float]:
 def pays(scaled: Sequence[Scaled], share: float = 0.5) -> int:
     """The largest number of workers to which scaling pays: each doubling brings at least `share` of what it costs."""
     last = scaled[0].workers
-    for before, after in itertools.pairwise(scaled):
+    for before, after in itertools.pairwise(one for one in scaled if one.outcome.finished):
         more = after.workers / before.workers
         if after.gain - 1 < share * (more - 1):
             break

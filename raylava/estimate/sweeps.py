@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -13,26 +13,33 @@ from raylava.recipe import Recipe
 
 @dataclass(frozen=True)
 class Piece:
-    """A distinct stage of a sweep: how many variants need it; hours of the cluster, hours × workers."""
+    """A distinct stage of a sweep: how many variants need it; hours of the cluster, hours × workers, and what these
+    cost where a table names the nodes' price.
+    """
 
     stage: str
     users: int
     hours: float
     worker_hours: float
+    cost: float | None
 
 
-def pieces(recipes: Sequence[Recipe], target_of: Callable[[Recipe], Target], given: Given) -> list[Piece]:
+def pieces(
+    recipes: Sequence[Recipe], target_of: Callable[[Recipe, Given], Target], given_of: Callable[[Recipe], Given]
+) -> list[Piece]:
     """The distinct stages of all variants. Two are the same when all that decides their result is."""
-    first: dict[str, tuple[str, float, float]] = {}
+    first: dict[str, Piece] = {}
     users: dict[str, int] = {}
     for recipe in recipes:
-        target = target_of(recipe)
+        given = given_of(recipe)
+        target = target_of(recipe, given)
         one = forecast(recipe, target, given, weighs_all=False)
         for stage, key, hours in _stages(recipe, one):
             workers = 0 if stage.startswith("prepare") else target.room.world_size
-            first.setdefault(key, (stage, hours, hours * workers))
+            cost = None if target.hourly is None else hours * target.hourly
+            first.setdefault(key, Piece(stage, 0, hours, hours * workers, cost))
             users[key] = users.get(key, 0) + 1
-    return [Piece(stage, users[key], hours, worker_hours) for key, (stage, hours, worker_hours) in first.items()]
+    return [replace(piece, users=users[key]) for key, piece in first.items()]
 
 
 def _stages(recipe: Recipe, one: Forecast) -> list[tuple[str, str, float]]:
@@ -40,9 +47,10 @@ def _stages(recipe: Recipe, one: Forecast) -> list[tuple[str, str, float]]:
     found: list[tuple[str, str, float]] = []
     read: dict[str, Any] = {}
     connector: str | None = recipe.model.connector.weights
-    for name, plan in one.prepare.items():
+    for name in one.corpora:
         read[name] = _prepare_key(recipe, name, one)
-        found.append((f"prepare {name}", read[name], plan.hours))
+        if name in one.prepare:
+            found.append((f"prepare {name}", read[name], one.prepare[name].hours))
     for stage in one.stages:
         settings = getattr(recipe, stage.stage).content()
         decides = [stage.stage, recipe.model.content(), settings, recipe.seed, read[CORPUS_OF[stage.stage]]]
@@ -65,7 +73,7 @@ def _prepare_key(recipe: Recipe, name: str, one: Forecast) -> str:
 def pieces_table(name: str, trials: int, found: Sequence[Piece]) -> Table:
     """By kind of stage: how many, what they come to, and what sharing spares."""
     table = Table("stage", title=f"{name}: {trials} trials", title_justify="left")
-    for heading in ("needed", "distinct", "hours", "GPU-hours", "unshared GPU-hours"):
+    for heading in ("needed", "distinct", "hours", "worker-hours", "unshared worker-hours", "cost"):
         table.add_column(heading, justify="right")
     for kind in dict.fromkeys(one.stage for one in found):
         own = [one for one in found if one.stage == kind]
@@ -82,4 +90,5 @@ def _sums(own: Sequence[Piece]) -> list[str]:
         f"{sum(one.hours for one in own):,.1f}",
         f"{sum(one.worker_hours for one in own):,.1f}",
         f"{sum(one.worker_hours * one.users for one in own):,.1f}",
+        "-" if any(one.cost is None for one in own) else f"{sum(one.cost or 0.0 for one in own):,.0f}",
     ]

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from raylava.cost.choose import Option
 from raylava.estimate.forecast import Forecast, StageForecast
-from raylava.estimate.ingest import IngestPlan
+from raylava.estimate.ingest import MANY, IngestPlan
 
 
 def sizes_table(forecast: Forecast) -> Table:
@@ -17,9 +17,9 @@ def sizes_table(forecast: Forecast) -> Table:
     for stage in forecast.stages:
         table.add_column(stage.stage, justify="right")
     rows: list[tuple[str, list[str]]] = [
-        ("samples", [f"{len(one.workload.corpus.lengths):,}" for one in forecast.stages]),
+        ("samples", [f"{one.workload.corpus.rows:,}" for one in forecast.stages]),
         ("steps", [f"{one.steps:,}" for one in forecast.stages]),
-        ("tokens a step", [f"{one.workload.tokens():,.0f}" for one in forecast.stages]),
+        ("tokens a step", [f"{one.workload.sampled.tokens:,.0f}" for one in forecast.stages]),
         ("longest sample, tokens", [f"{one.workload.longest:,}" for one in forecast.stages]),
         ("parameters that train", [f"{one.model.parameters:,}" for one in forecast.stages]),
         (
@@ -126,7 +126,7 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
     """Preparing, a line a corpus."""
     table = Table(title="preparing", title_justify="left")
     table.add_column("corpus", no_wrap=True)
-    for heading in ("nodes", "pictures/s", "held by", "time", "node-hours", "requests/s", "blocks", "most nodes"):
+    for heading in ("nodes", "pictures/s", "held by", "time", "requests/s", "blocks", "nodes at most"):
         table.add_column(heading, justify="left" if heading == "held by" else "right")
     for name, one in plans:
         table.add_row(
@@ -135,10 +135,9 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
             f"{one.rate:,.0f}",
             one.bound,
             _time(3600 * one.hours),
-            f"{one.node_hours:.1f}",
             f"{one.requests_per_second:,.0f}",
             _bytes(one.stored),
-            f"{one.nodes_at_most:,}",
+            "-" if one.nodes_at_most >= MANY else f"{one.nodes_at_most:,}",
         )
     return table
 
@@ -164,7 +163,7 @@ def data(forecast: Forecast) -> dict[str, Any]:
         "on": forecast.target.label,
         "speed": asdict(forecast.target.speed),
         "parameters": forecast.shape.parameters,
-        "corpora": {name: {"source": one.source, "rows": len(one.lengths)} for name, one in forecast.corpora.items()},
+        "corpora": {name: {"source": one.source, "rows": one.rows} for name, one in forecast.corpora.items()},
         "prepare": {name: asdict(one) for name, one in forecast.prepare.items()},
         "stages": {one.stage: _stage(one) for one in forecast.stages},
         "hours": forecast.hours,

@@ -3,7 +3,6 @@
 Read from a prepared corpus, or drawn by stated assumptions where there is none. No weights, no pictures.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,37 +10,39 @@ from typing import Literal
 import numpy as np
 
 from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, Manifest, read_lengths
-from raylava.cost.flops import StepFlops, step_flops
 from raylava.cost.memory import Trained
-from raylava.cost.speed import Work
 from raylava.errors import UserError
 from raylava.recipe import Corpus, Training
 from raylava.storage import Place
-from raylava.train.plan import EpochPlan, Pack, assign
-from raylava.train.settle import fullest
+from raylava.train.plan import EpochPlan
+from raylava.train.work import Sampled, sampled
 
 CorpusName = Literal["alignment", "instruction"]
 
 # Rows of LLaVA's own files, and the share of them with a picture (LLaVA-1.5's dataset cards).
 _KNOWN_ROWS = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
 _SHOWN: dict[CorpusName, float] = {"alignment": 1.0, "instruction": 624_610 / 665_298}
-_DRAWN = 50_000  # lengths are drawn for so many rows at most, and repeated
+_DRAWN = 50_000  # lengths are drawn for so many rows at most
 _JPEG_BYTES = 0.7  # a pixel, at quality 95
 _SAMPLED_STEPS = 24
 
 
 @dataclass(frozen=True)
 class CorpusSize:
-    """A corpus as training sees it: lengths of all samples, bytes of its blocks, and where that is from."""
+    """A corpus as training sees it: `rows` samples, lengths of all of them or of as many as were drawn, bytes of its
+    blocks, where that is from, and whether it is prepared.
+    """
 
+    rows: int
     lengths: Lengths
     bytes: float
     source: str
+    is_prepared: bool
 
     @property
-    def images(self) -> int:
+    def images(self) -> float:
         """Pictures of all samples."""
-        return int(self.lengths.images.sum())
+        return float(self.lengths.images.mean()) * self.rows
 
 
 def prepared(place: Place) -> CorpusSize:
@@ -53,7 +54,8 @@ def prepared(place: Place) -> CorpusSize:
         raise UserError(
             f"--corpus {place}: no prepared corpus there; make one with `raylava run --only prepare`"
         ) from error
-    return CorpusSize(lengths, float(sum(block.bytes for block in manifest.blocks)), f"prepared, {place}")
+    size = float(sum(block.bytes for block in manifest.blocks))
+    return CorpusSize(len(lengths), lengths, size, f"prepared, {place}", is_prepared=True)
 
 
 def assumed(name: CorpusName, corpus: Corpus, image_tokens: int, pixels: int, rows: int | None) -> CorpusSize:
@@ -62,14 +64,15 @@ def assumed(name: CorpusName, corpus: Corpus, image_tokens: int, pixels: int, ro
     Raises UserError for files that are not LLaVA's when `rows` is not given.
     """
     count = rows if rows is not None else _known_rows(name, corpus)
-    drawn = _draw(name, min(count, _DRAWN), image_tokens, corpus.max_length)
-    repeats = -(-count // len(drawn))
-    lengths = Lengths(*(np.tile(part, repeats)[:count] for part in (drawn.length, drawn.images, drawn.supervised)))
-    text = 5.0 * float(lengths.length.sum() - lengths.images.sum() * image_tokens)  # ids and their lists
+    lengths = _draw(name, min(count, _DRAWN), image_tokens, corpus.max_length)
+    shown = float(lengths.images.mean())
+    text = 5.0 * (float(lengths.length.mean()) - shown * image_tokens)  # ids and their lists
     return CorpusSize(
+        count,
         lengths,
-        text + _JPEG_BYTES * pixels**2 * float(lengths.images.sum()),
+        count * (text + _JPEG_BYTES * pixels**2 * shown),
         f"assumed: {count:,} rows with lengths like those of LLaVA's {name} data",
+        is_prepared=False,
     )
 
 
@@ -83,11 +86,11 @@ def _known_rows(name: CorpusName, corpus: Corpus) -> int:
                 f"give --rows {name}=N, or --corpus with what `raylava run --only prepare` made"
             )
         total += min(rows, source.limit or rows) * source.weight
-    return round(total)
+    return max(1, round(total))
 
 
 def _draw(name: CorpusName, count: int, image_tokens: int, longest: int) -> Lengths:
-    """Lognormal lengths; the parameters are estimates of LLaVA's. No sample is longer than `longest`."""
+    """Lognormal lengths; the parameters are estimates of LLaVA's. Text gets what `longest` leaves beside a picture."""
     rng = np.random.default_rng(0)
     shown = (rng.random(count) < _SHOWN[name]).astype(np.int32)
     asked, answered = text_lengths(name, rng, shown)
@@ -123,10 +126,7 @@ class Workload:
     @cached_property
     def plan(self) -> EpochPlan:
         """Its steps."""
-        training = self.training
-        return EpochPlan(
-            len(self.corpus.lengths), training.global_batch, training.epochs, self.seed, training.max_steps
-        )
+        return self._plan(self.corpus.rows)
 
     @cached_property
     def longest(self) -> int:
@@ -134,50 +134,16 @@ class Workload:
         return int(self.corpus.lengths.length.max())
 
     @cached_property
-    def _sampled(self) -> "list[np.ndarray[tuple[int], np.dtype[np.int64]]]":
-        return self.sampled(_SAMPLED_STEPS)
+    def sampled(self) -> Sampled:
+        """Some of its steps, of the samples whose lengths are known."""
+        steps = sampled(self.plan_of_known, _SAMPLED_STEPS)
+        return Sampled(self.model, self.corpus.lengths, steps, self.training.global_batch)
 
-    def sampled(self, most: int) -> "list[np.ndarray[tuple[int], np.dtype[np.int64]]]":
-        """The samples of some steps, evenly over the run."""
-        count = min(self.plan.steps, most)
-        first = np.linspace(0, self.plan.steps - 1, count).astype(int)
-        return [next(self.plan.from_step(int(number))).samples for number in first]
+    @property
+    def plan_of_known(self) -> EpochPlan:
+        """The plan over samples whose lengths are known, should these be fewer than there are."""
+        return self._plan(len(self.corpus.lengths))
 
-    def tokens(self) -> float:
-        """Of a step, the mean."""
-        return float(np.mean([self.corpus.lengths.length[step].sum() for step in self._sampled]))
-
-    def step_flops(self) -> StepFlops:
-        """Of all ranks in a step: of the first sampled one scaled to the mean of their tokens."""
-        flops = [self._flops(step.tolist()) for step in self._sampled]
-        return flops[int(np.argsort([one.total for one in flops])[len(flops) // 2])]
-
-    def work(self, world_size: int) -> Callable[[int], Work]:
-        """A step's work by the size of packs, on the rank that has most to do, a mean over steps."""
-
-        def at(pack_tokens: int) -> Work:
-            ranks = [assign(step, self.corpus.lengths.length, world_size, pack_tokens) for step in self._sampled]
-            found = [self.slowest(one) for one in ranks]
-            packs, flops, forward = (float(np.mean([one[part] for one in found])) for part in range(3))
-            load = fullest(self.corpus.lengths, pack_tokens, self.training.global_batch)
-            images = self.corpus.images / len(self.corpus.lengths) * self.training.global_batch / world_size
-            return Work(load, packs, flops, forward, images)
-
-        return at
-
-    def slowest(self, ranks: list[list[Pack]]) -> tuple[int, float, float]:
-        """Of one step's packs by rank: how many each has; FLOPs of the rank with most, and its body's forward."""
-        flops = [self._flops([sample for pack in packs for sample in pack]) for packs in ranks]
-        most = max(flops, key=lambda one: one.total)
-        return len(ranks[0]), most.total, most.body.forward
-
-    def _flops(self, samples: list[int]) -> StepFlops:
-        lengths = self.corpus.lengths
-        return step_flops(
-            self.model.shape,
-            [int(length) for length in lengths.length[samples]],
-            int(lengths.images[samples].sum()),
-            int(lengths.supervised[samples].sum()),
-            self.model.language,
-            self.model.vision,
-        )
+    def _plan(self, samples: int) -> EpochPlan:
+        training = self.training
+        return EpochPlan(samples, training.global_batch, training.epochs, self.seed, training.max_steps)

@@ -66,7 +66,7 @@ class Loop:
     def _settle(self, kept: KeptCheckpoint | None) -> None:
         """Choose what the recipe leaves open, and build the engine with it."""
         job, host = self._job, self._host
-        settler = Settler(job.stage, self._shape, self._blocks.lengths, host.device, host.world_size)
+        settler = Settler(job.stage, self._shape, self._blocks.lengths, self._plan, host.device)
         settled = settler.settle(job.training, read_cursor(place(kept.folder)).zero_stage if kept else None)
         self._training, self._advice = settled.training, settled.advice
         self._pack_tokens = settled.option.way.pack_tokens

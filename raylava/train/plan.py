@@ -146,18 +146,21 @@ def assign(
 
 
 def largest_packs(lengths: Lengths, pack_tokens: int, samples: int) -> tuple[Pack, Pack, Pack]:
-    """Three packs of at most so many samples that no step's exceed: the fullest in tokens, in pictures, and in
-    supervised tokens, whose logits weigh as much as all else.
+    """Three packs of at most so many samples that a step's hardly exceed: the fullest in tokens, in pictures, and in
+    supervised tokens, whose logits weigh as much as all else. Filled greedily, by share of a sample and by number.
 
     For the rehearsal before the first step: what memory does for these it does for all.
     """
     tokens = lengths.length
-    longest = _greatest(tokens)
-    pictures, supervised = (_greatest(what / tokens) for what in (lengths.images, lengths.supervised))
+
+    def fullest(what: npt.NDArray[np.int32]) -> Pack:
+        packs = [_filled(_greatest(order), tokens, pack_tokens, samples) for order in (what / tokens, what)]
+        return max(packs, key=lambda pack: int(what[list(pack)].sum()))
+
     return (
-        _filled(longest, tokens, pack_tokens, samples),
-        _filled(pictures, tokens, pack_tokens, samples),
-        _filled(supervised, tokens, pack_tokens, samples),
+        _filled(_greatest(tokens), tokens, pack_tokens, samples),
+        fullest(lengths.images),
+        fullest(lengths.supervised),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, usable, weigh
+from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, taken, usable, weigh
 from raylava.cost.hardware import DEVICES, Cluster, cluster, device, device_named, read_prices
 from raylava.cost.memory import Load, Trained
 from raylava.cost.published import shape_of_model
@@ -28,7 +28,7 @@ def trained(model: Model = GEMMA_2B, stage: str = "finetune") -> Trained:
 def work(pack_tokens: int) -> Work:
     """Of a step of 12,000 tokens a rank."""
     packs = math.ceil(12_000 / pack_tokens)
-    return Work(Load(pack_tokens, pack_tokens // 5, pack_tokens // 700 + 1), packs, 2e14, 5e13, 16)
+    return Work(Load(pack_tokens, pack_tokens // 5, pack_tokens // 700 + 1), packs, packs, 2e14, 5e13, 16)
 
 
 def options(gigabytes: float, training: Training = AUTO, model: Trained | None = None) -> list[Option]:
@@ -85,6 +85,21 @@ def test_what_the_recipe_says_is_not_left_open() -> None:
 def test_no_way_has_packs_that_its_longest_sample_does_not_fit() -> None:
     assert min(way.pack_tokens for way in open_ways(AUTO, 5000)) == 8192
     assert next(open_ways(AUTO, 40_000)).pack_tokens == 40_000
+
+
+def test_where_all_that_fit_want_caution_the_fastest_of_them_is_taken() -> None:
+    """A run that began with stage 1 in bf16 goes on with it, on fewer workers too."""
+    found = options(200, Training(zero=Zero(stage=1), activation_checkpointing="auto"))
+    assert cheapest(found) is None
+    assert not taken(found).way.recompute
+    assert not taken(found).why_not
+
+
+def test_where_nothing_fits_what_holds_least_is_tried() -> None:
+    found = options(4)
+    assert taken(found).memory.peak == min(one.memory.peak for one in found)
+    with pytest.raises(UserError, match="fits no ZeRO stage that is left"):
+        taken([])
 
 
 def test_compiled_code_leaves_stage_3_out() -> None:
@@ -157,7 +172,7 @@ def test_prices_are_of_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert cluster(2, 4, "h100", prices).price is None
 
 
-@pytest.mark.parametrize("line", ["h100: 3", "h100x8: free", "h100x8: -1", "gpuxx: 2"])
+@pytest.mark.parametrize("line", ["h100: 3", "h100x8: free", "h100x8: -1", "h100x0: 5", "gpuxx: 2"])
 def test_a_price_table_that_is_none_is_refused(line: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("prices") / "prices.yaml"
     file.write_text(line)

@@ -11,16 +11,17 @@ import torch
 
 from raylava.artifacts import Artifact
 from raylava.cli.entry import main
+from raylava.cost.published import VISION, shape_of_model
 from raylava.cost.shapes import shape_of
 from raylava.demo import micro_recipe
-from raylava.estimate.calibrate import Calibration, calibrate, kept
+from raylava.estimate.calibrate import Calibration, calibrate, kept, random_llava
 from raylava.estimate.forecast import Given, forecast
 from raylava.estimate.here import on_this_machine, workloads
 from raylava.estimate.noise import noise
 from raylava.estimate.workload import prepared
 from raylava.model.backbones import resolve_vision
 from raylava.model.llava import PackLoss, assemble
-from raylava.recipe import Recipe
+from raylava.recipe import Language, Model, Recipe, Vision
 from raylava.storage import place
 
 SETTINGS = ["pretrain.enabled=false", "evaluate=[]", "resources.workers=1", "finetune.epochs=20"]
@@ -82,6 +83,15 @@ def test_a_run_takes_about_as_long_as_predicted(
     seconds = [json.loads(line)["seconds"] for line in metrics.read_text().splitlines()]
     assert len(seconds) == stage.steps
     assert stage.asked.seconds.total == pytest.approx(statistics.median(seconds), rel=0.4)
+
+
+@pytest.mark.parametrize("tower", VISION)
+def test_published_backbones_can_be_timed_without_their_weights(tower: str) -> None:
+    """The module that stands for them is the one that training would assemble: its parameters are theirs."""
+    model = Model(language=Language(name="google/gemma-2b-it"), vision=Vision(name=tower))
+    with torch.device("meta"):
+        llava = random_llava(model, torch.bfloat16, "varlen")
+    assert sum(weight.numel() for weight in llava.parameters()) == shape_of_model(model).parameters
 
 
 def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, lab: Artifact) -> None:

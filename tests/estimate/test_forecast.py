@@ -113,7 +113,7 @@ def test_lengths_that_are_assumed_are_llavas_and_within_the_recipes_longest() ->
     instruction = recipe().corpora.instruction
     found = assumed("instruction", instruction, 576, 336, rows=None)
     lengths = found.lengths
-    assert len(lengths) == 665_298
+    assert found.rows == 665_298
     assert lengths.length.max() <= instruction.max_length
     assert lengths.images.mean() == pytest.approx(624_610 / 665_298, abs=0.005)
     assert np.all(lengths.supervised < lengths.length)
@@ -128,9 +128,16 @@ def test_a_corpus_that_nobody_knows_wants_its_rows() -> None:
     assert told.stages[0].steps == 1_000
 
 
+def test_a_billion_rows_are_estimated_as_readily_as_a_thousand() -> None:
+    told = forecast(recipe("llava-gemma-2b-no-pretrain"), eight(), Given({}, {"instruction": 1_000_000_000}))
+    assert told.stages[0].steps == 7_812_500
+    assert told.prepare["instruction"].stored > 1e13
+
+
 def test_a_prepared_corpus_is_taken_as_it_is(prepared_blocks: Blocks, lab: Artifact) -> None:
     found = prepared(place(prepared_blocks.folder))
     assert np.array_equal(found.lengths.length, prepared_blocks.lengths.length)
+    assert found.rows == len(found.lengths)
     assert found.bytes == sum(block.bytes for block in prepared_blocks.manifest.blocks)
     with pytest.raises(UserError, match="no prepared corpus there"):
         prepared(lab.place)
@@ -146,7 +153,7 @@ def test_packs_that_the_longest_sample_does_not_fit_are_told(prepared_blocks: Bl
 def test_a_sweep_counts_what_its_variants_share_once() -> None:
     """2 language models × 2 towers × 3 seeds; half of the variants skip pretraining; one tokenizer for both models."""
     found = [one.recipe for one in variants(load_sweep(str(recipes_folder() / "ablations.yaml")), [])]
-    counted = pieces(found, lambda _: eight(), NOTHING)
+    counted = pieces(found, lambda *_: eight(), lambda _: NOTHING)
     kinds = {kind: [one for one in counted if one.stage == kind] for kind in {one.stage for one in counted}}
     assert {kind: len(own) for kind, own in kinds.items()} == {
         "prepare alignment": 2,
@@ -159,7 +166,7 @@ def test_a_sweep_counts_what_its_variants_share_once() -> None:
 
 
 def test_scaling_a_recipe_stops_paying_at_its_global_batch() -> None:
-    found = played(recipe(), cluster(1, 8, "h100"), stated(DEVICES["h100"]), NOTHING, World(), sizes=(8, 64, 512))
+    found = played(recipe(), cluster(1, 8, "h100"), stated(DEVICES["h100"]), NOTHING, World(), nodes=(1, 8, 64))
     assert found.pays in (8, 64)
     assert found.scaled[-1].efficiency < found.scaled[0].efficiency
     assert 0.9 < found.goodput <= 1
@@ -199,6 +206,10 @@ def test_the_command_plays_a_run_at_scale(tmp_path: Path, capfd: pytest.CaptureF
         (["--rows", "captions=3"], "--rows captions=…: a recipe's corpora are alignment and instruction"),
         (["--rows", "alignment=many"], "--rows alignment=many: give a number above 0"),
         (["--corpus", "/nowhere"], "no prepared corpus there"),
+        (["--spot", "0.1"], "add --simulate"),
+        (["--simulate", "--spot", "-1"], "-1 is not between 0 and 1,000"),
+        (["--calibrate", "--gpu", "h100"], "--calibrate goes without --gpu"),
+        (["--calibrate"], "the recipe trains on GPUs and this machine has none"),
         (["--mfu", "3"], "3 is not above 0 and at most 1"),
     ],
 )

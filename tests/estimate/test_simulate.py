@@ -61,7 +61,7 @@ def test_more_failures_lower_the_goodput() -> None:
 
 
 def test_going_on_with_the_nodes_that_are_left_beats_waiting_for_new_ones() -> None:
-    world = World(failures_per_node_day=2.0, replaced=1800.0)
+    world = World(failures_per_node_day=2.0, replaced=7200.0)
     waiting, elastic = (
         sum(play(RUN, replace(world, elastic=one), seed).seconds for seed in range(8)) for one in (False, True)
     )
@@ -90,6 +90,23 @@ def test_the_expected_loss_is_that_of_theory() -> None:
     mean = between_failures(run, HARD)
     expected = run.save / run.interval + run.interval / 2 / mean
     assert 1 - goodput(run, HARD) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_node_that_comes_back_costs_a_start_and_the_work_since_the_last_checkpoint() -> None:
+    world = World(failures_per_node_day=0.5, elastic=True, replaced=500.0, restart=0.0, noticed=0.0, jitter=0.0)
+    for seed in range(8):
+        found = play(replace(RUN, interval=1e9, save=0.0), world, seed)
+        if found.failures:
+            assert found.lost > 0
+            return
+    pytest.fail("no run lost a node")
+
+
+def test_a_run_on_one_node_waits_for_another() -> None:
+    world = World(failures_per_node_day=20.0, elastic=True, replaced=3600.0, restart=0.0, noticed=0.0, jitter=0.0)
+    found = play(replace(RUN, nodes=1), world, seed=0)
+    assert found.failures > 0
+    assert found.waiting == pytest.approx(3600.0 * found.failures)
 
 
 def test_steps_wait_for_the_slowest_of_more_workers() -> None:

@@ -30,7 +30,8 @@ from raylava.model.backbones import load_tokenizer, resolve_vision
 from raylava.model.llava import PackTensors, assemble
 from raylava.model.templates import IMAGE_TOKEN
 from raylava.recipe import Language, Model, Training, Vision
-from raylava.train.engine import DTYPES, Engine
+from raylava.storage import place
+from raylava.train.engine import DTYPES, Engine, read_cursor
 from raylava.train.feed import Feed, Layout, StepWork
 from raylava.train.plan import EpochPlan
 from raylava.train.settle import Settler
@@ -61,7 +62,8 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     training = Training.model_validate(DEFAULTS | run["training"])
     llava = assemble(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attention)
     stage, device = run.get("stage", "finetune"), torch.device("cpu")
-    settled = Settler(stage, shape_of(llava.config), corpus.lengths, device, world_size).settle(training)
+    kept = read_cursor(place(run["resume"])).zero_stage if "resume" in run else None
+    settled = Settler(stage, shape_of(llava.config), corpus.lengths, plan, device).settle(training, kept)
     engine = Engine(llava, stage, settled.training, plan.steps, device)
     first = engine.load(Path(run["resume"])) if "resume" in run else 0
     layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
@@ -80,7 +82,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
             engine.written()
         if work.step.number == 0 and "moments" in run:
             _write_moments(engine, run["moments"])
-        line = {"step": work.step.number, **vars(result), "way": vars(settled.option.way)}
+        line = {"step": work.step.number, **vars(result), "way": vars(settled.option.way), "advice": settled.advice}
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         yield line

@@ -237,6 +237,7 @@ def again_on_two(
 ) -> dict[str, Lines]:
     runs = {f"resumed-{stage}": zero(stage, resume=str(folder / f"two-{stage}")) for stage in STAGES}
     runs |= {f"from-one-{stage}": zero(stage, resume=str(folder / f"one-{stage}")) for stage in STAGES}
+    runs |= {"left-open": {"training": {"zero": {"stage": "auto"}}, "resume": str(folder / "two-2")}}
     return run_ranks(2, backbones, runs, folder)
 
 
@@ -344,6 +345,21 @@ def test_settings_left_open_are_the_fastest_that_fit(on_one: dict[str, Lines]) -
     """One rank with memory to spare has nothing to shard and nothing to compute twice."""
     way = on_one["auto"][0]["way"]
     assert (way["zero_stage"], way["recompute"], way["offload_optimizer"]) == (0, False, False)
+
+
+def test_what_is_advised_should_memory_not_do_names_every_setting_that_makes_it(on_one: dict[str, Lines]) -> None:
+    told = on_one["plain-0"][0]["advice"]
+    for setting in ("stage", "offload_optimizer", "offload_parameters"):
+        assert f"finetune.zero.{setting}=" in told
+    assert "finetune.activation_checkpointing=" in told
+    assert "finetune.pack_tokens=" in told
+
+
+def test_a_run_that_chose_its_zero_stage_goes_on_with_it(again_on_two: dict[str, Lines]) -> None:
+    """Only this stage can read the checkpoint, whatever would be chosen now."""
+    found = again_on_two["left-open"]
+    assert found[0]["way"]["zero_stage"] == 2
+    assert losses(found) == losses(again_on_two["resumed-2"])
 
 
 def test_memory_that_does_not_suffice_is_told_before_the_first_step_with_what_to_change(
