@@ -207,9 +207,9 @@ def _at_scale(target: "Target") -> list[tuple[str, Any]]:
     """558 k, 10 M and a billion pictures, on as few nodes as a day takes."""
     from raylava.estimate.ingest import Ingest, plan
 
-    single = [(f"{images:,} files", plan(Ingest(images, target.cores))) for images in _SCALES]
+    single = [(f"{images:,} files in S3", plan(Ingest(images, target.cores))) for images in _SCALES]
     packed = Ingest(_SCALES[-1], target.cores, shard=1000, prefixes=16)
-    return [*single, (f"{_SCALES[-1]:,} in tars of 1,000", plan(packed))]
+    return [*single, (f"{_SCALES[-1]:,} in tars in S3", plan(packed))]
 
 
 def _simulate(

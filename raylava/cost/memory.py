@@ -36,11 +36,17 @@ class Way:
 
     @property
     def name(self) -> str:
-        """In words: `ZeRO 2, packs of 4,096, recomputed`."""
+        """In words: `ZeRO 2, recomputed, packs of 4,096`."""
+        return f"ZeRO {self.mode}, packs of {self.pack_tokens:,}"
+
+    @property
+    def mode(self) -> str:
+        """In words, without the size of packs: `2, recomputed`."""
         kept = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
         offloaded = " and ".join(name for name, is_so in kept if is_so)
-        words = [f"ZeRO {self.zero_stage}", f"packs of {self.pack_tokens:,}"]
-        return ", ".join(words + [f"host: {offloaded}"] * bool(offloaded) + ["recomputed"] * self.recompute)
+        return ", ".join(
+            [f"{self.zero_stage}"] + [f"host: {offloaded}"] * bool(offloaded) + ["recomputed"] * self.recompute
+        )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ how long a step takes. What is found is kept for the next estimate of the same s
 import hashlib
 import itertools
 import json
-import multiprocessing.connection
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from raylava.corpus.images import decode_stored, encode
 from raylava.cost.published import configs_of_model
@@ -75,25 +75,13 @@ def calibrate(recipe: Recipe, stage: str, workload: Workload, folder: Path) -> C
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     world_size = min(recipe.resources.workers, most)
     timing = Timing(recipe, workload, stage, world_size, recipe.resources.cpus_per_worker, device, str(folder))
-    context = torch.multiprocessing.get_context("spawn")
-    started = time.time()
-    ranks = [context.Process(target=_rank, args=(timing, rank, started)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    _join(ranks, stage)
+    try:
+        torch.multiprocessing.spawn(_rank, (timing, time.time()), world_size, daemon=True)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        raise RunError(f"timing {stage} on this machine failed; the log has why") from error
     found = _kept(json.loads((folder / "timed.json").read_text()))
     keep(recipe, stage, workload, found)
     return found
-
-
-def _join(ranks: Sequence[Any], stage: str) -> None:
-    """Wait for all; when one fails, the others would wait for it and are ended."""
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()])
-    if any(rank.exitcode for rank in ranks):
-        for rank in ranks:
-            rank.kill()
-        raise RunError(f"timing {stage} on this machine failed; the log has why")
 
 
 def keep(recipe: Recipe, stage: str, workload: Workload, found: Calibration) -> None:
@@ -123,7 +111,7 @@ def _file(recipe: Recipe, stage: str, workload: Workload) -> Path:
     return cache_folder() / "calibrations" / f"{name}.json"
 
 
-def _rank(timing: Timing, rank: int, started: float) -> None:
+def _rank(rank: int, timing: Timing, started: float) -> None:
     """One process: set up, time, write on rank 0."""
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": timing.device}
     torch.set_num_threads(timing.threads)

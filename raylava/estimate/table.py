@@ -49,27 +49,30 @@ def ways_table(stage: StageForecast) -> Table:
     """The recipe's way, the cheapest, and the best of each kind that is not it, with why."""
     title = f"{stage.stage} on {stage.target.label}"
     table = Table(title=title, title_justify="left")
-    table.add_column("way", no_wrap=True)
-    for heading in ("states", "activations", "logits", "peak", "a step", "all steps", "verdict"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right")
+    table.add_column("ZeRO", no_wrap=True)
+    for heading in ("packs", "states", "activations", "logits", "peak", "a step", "all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for option, verdict in _few(stage):
         held = option.memory
+        states = held.weights + held.optimizer + held.gradients + held.bucket
         cells = [
-            _bytes(held.weights + held.optimizer + held.gradients + held.bucket),
-            _bytes(held.activations),
-            _bytes(held.logits),
-            _bytes(held.peak),
+            option.way.mode,
+            f"{option.way.pack_tokens:,}",
+            *(_gigabytes(part) for part in (states, held.activations, held.logits, held.peak)),
             _time(option.seconds.total),
             _time(option.seconds.total * stage.steps),
         ]
         style = "red" if option.why_not else "green" if option is stage.best else None
-        table.add_row(option.way.name, *cells, verdict, style=style)
+        table.add_row(*cells, verdict, style=style)
     seconds = stage.asked.seconds
     parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(seconds).items())
     sent = stage.asked.traffic.sent(stage.target.room.world_size)
     table.caption = (
+        f"GB of a worker's memory, {stage.target.room.device / 1e9:.1f} usable; too much (at its peak); "
+        "bf16 sums: of packs' gradients\n"
         f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
-        f"usable {_bytes(stage.target.room.device)}; {stage.target.speed_of(stage.stage).source}"
+        f"{stage.target.speed_of(stage.stage).source}"
     )
     table.caption_justify = "left"
     return table
@@ -77,12 +80,12 @@ def ways_table(stage: StageForecast) -> Table:
 
 def _few(stage: StageForecast) -> list[tuple[Option, str]]:
     """The recipe's own, the cheapest, and for each ZeRO stage the fastest others: of those that fit, and that don't."""
-    shown = [(stage.asked, stage.asked.why_not or f"the recipe's; {stage.asked.caution}".rstrip("; "))]
+    shown = [(stage.asked, f"recipe's: {_against(stage.asked)}".rstrip(": "))]
     if stage.best is not None:
         if stage.best.way == stage.asked.way:
-            shown = [(stage.best, "the recipe's, and the fastest that fits")]
+            shown = [(stage.best, "recipe's: fastest")]
         else:
-            shown.append((stage.best, "the fastest that fits"))
+            shown.append((stage.best, "fastest"))
     told = {option.way for option, _ in shown}
     for zero in range(4):
         own = [one for one in stage.options if one.way.zero_stage == zero and one.way not in told]
@@ -90,16 +93,23 @@ def _few(stage: StageForecast) -> list[tuple[Option, str]]:
         failing = sorted((one for one in own if one.why_not), key=lambda one: one.seconds.total)
         if fitting and stage.best is not None:
             slower = fitting[0].seconds.total / stage.best.seconds.total - 1
-            shown.append((fitting[0], fitting[0].caution or (f"{slower:+.0%}" if slower > 0.005 else "as fast")))
+            shown.append((fitting[0], _against(fitting[0]) or (f"{slower:+.0%}" if slower > 0.005 else "as fast")))
         if failing:
-            shown.append((failing[0], failing[0].why_not))
+            shown.append((failing[0], _against(failing[0])))
     return shown
+
+
+def _against(option: Option) -> str:
+    """What speaks against it, beside its peak; all of it is in the data."""
+    return f"too much ({option.memory.at})" if option.why_not else "bf16 sums" * bool(option.caution)
 
 
 def totals_table(forecasts: Sequence[Forecast]) -> Table:
     """Time and cost, a line a recipe or cluster."""
-    table = Table("recipe", "on", title="time and cost", title_justify="left")
-    for heading in ("prepare", "pretrain", "finetune", "all", "node-hours", "worker-hours", "cost", ""):
+    table = Table(title="time and cost", title_justify="left")
+    for heading in ("recipe", "on"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("prepare", "pretrain", "finetune", "all", "node-hours", "worker-hours", "cost"):
         table.add_column(heading, justify="right")
     for one in forecasts:
         by_stage = {stage.stage: _time(stage.seconds) for stage in one.stages}
@@ -113,8 +123,7 @@ def totals_table(forecasts: Sequence[Forecast]) -> Table:
             _time(3600 * one.hours),
             f"{one.node_hours:.2f}",
             f"{sum(stage.seconds for stage in one.stages) / 3600 * workers:.2f}",
-            "-" if one.cost is None else f"{one.cost:,.2f}",
-            "" if one.fits else "does not fit",
+            "does not fit" if not one.fits else "-" if one.cost is None else f"{one.cost:,.2f}",
             style=None if one.fits else "red",
         )
     table.caption = "evaluating and the start of nodes are not counted; the recipe's own settings"
@@ -126,8 +135,8 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
     """Preparing, a line a corpus."""
     table = Table(title="preparing", title_justify="left")
     table.add_column("corpus", no_wrap=True)
-    for heading in ("nodes", "pictures/s", "held by", "time", "requests/s", "blocks", "nodes at most"):
-        table.add_column(heading, justify="left" if heading == "held by" else "right")
+    for heading in ("nodes", "pictures/s", "held by", "time", "requests/s", "blocks", "most nodes"):
+        table.add_column(heading, justify="left" if heading == "held by" else "right", no_wrap=True)
     for name, one in plans:
         table.add_row(
             name,
@@ -146,7 +155,11 @@ def _bytes(count: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:,.3g} {unit}"
-    return f"{count / 1e3:,.3g} kB"
+    return f"{count / 1e3:,.3g} kB" if count else "-"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f}" if count >= 1e8 or not count else f"{count / 1e9:.1g}"
 
 
 def _time(seconds: float) -> str:

@@ -14,6 +14,7 @@ from raylava.cli.entry import main
 from raylava.cost.published import VISION, shape_of_model
 from raylava.cost.shapes import shape_of
 from raylava.demo import micro_recipe
+from raylava.errors import RunError
 from raylava.estimate.calibrate import Calibration, calibrate, kept, random_llava
 from raylava.estimate.forecast import Given, forecast
 from raylava.estimate.here import on_this_machine, workloads
@@ -85,6 +86,14 @@ def test_a_run_takes_about_as_long_as_predicted(
     assert stage.asked.seconds.total == pytest.approx(statistics.median(seconds), rel=0.4)
 
 
+def test_a_rank_that_fails_ends_the_timing(recipe: Recipe, given: Given, tmp_path: Path) -> None:
+    (workload,) = workloads(recipe, given).values()
+    nobody = recipe.model_copy(update={"model": Model(language=Language(name="nobody/nothing"), vision=Vision(name="none"))})
+    with pytest.raises(RunError, match="timing finetune on this machine failed"):
+        calibrate(nobody, "finetune", workload, tmp_path)
+    assert not (tmp_path / "timed.json").exists()
+
+
 @pytest.mark.parametrize("tower", VISION)
 def test_published_backbones_can_be_timed_without_their_weights(tower: str) -> None:
     """The module that stands for them is the one that training would assemble: its parameters are theirs."""
@@ -95,7 +104,6 @@ def test_published_backbones_can_be_timed_without_their_weights(tower: str) -> N
 
 
 def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, lab: Artifact) -> None:
-
     llava = assemble(recipe.model, resolve_vision(recipe.model.vision), 0, torch.float32, "varlen")
     shape, token = shape_of(llava.config), llava.config.image_token_index
     patches = shape.vision.patches
