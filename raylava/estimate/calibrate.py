@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from raylava.corpus.images import decode_stored, encode
 from raylava.cost.published import configs_of_model
@@ -76,7 +76,7 @@ def calibrate(recipe: Recipe, stage: str, workload: Workload, folder: Path) -> C
     world_size = min(recipe.resources.workers, most)
     timing = Timing(recipe, workload, stage, world_size, recipe.resources.cpus_per_worker, device, str(folder))
     try:
-        torch.multiprocessing.spawn(_rank, (timing, time.time()), world_size, daemon=True)
+        spawn(_rank, (timing, time.time()), world_size, daemon=True)
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise RunError(f"timing {stage} on this machine failed; the log has why") from error
     found = _kept(json.loads((folder / "timed.json").read_text()))
