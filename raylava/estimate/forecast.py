@@ -115,6 +115,12 @@ class StageForecast:
         return result_bytes(self.model)
 
     @property
+    def largest_pack(self) -> int | None:
+        """In tokens, of the sizes weighed, that fits with the recipe's settings; None where none does."""
+        like = [one for one in self.options if one.way.mode == self.asked.way.mode and not one.why_not]
+        return max((one.way.pack_tokens for one in like), default=None)
+
+    @property
     def mfu(self) -> float | None:
         """Model FLOPs over what the devices could, when these are known by their peak."""
         peak = self.target.speed_of(self.stage).peak

@@ -68,9 +68,11 @@ def ways_table(stage: StageForecast) -> Table:
     seconds = stage.asked.seconds
     parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(seconds).items())
     sent = stage.asked.traffic.sent(stage.target.room.world_size)
+    largest = "none" if stage.largest_pack is None else f"{stage.largest_pack:,}"
     table.caption = (
         f"GB of a worker's memory, {stage.target.room.device / 1e9:.1f} usable; too much (at its peak); "
         "bf16 sums: of packs' gradients\n"
+        f"largest packs that fit as the recipe is: {largest}\n"
         f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
         f"{stage.target.speed_of(stage.stage).source}"
     )
@@ -193,6 +195,7 @@ def _stage(stage: StageForecast) -> dict[str, Any]:
         "flops_per_step": asdict(stage.flops),
         "seconds": stage.seconds,
         "mfu": stage.mfu,
+        "largest_pack_tokens": stage.largest_pack,
         "checkpoint_bytes": stage.checkpoint,
         "result_bytes": stage.result,
         "recipe": _option(stage.asked),

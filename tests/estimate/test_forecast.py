@@ -90,6 +90,16 @@ def test_a_way_that_does_not_fit_says_what_it_lacks() -> None:
     assert all(one.why_not for one in stage.options if one.memory.peak > found.target.room.device)
 
 
+def test_the_largest_pack_fits_and_the_next_larger_one_does_not() -> None:
+    (_, stage) = on_eight("llava-gemma-7b").stages
+    like = {one.way.pack_tokens: one.why_not for one in stage.options if one.way.mode == stage.asked.way.mode}
+    assert stage.largest_pack is not None
+    assert not like[stage.largest_pack]
+    larger = [why_not for tokens, why_not in like.items() if tokens > stage.largest_pack]
+    assert larger
+    assert all(larger)
+
+
 def test_settings_left_open_are_the_best_there_is() -> None:
     settings = ("finetune.zero.stage=auto", "finetune.pack_tokens=auto", "finetune.activation_checkpointing=auto")
     stage = on_eight("llava-gemma-7b", *settings).stages[-1]
