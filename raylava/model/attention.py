@@ -13,7 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 VARLEN = "varlen"
 
 
-@torch.compiler.disable  # the number of samples differs from pack to pack
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -50,7 +49,10 @@ def _per_head(shared: Tensor, heads: int) -> Tensor:
 
 
 def register() -> None:
-    """Make VARLEN a name that models may be loaded with."""
+    """Make VARLEN a name that models may be loaded with. It is never compiled: packs differ in the number of samples.
+
+    Only here, as torch's compiler takes a second to import, in processes that have no model as well.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionInterface.register(VARLEN, torch.compiler.disable(varlen_attention))

@@ -288,6 +288,8 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
     from raylava.train.writer import BackgroundWriter
 
     deepspeed.logger.setLevel(logging.WARNING)
+    # on CPUs it would compile a kernel, for half a minute and with a compiler that must be there, for inference alone
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = list(parameter_groups(module, training))
     # foreach would hold intermediate values of all weights at once, at stage 0; the others have flat ones
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, foreach=False)

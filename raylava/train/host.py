@@ -4,12 +4,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from raylava.storage import Place
-from raylava.train.figures import StepFigures
+
+if TYPE_CHECKING:
+    import torch
+
+    from raylava.train.figures import StepFigures
 
 Upload = Callable[[Path, Place], None]
 LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"  # what a rank may be doing
@@ -28,7 +30,7 @@ class Host(Protocol):
 
     rank: int
     world_size: int
-    device: torch.device
+    device: "torch.device"
 
     def last_checkpoint(self) -> AbstractContextManager[KeptCheckpoint | None]:
         """The run's last whole checkpoint, on this node for as long as the context lasts; None before the first."""
@@ -45,5 +47,5 @@ class Host(Protocol):
     def beat(self, step: int, doing: str) -> None:
         """This rank sets out to do one of the above in a step."""
 
-    def show(self, figures: StepFigures, steps: int) -> None:
+    def show(self, figures: "StepFigures", steps: int) -> None:
         """A step of `steps` is done. Called by rank 0."""

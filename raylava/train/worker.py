@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
@@ -13,14 +13,17 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from raylava.gauges import Gauges
 from raylava.storage import place
-from raylava.train.figures import StepFigures
 from raylava.train.host import COMPUTING, LOADING, KeptCheckpoint, Upload
 from raylava.train.job import CHECKPOINTS, TrainJob
-from raylava.train.loop import Loop
+
+if TYPE_CHECKING:
+    from raylava.train.figures import StepFigures
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's loop function. `config` holds the TrainJob, the watch of its progress, CPU threads, cache bytes."""
+    from raylava.train.loop import Loop  # not in Ray's controller, which hands this on: a stage starts seconds sooner
+
     torch.set_num_threads(config["threads"])
     Loop(config["job"], _RayHost(config["job"], config["watch"]), config["cache_bytes"]).run()
 
@@ -72,7 +75,7 @@ class _RayHost:
         elif doing == COMPUTING:
             self._gauges.set(data_wait_seconds=time.monotonic() - self._loading)
 
-    def show(self, figures: StepFigures, steps: int) -> None:
+    def show(self, figures: "StepFigures", steps: int) -> None:
         self._watch.update.remote(figures.step + 1, steps, **figures.shown())
         self._gauges.set(**asdict(figures))
         self._gauges.set(worker_seconds=self.world_size * (time.monotonic() - self._started))

@@ -195,7 +195,7 @@ def test_the_micro_ablation_grid_builds_each_distinct_fingerprint_exactly_once(
 ) -> None:
     (tmp_path / "micro").symlink_to(lab.place.path, target_is_directory=True)
     monkeypatch.chdir(tmp_path)  # the sweep names ./micro, as after `raylava laboratory micro`
-    small = ["pretrain.global_batch=40", "finetune.global_batch=48", "finetune.max_steps=1", "evaluate=[]"]
+    small = [*SMALL[:2], "finetune.max_steps=1", "resources.workers=1", "evaluate=[]"]
     shipped = yaml.safe_load((recipes_folder() / "micro-ablations.yaml").read_text())
     one_seed = shipped | {"recipe": str(recipes_folder() / shipped["recipe"]), "seeds": [0]}  # two take twice as long
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(one_seed))
