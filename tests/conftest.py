@@ -46,6 +46,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ray_looks_often() -> Iterator[None]:
+    """Stages of tests last seconds: Ray Train's look at its workers every two would be a fifth of all tests' time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+        yield
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(s3: str) -> Iterator[None]:
     """One Ray on this machine for all tests that need it; it ends with the session."""
