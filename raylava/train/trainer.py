@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch.distributed import DistError
 
 from raylava.cluster.roles import TRAIN, labels_for
 from raylava.console import Bar, meanwhile
@@ -29,6 +30,13 @@ logger = logging.getLogger(__name__)
 
 _MAX_LOSSES = 8  # in a row, without a checkpoint between them, that a stage survives before it gives up
 _COLLECTIVE_TIMEOUT_SECONDS = 1800
+_LEFT = (  # what collectives say when a process at their other end has ended
+    "connection reset by peer",
+    "connection closed by peer",
+    "connection was likely closed",
+    "broken pipe",
+    "remote process exit",
+)
 _SILENCE_SECONDS = 120.0  # after which a run that does not move is told, with the rank that holds it up
 
 
@@ -86,23 +94,42 @@ def _fit(trainer: TorchTrainer, stage: str, snapshot: Place, gauges: Gauges) -> 
             trainer.fit()
             return
         except TrainingFailedError as error:
-            if attempt == _MAX_LOSSES or not _lost_workers(error):
+            gone = lost_workers(error)
+            if attempt == _MAX_LOSSES or not gone:
                 raise RunError(f"{stage} failed: {_cause(error)}") from error
             now = snapshot.read_bytes() if snapshot.exists() else None
             attempt, before = (attempt + 1, before) if now == before else (0, now)
-            lost += len(_lost_workers(error))
+            lost += len(gone)
             gauges.set(lost_workers=lost)
-            logger.warning("%s: lost worker %s; going on from the last checkpoint", stage, _lost_workers(error))
+            logger.warning("%s: lost %s; going on from the last checkpoint", stage, ", ".join(gone))
 
 
-def _lost_workers(error: TrainingFailedError) -> list[int]:
-    """Ranks whose process or node went away, as against those that raised."""
+def lost_workers(error: TrainingFailedError) -> list[str]:
+    """Workers whose process or node went away, in words; none where workers raised for reasons of their own.
+
+    Ray names them, but may take longer to know of a dead node than the other ranks, whose collectives fail at once.
+    """
+    causes = _causes(error)
+    dead = [f"worker {rank}" for rank, cause in causes.items() if isinstance(cause, RayActorError)]
+    if not dead and causes and all(_nobody_there(cause) for cause in causes.values()):
+        return [f"a worker that worker {min(causes)} no longer reaches"]
+    return dead
+
+
+def _nobody_there(cause: BaseException) -> bool:
+    """Whether it is a collective's, of gloo or NCCL, that the process at the other end has left."""
+    text = str(cause).lower()
+    collective = isinstance(cause, DistError) or (isinstance(cause, RuntimeError) and "gloo" in text)
+    return collective and any(words in text for words in _LEFT)
+
+
+def _causes(error: TrainingFailedError) -> dict[int, BaseException]:
+    """By rank, workers' own errors rather than Ray's wrapping of them."""
     failures = getattr(error, "worker_failures", None) or {}
-    return [
-        rank
+    return {
+        rank: getattr(failure, "health_check_failure", getattr(failure, "_base_exc", failure))
         for rank, failure in sorted(failures.items())
-        if isinstance(getattr(failure, "health_check_failure", failure), RayActorError)
-    ]
+    }
 
 
 def _per_worker(resources: Resources) -> dict[str, float]:
@@ -131,9 +158,7 @@ def _shown(watch: Any, bar: Bar, stage: str) -> Iterator[None]:
 
 
 def _cause(error: TrainingFailedError) -> str:
-    """The first worker's own error rather than Ray's wrapping of it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "_base_exc", failure)
+    """What the first worker says of it that does not merely miss another."""
+    for rank, cause in sorted(_causes(error).items(), key=lambda one: _nobody_there(one[1])):
         return f"worker {rank}: {first_line(cause)}"
     return first_line(error)
