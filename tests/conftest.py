@@ -46,11 +46,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.undo()
 
 
+LOOKS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ray_looks_often() -> Iterator[None]:
     """Stages of tests last seconds: Ray Train's look at its workers every two would be a fifth of all tests' time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+        patch.setenv(LOOKS, "0.3")
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_looks_as_always() -> Iterator[None]:
+    """For runs that something is to befall on their way: a checkpoint waits for the look at the one before it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(LOOKS)
         yield
 
 

@@ -29,7 +29,7 @@ from raylava.train.job import CHECKPOINTS, SNAPSHOT
 from raylava.train.ledger import LEDGER
 from tests.conftest import SECRET
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_looks_as_always")]
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster" / "laptop.yaml"

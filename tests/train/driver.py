@@ -70,6 +70,8 @@ def main(given: dict[str, Any]) -> None:
     cluster, nodes = None, []
     if given.get("nodes"):
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # how long a lost node still counts as there
+        os.environ.pop("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", None)  # as always: else a run ends before the notice
+        os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
         os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # no dashboard: Ray's helpers must not wait for one
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]

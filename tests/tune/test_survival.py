@@ -21,7 +21,7 @@ from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
 from tests.processes import kill_with_children
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_looks_as_always")]
 
 SMALL = [
     "pretrain.enabled=false",
