@@ -44,9 +44,8 @@ class Way:
         """In words, without the size of packs: `2, recomputed`."""
         kept = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
         offloaded = " and ".join(name for name, is_so in kept if is_so)
-        return ", ".join(
-            [f"{self.zero_stage}"] + [f"host: {offloaded}"] * bool(offloaded) + ["recomputed"] * self.recompute
-        )
+        words = [str(self.zero_stage)] + [f"host: {offloaded}"] * bool(offloaded)
+        return ", ".join(words + ["recomputed"] * self.recompute)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def ways_table(stage: StageForecast) -> Table:
     sent = stage.asked.traffic.sent(stage.target.room.world_size)
     largest = "none" if stage.largest_pack is None else f"{stage.largest_pack:,}"
     table.caption = (
-        f"GB of a worker's memory, {stage.target.room.device / 1e9:.1f} usable; too much (at its peak); "
+        f"GB of a worker's memory, {_gigabytes(stage.target.room.device)} usable; too much (at its peak); "
         "bf16 sums: of packs' gradients\n"
         f"largest packs that fit as the recipe is: {largest}\n"
         f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
@@ -103,7 +103,9 @@ def _few(stage: StageForecast) -> list[tuple[Option, str]]:
 
 def _against(option: Option) -> str:
     """What speaks against it, beside its peak; all of it is in the data."""
-    return f"too much ({option.memory.at})" if option.why_not else "bf16 sums" * bool(option.caution)
+    if option.why_not:
+        return f"too much ({option.memory.at})"
+    return "bf16 sums" if option.caution else ""
 
 
 def totals_table(forecasts: Sequence[Forecast]) -> Table:

@@ -159,6 +159,8 @@ def _shown(watch: Any, bar: Bar, stage: str) -> Iterator[None]:
 
 def _cause(error: TrainingFailedError) -> str:
     """What the first worker says of it that does not merely miss another."""
-    for rank, cause in sorted(_causes(error).items(), key=lambda one: _nobody_there(one[1])):
-        return f"worker {rank}: {first_line(cause)}"
-    return first_line(error)
+    causes = _causes(error)
+    if not causes:
+        return first_line(error)
+    rank = min(causes, key=lambda rank: (_nobody_there(causes[rank]), rank))
+    return f"worker {rank}: {first_line(causes[rank])}"
