@@ -16,8 +16,8 @@ demo: install
 	$(BIN)/raylava demo
 
 ablation: install
-	$(BIN)/raylava laboratory micro
-	$(BIN)/raylava sweep jobs/recipes/micro-ablations.yaml
+	$(BIN)/raylava toy toy
+	$(BIN)/raylava sweep jobs/recipes/toy-ablations.yaml
 
 test: install
 	$(BIN)/pytest -m "slow or not slow"

@@ -2,7 +2,7 @@
 
 A recipe (recipe.py) unrolls into stages (stages.py); each stage makes one fingerprinted artifact (artifacts.py) on any
 storage (storage.py). The rooms: `corpus` turns conversations and images into Arrow blocks, `model` assembles and
-publishes LLaVA, `train` turns blocks into weights, `evaluate` turns a model into scores, and `micro` is a laboratory in
+publishes LLaVA, `train` turns blocks into weights, `evaluate` turns a model into scores, and `micro` is a toy_assets in
 miniature where all of it runs in minutes on a laptop. `cli` is the door.
 """
 

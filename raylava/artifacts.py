@@ -20,7 +20,7 @@ import psutil
 
 from raylava import __version__
 from raylava.errors import RunError, UserError
-from raylava.storage import Place, place
+from raylava.storage import StoragePath, storage_path
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Artifact:
 
     stage: str
     fingerprint: str
-    place: Place
+    path: StoragePath
     record: dict[str, Any] = field(repr=False)
 
     @property
@@ -56,28 +56,28 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Draft:
+class ArtifactSpec:
     """An artifact that may not be complete yet: where it will be and what decides it."""
 
     stage: str
     content: dict[str, Any] = field(repr=False)
-    root: Place
+    root: StoragePath
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.stage, self.content)
 
     @property
-    def place(self) -> Place:
+    def path(self) -> StoragePath:
         return self.root / self.stage / self.fingerprint
 
     def find(self) -> Artifact | None:
         """The finished artifact, or None while it has no artifact.json."""
         try:
-            record = json.loads((self.place / RECORD).read_bytes())
+            record = json.loads((self.path / RECORD).read_bytes())
         except FileNotFoundError:
             return None
-        return Artifact(self.stage, self.fingerprint, self.place, record)
+        return Artifact(self.stage, self.fingerprint, self.path, record)
 
     def commit(self, metrics: Mapping[str, Any], inputs: Mapping[str, str], seconds: float) -> Artifact:
         """Declare the folder complete. `inputs` maps a role to the fingerprint of the artifact that played it."""
@@ -92,13 +92,13 @@ class Draft:
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        (self.place / RECORD).write_bytes(json.dumps(record, indent=2, ensure_ascii=False).encode())
-        return Artifact(self.stage, self.fingerprint, self.place, record)
+        (self.path / RECORD).write_bytes(json.dumps(record, indent=2, ensure_ascii=False).encode())
+        return Artifact(self.stage, self.fingerprint, self.path, record)
 
 
 def load(path: str) -> Artifact:
     """The artifact in a folder, for `raylava show`. Raises UserError when the folder holds none."""
-    folder = place(path)
+    folder = storage_path(path)
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -107,7 +107,7 @@ def load(path: str) -> Artifact:
 
 
 @contextmanager
-def lock(folder: Place, announce: str) -> Iterator[None]:
+def lock(folder: StoragePath, announce: str) -> Iterator[None]:
     """Hold `folder` for one builder at a time: waits while another builds, takes over when that one is gone.
 
     A holder proves that it lives by its process on the same host, or by a heart-beat every HEARTBEAT_SECONDS elsewhere.
@@ -133,7 +133,7 @@ def lock(folder: Place, announce: str) -> Iterator[None]:
 class _Holder:
     """Keeps one lock file fresh from a thread, and removes it at the end."""
 
-    def __init__(self, file: Place) -> None:
+    def __init__(self, file: StoragePath) -> None:
         self._file = file
         self._process = psutil.Process()
         self._identity = f"{socket.gethostname()}:{os.getpid()}:{self._process.create_time()}:{threading.get_ident()}"
@@ -172,7 +172,7 @@ class _Holder:
                 self._file.write_bytes(self.ticket())
 
 
-def _take_over(file: Place) -> bool:
+def _take_over(file: StoragePath) -> bool:
     """Remove an abandoned lock; True when it is gone. Of several that wait, one creates the marker and removes it."""
     try:
         about = json.loads(file.read_bytes())
@@ -181,7 +181,7 @@ def _take_over(file: Place) -> bool:
     if not _abandoned(about):
         return False
     identity = hashlib.sha256(about["identity"].encode()).hexdigest()[:16]
-    marker = Place(file.filesystem, f"{file.path}.{identity}", f"{file.uri}.{identity}")
+    marker = StoragePath(file.filesystem, f"{file.path}.{identity}", f"{file.uri}.{identity}")
     if marker.create_exclusively(b"taken over"):
         file.delete()
     return True

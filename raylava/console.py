@@ -27,14 +27,14 @@ _TABLE_EVERY_SECONDS = 30.0
 _LINE_EVERY_SECONDS = 10.0  # without a terminal, progress is a line now and then
 
 
-class Bar(Protocol):
-    """Where a stage reports how far it is."""
+class ProgressBar(Protocol):
+    """TrialStatus a stage reports how far it is."""
 
     def update(self, done: float, total: float, **figures: float) -> None:
         """`done` of `total` units; `figures` are shown by name (loss=0.31)."""
 
 
-class Silent:
+class NullProgressBar:
     """A bar that shows nothing, for callers without a person."""
 
     def update(self, done: float, total: float, **figures: float) -> None:
@@ -42,7 +42,7 @@ class Silent:
 
 
 @contextmanager
-def meanwhile(show: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
+def poll_in_background(show: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     """Call `show` now and then, from a thread, while the body blocks; and once after it."""
     stopping = threading.Event()
 
@@ -60,13 +60,13 @@ def meanwhile(show: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
         show()
 
 
-class Shows(Protocol):
+class ProgressReporter(Protocol):
     """Where a stage that is made shows itself: a person's console, or a trial of a sweep."""
 
     def say(self, text: str) -> None:
         """A line (rich markup)."""
 
-    def stage(self, title: str, unit: str) -> AbstractContextManager[Bar]:
+    def stage(self, title: str, unit: str) -> AbstractContextManager[ProgressBar]:
         """A bar for as long as the stage lasts."""
 
 
@@ -92,7 +92,7 @@ class Console:
         self._rich.print(f"[bold red]error[/]: {escape(text)}", soft_wrap=True)
 
     @contextmanager
-    def stage(self, title: str, unit: str) -> Iterator[Bar]:
+    def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         """A live bar on a terminal; elsewhere a line at the start, every ten seconds and at the end."""
         if self._rich.is_terminal:
             with _live(self._rich) as progress:
@@ -186,7 +186,7 @@ class _LineBar:
         self._hidden = False
 
 
-class _ToPerson(logging.Handler):
+class ConsoleLogHandler(logging.Handler):
     """Our own warnings go to the person; other libraries' stay in the log file."""
 
     def __init__(self, console: Console) -> None:
@@ -228,7 +228,7 @@ def quiet(log: Path) -> Iterator[tuple[IO[str], Console]]:
 
 
 def _listen(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
-    to_person = _ToPerson(console)
+    to_person = ConsoleLogHandler(console)
     to_file = logging.FileHandler(log)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(to_person)

@@ -30,15 +30,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """A file or folder on some filesystem: `filesystem` is pyarrow's, `path` is the path within it."""
 
     filesystem: pafs.FileSystem
     path: str
     uri: str
 
-    def __truediv__(self, name: str) -> "Place":
-        return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
+    def __truediv__(self, name: str) -> "StoragePath":
+        return StoragePath(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
         return self.uri
@@ -83,7 +83,7 @@ class Place:
         finally:
             part.unlink(missing_ok=True)
 
-    def forget_parts(self) -> None:
+    def remove_partial_files(self) -> None:
         """Remove what writers killed within this folder have left of files; for when nobody writes there any more."""
         if self.is_local:
             for part in Path(self.path).rglob(".*.part"):
@@ -122,13 +122,13 @@ class Place:
         elif kind == pafs.FileType.File:
             self.filesystem.delete_file(self.path)
 
-    def children(self) -> list["Place"]:
+    def children(self) -> list["StoragePath"]:
         """What lies directly in this folder, by name; empty when there is no such folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
         return [self / name for name in names]
 
-    def files_below(self) -> Iterator[tuple[str, int]]:
+    def walk_files(self) -> Iterator[tuple[str, int]]:
         """(path relative to this folder, size in bytes) of every file below, sorted by path."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         base = self.path.rstrip("/") + "/"
@@ -178,19 +178,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "raylava"
 
 
-def place(uri: str | Path) -> Place:
+def storage_path(uri: str | Path) -> StoragePath:
     """The place that a path or URI names. Raises UserError for a scheme that no filesystem serves."""
     text = str(uri)
     if "://" not in text:
         local = str(Path(text).expanduser().absolute())
-        return Place(pafs.LocalFileSystem(), local, local)
+        return StoragePath(pafs.LocalFileSystem(), local, local)
     try:
         filesystem, path = _s3(text) if text.startswith("s3://") else pafs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
         raise UserError(f"cannot use {text!r} as a place: {error}; give a path, s3://…, gs://… or file://…") from error
     if isinstance(filesystem, pafs.LocalFileSystem):
-        return place(path)
-    return Place(filesystem, path, text)
+        return storage_path(path)
+    return StoragePath(filesystem, path, text)
 
 
 def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -216,7 +216,7 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, uri.removeprefix("s3://").rstrip("/")
 
 
-def patiently(action: Callable[[], T], retry_seconds: float, about: str) -> T:
+def retry(action: Callable[[], T], retry_seconds: float, about: str) -> T:
     """What `action` returns, tried again while storage fails, waiting longer each time. `about` names it in the log.
 
     Raises the last OSError once `retry_seconds` are over, and FileNotFoundError at once: waiting can't mend that.
@@ -243,9 +243,9 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}" if root else name
 
 
-def writable(uri: str) -> Place:
+def writable(uri: str) -> StoragePath:
     """The place, after proving that it can be written. Raises UserError with the reason when it cannot."""
-    root = place(uri)
+    root = storage_path(uri)
     probe = root / f".raylava-write-test-{uuid.uuid4().hex[:8]}"
     try:
         root.make_folder()

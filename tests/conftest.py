@@ -1,4 +1,4 @@
-"""What all tests share: one Ray for the session, and a laboratory so small that it is made in seconds."""
+"""What all tests share: one Ray for the session, and a toy assets so small that it is made in seconds."""
 
 import logging
 import os
@@ -11,24 +11,24 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raylava.artifacts import Artifact
-from raylava.console import Console, Silent
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Corpus, ImageEncoding, Language, Model, Resources, Source, Vision
+from raylava.console import Console, NullProgressBar
 from raylava.corpus.blocks import Blocks
-from raylava.corpus.prepare import Job, prepare
-from raylava.micro.laboratory import LaboratorySize, laboratory
-from raylava.micro.language import LanguageSize
-from raylava.micro.vision import VisionSize
-from raylava.model.backbones import LanguageSpec, VisionSpec, load_tokenizer, resolve_language, resolve_vision
-from raylava.model.templates import IMAGE_TOKEN
-from raylava.recipe import Corpus, Language, Model, Resources, Source, Storing, Vision
-from raylava.session import ray_session
-from raylava.stage import make
-from raylava.storage import place
-from raylava.train.feed import Layout
+from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer, resolve_language, resolve_vision
+from raylava.models.templates import IMAGE_TOKEN
+from raylava.pipeline.stage import run_stage
+from raylava.storage import storage_path
+from raylava.toy.assets import ToySize, toy_assets_stage
+from raylava.toy.language import LanguageSize
+from raylava.toy.vision import VisionSize
+from raylava.train.data_loader import PackCollator
 from tests.flaky import FlakyProxy
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 
-TINY = LaboratorySize(
+TINY = ToySize(
     alignment=40,
     instruction=48,
     heldout=20,
@@ -109,60 +109,60 @@ def console(tmp_path: Path) -> Iterator[Console]:
 
 
 @pytest.fixture(scope="session")
-def lab(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def toy_assets(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Corpus and hardly trained backbones of transformers' own classes."""
-    root = tmp_path_factory.mktemp("laboratory")
+    root = tmp_path_factory.mktemp("toy-assets")
     with (root / "console.txt").open("w") as stream:
-        return make(laboratory(place(root), TINY, seed=0), Console(stream))
+        return run_stage(toy_assets_stage(storage_path(root), TINY, seed=0), Console(stream))
 
 
 @pytest.fixture(scope="session")
-def micro_model(lab: Artifact) -> Model:
-    backbones = lab.place / "backbones"
+def toy_model(toy_assets: Artifact) -> Model:
+    backbones = toy_assets.path / "backbones"
     return Model(language=Language(name=str(backbones / "gemma")), vision=Vision(name=str(backbones / "clip")))
 
 
 @pytest.fixture(scope="session")
-def vision(micro_model: Model) -> VisionSpec:
-    return resolve_vision(micro_model.vision)
+def vision(toy_model: Model) -> VisionSpec:
+    return resolve_vision(toy_model.vision)
 
 
 @pytest.fixture(scope="session")
-def language(micro_model: Model) -> LanguageSpec:
-    return resolve_language(micro_model.language)
+def language(toy_model: Model) -> LanguageSpec:
+    return resolve_language(toy_model.language)
 
 
 @pytest.fixture
-def corpus_copy(lab: Artifact, tmp_path: Path) -> Path:
-    """The laboratory's corpus in a folder that a test may damage."""
-    return Path(shutil.copytree((lab.place / "corpus").path, tmp_path / "corpus"))
+def corpus_copy(toy_assets: Artifact, tmp_path: Path) -> Path:
+    """The toy assets's corpus in a folder that a test may damage."""
+    return Path(shutil.copytree((toy_assets.path / "corpus").path, tmp_path / "corpus"))
 
 
 @pytest.fixture(scope="session")
 def prepared_blocks(
-    lab: Artifact,
-    micro_model: Model,
+    toy_assets: Artifact,
+    toy_model: Model,
     vision: VisionSpec,
     language: LanguageSpec,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Blocks:
-    folder = lab.place / "corpus"
+    folder = toy_assets.path / "corpus"
     output = tmp_path_factory.mktemp("blocks")
-    source = Source(annotations="instruction.json", images="pictures")
-    job = Job(
+    source = Source(annotations="instruction.json", images="images")
+    spec = PrepareSpec(
         "instruction",
-        Corpus(sources=(source,), max_length=256, store=Storing(format="png")),
-        ((str(folder / "instruction.json"), str(folder / "pictures")),),
-        micro_model.language,
+        Corpus(sources=(source,), max_length=256, image_encoding=ImageEncoding(format="png")),
+        ((str(folder / "instruction.json"), str(folder / "images")),),
+        toy_model.language,
         language.template,
         vision,
         str(output),
     )
-    prepare(job, "tokenizer", Silent())
+    prepare(spec, "tokenizer", NullProgressBar())
     return Blocks(output)
 
 
 @pytest.fixture(scope="session")
-def blocks_layout(micro_model: Model, vision: VisionSpec) -> Layout:
-    tokenizer = load_tokenizer(micro_model.language)
-    return Layout(vision, *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
+def blocks_layout(toy_model: Model, vision: VisionSpec) -> PackCollator:
+    tokenizer = load_tokenizer(toy_model.language)
+    return PackCollator(vision, *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))

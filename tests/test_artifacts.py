@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.artifacts import LOCK, Draft, fingerprint, load, lock
+from raylava.artifacts import LOCK, ArtifactSpec, fingerprint, load, lock
 from raylava.errors import UserError
-from raylava.storage import place
+from raylava.storage import storage_path
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
@@ -40,14 +40,14 @@ def test_the_stage_is_part_of_the_fingerprint() -> None:
 
 
 def test_an_artifact_is_found_only_once_it_is_committed(tmp_path: Path) -> None:
-    draft = Draft("prepare", {"seed": 1}, place(tmp_path))
-    (draft.place / "block.arrow").write_bytes(b"half")
-    assert draft.find() is None
-    draft.commit({"rows": 3}, {"blocks": "abc"}, seconds=1.0)
-    found = draft.find()
+    spec = ArtifactSpec("prepare", {"seed": 1}, storage_path(tmp_path))
+    (spec.path / "block.arrow").write_bytes(b"half")
+    assert spec.find() is None
+    spec.commit({"rows": 3}, {"blocks": "abc"}, seconds=1.0)
+    found = spec.find()
     assert found is not None
     assert found.metrics == {"rows": 3}
-    assert load(str(draft.place)).record["content"] == {"seed": 1}
+    assert load(str(spec.path)).record["content"] == {"seed": 1}
 
 
 def test_showing_a_folder_that_is_no_artifact_is_the_users_mistake(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     child.start()
     child.join()
     assert (tmp_path / LOCK).exists(), "the child died holding the lock"
-    with lock(place(tmp_path), "the stage"):
+    with lock(storage_path(tmp_path), "the stage"):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists()
 
@@ -85,14 +85,14 @@ def test_of_many_runs_at_once_one_builds_and_the_others_wait_for_it(tmp_path: Pa
 
 
 def _hold_and_die(folder: Path) -> None:
-    with lock(place(folder), "the stage"):
+    with lock(storage_path(folder), "the stage"):
         os._exit(9)
 
 
 def _build_once(folder: Path) -> None:
-    draft = Draft("prepare", {}, place(folder))
-    with lock(draft.place, "the stage"):
-        if draft.find() is None:
+    spec = ArtifactSpec("prepare", {}, storage_path(folder))
+    with lock(spec.path, "the stage"):
+        if spec.find() is None:
             with (folder / "builds").open("a") as log:
                 log.write("built\n")
-            draft.commit({}, {}, 0.0)
+            spec.commit({}, {}, 0.0)

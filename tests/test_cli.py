@@ -9,23 +9,23 @@ import yaml
 
 from raylava.artifacts import Artifact
 from raylava.cli import main
-from raylava.demo import recipes_folder
+from raylava.toy.demo import recipes_folder
 
 Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def recipe(lab: Artifact, tmp_path: Path) -> Path:
-    """micro.yaml on the tiny laboratory."""
+def recipe(toy_assets: Artifact, tmp_path: Path) -> Path:
+    """toy.yaml on the tiny toy assets."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
         yaml.safe_dump(
             {
-                "extends": str(recipes_folder() / "micro.yaml"),
-                "data": str(lab.place / "corpus"),
+                "extends": str(recipes_folder() / "toy.yaml"),
+                "data": str(toy_assets.path / "corpus"),
                 "model": {
-                    "language": {"name": str(lab.place / "backbones" / "gemma")},
-                    "vision": {"name": str(lab.place / "backbones" / "clip")},
+                    "language": {"name": str(toy_assets.path / "backbones" / "gemma")},
+                    "vision": {"name": str(toy_assets.path / "backbones" / "clip")},
                 },
             }
         )
@@ -45,7 +45,7 @@ MISTAKES = {
     "a value out of range": (["finetune.lr=2"], None, "finetune.lr=2"),
     "a missing corpus": (["corpora.alignment.sources.0.annotations=none.json"], None, "no such file"),
     "a corpus that is not LLaVA JSON": (
-        ["corpora.alignment.sources.0.annotations=pictures/caption/caption-00000.png"],
+        ["corpora.alignment.sources.0.annotations=images/caption/caption-00000.png"],
         None,
         "cannot tell its format",
     ),
@@ -54,7 +54,11 @@ MISTAKES = {
     "an unknown backbone": (["model.vision.name=someone/vit"], None, "neither a folder nor a known hub id"),
     "a folder that is no model": (["model.language.name=/"], None, "no config.json"),
     "a connector that is none": (["model.connector.weights=/"], None, "no raylava connector there"),
-    "pictures longer than a sample": (["corpora.alignment.max_length=30"], None, "one picture alone takes 36 tokens"),
+    "images longer than a sample": (
+        ["corpora.alignment.max_length=30"],
+        None,
+        "one image alone matches_filters 36 tokens",
+    ),
 }
 
 
@@ -96,16 +100,18 @@ def test_check_needs_no_weights_and_prints_the_whole_recipe(tmp_path: Path, capf
     assert json.loads(out)["finetune"]["lr"] == 2e-5
 
 
-def test_show_prints_what_made_an_artifact(lab: Artifact, capfd: Captured) -> None:
-    status, out, _ = run(capfd, "show", lab.place)
+def test_show_prints_what_made_an_artifact(toy_assets: Artifact, capfd: Captured) -> None:
+    status, out, _ = run(capfd, "show", toy_assets.path)
     assert status == 0
     assert json.loads(out)["content"]["size"]["alignment"] == 40
 
 
-def test_chat_with_no_model_or_picture_is_told_in_one_line(tmp_path: Path, lab: Artifact, capfd: Captured) -> None:
+def test_chat_with_no_model_or_image_is_told_in_one_line(tmp_path: Path, toy_assets: Artifact, capfd: Captured) -> None:
     status, _, err = run(capfd, "chat", tmp_path, "Hello?")
     assert (status, err.count("\n")) == (2, 1)
-    status, _, err = run(capfd, "chat", lab.place / "backbones" / "gemma", "--image", tmp_path / "none.png", "Hello?")
+    status, _, err = run(
+        capfd, "chat", toy_assets.path / "backbones" / "gemma", "--image", tmp_path / "none.png", "Hello?"
+    )
     assert (status, err.count("\n")) == (2, 1)
     assert "--image" in err
 
@@ -116,7 +122,7 @@ def test_a_failure_that_is_not_the_users_ends_with_status_1_and_names_the_log(
     def broken(*_: object) -> None:
         raise RuntimeError("the disk caught fire\nand more")
 
-    monkeypatch.setattr("raylava.stages.stages_of", broken)
+    monkeypatch.setattr("raylava.pipeline.stages.stages_of", broken)
     status, out, err = run(capfd, "run", recipe, "--storage", tmp_path / "storage", "--json")
     assert (status, out) == (1, "")
     first, second = err.splitlines()
@@ -126,10 +132,10 @@ def test_a_failure_that_is_not_the_users_ends_with_status_1_and_names_the_log(
 
 
 def test_a_corpus_past_its_quarantine_limit_stops_with_the_count(
-    lab: Artifact, recipe: Path, corpus_copy: Path, tmp_path: Path, capfd: Captured
+    toy_assets: Artifact, recipe: Path, corpus_copy: Path, tmp_path: Path, capfd: Captured
 ) -> None:
-    for picture in sorted((corpus_copy / "pictures" / "caption").iterdir())[:5]:
-        picture.unlink()
+    for image in sorted((corpus_copy / "images" / "caption").iterdir())[:5]:
+        image.unlink()
     status, _, err = run(capfd, "run", recipe, f"data={corpus_copy}", "--storage", tmp_path / "storage")
     assert status == 2
     assert "5 of 40 rows had to be set aside" in err

@@ -1,4 +1,4 @@
-"""The whole road once, small: laboratory → blocks → connector → model → scores, found again by a second run."""
+"""The whole road once, small: toy assets → blocks → connector → model → scores, found again by a second run."""
 
 import hashlib
 import json
@@ -15,23 +15,28 @@ from PIL import Image
 
 from raylava.artifacts import Artifact
 from raylava.cli import main
+from raylava.cli.tables import closing, summary
+from raylava.config.recipe import Benchmark, Recipe
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
-from raylava.demo import SHEET, micro_recipe, write_sheet
-from raylava.recipe import Benchmark, Recipe
-from raylava.report import closing, summary
-from raylava.stages import run
-from raylava.storage import place
-from raylava.train.ledger import LEDGER
-from raylava.train.plan import EpochPlan
+from raylava.pipeline.stages import run
+from raylava.storage import storage_path
+from raylava.toy.demo import SHEET, toy_recipe, write_sheet
+from raylava.train.batch_plan import BatchPlan
+from raylava.train.step_log import STEP_LOG
 from tests.evaluate.test_official import mm_vet, pope
 
 
 @pytest.fixture(scope="module")
-def recipe(lab: Artifact) -> Recipe:
-    return micro_recipe(
-        lab.place,
-        ["pretrain.global_batch=16", "finetune.global_batch=16", "finetune.epochs=1", "evaluate.0.batch_size=10"],
+def recipe(toy_assets: Artifact) -> Recipe:
+    return toy_recipe(
+        toy_assets.path,
+        [
+            "pretrain.global_batch_size=16",
+            "finetune.global_batch_size=16",
+            "finetune.epochs=1",
+            "evaluate.0.batch_size=10",
+        ],
     )
 
 
@@ -43,7 +48,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifacts(recipe: Recipe, storage: Path) -> dict[str, Artifact]:
     with (storage / "console.txt").open("w") as stream:
-        return run(recipe, place(storage), Console(stream))
+        return run(recipe, storage_path(storage), Console(stream))
 
 
 def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
@@ -66,20 +71,20 @@ def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
 
 
 def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:
-    lines = [json.loads(line) for line in (artifacts["finetune"].place / LEDGER).read_bytes().splitlines()]
+    lines = [json.loads(line) for line in (artifacts["finetune"].path / STEP_LOG).read_bytes().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    plan = EpochPlan(48, global_batch=16, epochs=1, seed=recipe.seed)
+    plan = BatchPlan(48, global_batch_size=16, epochs=1, seed=recipe.seed)
     orders = [step.samples.astype("<i8") for step in plan.from_step(0)]
     assert [line["samples_sha256"] for line in lines] == [
         hashlib.sha256(order.tobytes()).hexdigest()[:16] for order in orders
     ]
     assert {line["world_size"] for line in lines} == {2}
-    lengths = Blocks.at(artifacts["prepare instruction"].place).lengths
-    assert [line["supervised"] for line in lines] == [int(lengths.supervised[order].sum()) for order in orders]
+    lengths = Blocks.at(artifacts["prepare instruction"].path).lengths
+    assert [line["loss_tokens"] for line in lines] == [int(lengths.loss_tokens[order].sum()) for order in orders]
 
 
 def test_the_checkpoints_of_a_finished_stage_are_gone(artifacts: dict[str, Artifact]) -> None:
-    assert {child.name for child in artifacts["pretrain"].place.children()} == {
+    assert {child.name for child in artifacts["pretrain"].path.children()} == {
         "artifact.json",
         "connector.safetensors",
         "metrics.jsonl",
@@ -111,7 +116,7 @@ def test_a_second_run_finds_everything_and_says_so_in_json(
             {"finetune", "evaluate heldout", "evaluate heldout (blank)"},
         ),
         (
-            {"corpora": {"alignment": {"fit": "pad"}}},
+            {"corpora": {"alignment": {"image_aspect": "pad"}}},
             {"prepare alignment", "pretrain", "finetune", "evaluate heldout", "evaluate heldout (blank)"},
         ),
     ],
@@ -119,13 +124,13 @@ def test_a_second_run_finds_everything_and_says_so_in_json(
 def test_a_variant_shares_every_stage_that_it_has_in_common(
     changes: dict[str, Any], made_again: set[str], recipe: Recipe, storage: Path, artifacts: dict[str, Artifact]
 ) -> None:
-    from raylava.recipe_file import validate
-    from raylava.stages import stages_of
+    from raylava.config.load import validate
+    from raylava.pipeline.stages import stages_of
 
     data = recipe.model_dump(mode="json")
     _merge(data, changes)
-    stages = stages_of(validate(data, "variant"), place(storage))
-    assert {stage.label for stage in stages if stage.draft.find() is None} == made_again
+    stages = stages_of(validate(data, "variant"), storage_path(storage))
+    assert {stage.label for stage in stages if stage.spec.find() is None} == made_again
 
 
 def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -137,14 +142,14 @@ def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
-    artifacts: dict[str, Artifact], lab: Artifact, tmp_path: Path
+    artifacts: dict[str, Artifact], toy_assets: Artifact, tmp_path: Path
 ) -> None:
     with (tmp_path / "shown.txt").open("w") as stream:
         console = Console(stream)
-        sheet = write_sheet(artifacts["evaluate heldout"], lab.place / "corpus" / "pictures", console)
+        sheet = write_sheet(artifacts["evaluate heldout"], toy_assets.path / "corpus" / "images", console)
         closing(artifacts, console)
     text = (tmp_path / "shown.txt").read_text()
-    for word in ("blank pictures", "before training", "majority answer", "colour", "raylava chat"):
+    for word in ("blank images", "before training", "majority answer", "colour", "raylava chat"):
         assert word in text
     page = sheet.read_bytes().decode()
     assert sheet.name == SHEET
@@ -155,31 +160,33 @@ def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
 def in_the_bucket(folder: Path, bucket: str) -> str:
     for file in folder.rglob("*"):
         if file.is_file():
-            (place(bucket) / str(file.relative_to(folder))).write_bytes(file.read_bytes())
+            (storage_path(bucket) / str(file.relative_to(folder))).write_bytes(file.read_bytes())
     return bucket
 
 
 def test_official_benchmarks_in_a_bucket_are_stages_of_a_recipe(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], s3: str, tmp_path: Path
 ) -> None:
-    picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
+    image = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
     for maker, file in ((pope, "val2014/a.jpg"), (mm_vet, "images/v1_0.png")):
         (tmp_path / maker.__name__ / file).parent.mkdir(parents=True)
-        picture.save(tmp_path / maker.__name__ / file)
+        image.save(tmp_path / maker.__name__ / file)
         maker(tmp_path / maker.__name__)
     given = [
-        Benchmark(name="pope", kind="pope", questions=in_the_bucket(tmp_path / "pope", f"{s3}/official/pope")),
-        Benchmark(name="judged", kind="mm-vet", questions=in_the_bucket(tmp_path / "mm_vet", f"{s3}/official/mm-vet")),
+        Benchmark(name="pope", benchmark="pope", questions=in_the_bucket(tmp_path / "pope", f"{s3}/official/pope")),
+        Benchmark(
+            name="judged", benchmark="mm-vet", questions=in_the_bucket(tmp_path / "mm_vet", f"{s3}/official/mm-vet")
+        ),
     ]
     with (tmp_path / "console.txt").open("w") as stream:
         console = Console(stream)
-        made = run(recipe.model_copy(update={"evaluate": tuple(given)}), place(storage), console)
+        made = run(recipe.model_copy(update={"evaluate": tuple(given)}), storage_path(storage), console)
         closing(made, console)
     assert made["finetune"].fingerprint == artifacts["finetune"].fingerprint
     metrics = made["evaluate pope"].metrics
     assert (metrics["questions"], metrics["missing"], metrics["protocol"]) == (5, 0, "llava")
     assert list(metrics["by_category"]) == ["adversarial", "popular", "random"]
-    answers = made["evaluate judged"].place / "answers.json"
+    answers = made["evaluate judged"].path / "answers.json"
     assert json.loads(answers.read_bytes()).keys() == {"v1_0"}
     told = (tmp_path / "console.txt").read_text()
     assert "pope: " in told
@@ -212,7 +219,7 @@ def with_inputs(storage: Path, target: Path) -> Path:
 
 def trained(storage: Path) -> tuple[list[tuple[Any, ...]], bytes]:
     (folder,) = (storage / "finetune").iterdir()
-    lines = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / STEP_LOG).read_text().splitlines()]
     proof = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
     return proof, (folder / "model.safetensors").read_bytes()
 
@@ -234,7 +241,7 @@ def test_torchrun_trains_a_stage_to_the_same_bits_as_ray(
 def test_a_process_told_to_stop_saves_first_and_goes_on_to_the_same_bits(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    longer = ("finetune.global_batch=2", "finetune.epochs=12")
+    longer = ("finetune.global_batch_size=2", "finetune.epochs=12")
     whole, hurt = with_inputs(storage, tmp_path / "whole"), with_inputs(storage, tmp_path / "hurt")
     finished(start_alone(recipe, whole, 1, *longer))
     run = start_alone(recipe, hurt, 1, *longer)

@@ -9,8 +9,8 @@ from pathlib import Path
 SCRIPT = """
 import ray
 from ray.util.state import get_actor
-from raylava.recipe import Resources
-from raylava.session import Progress, ray_session
+from raylava.config.recipe import Resources
+from raylava.cluster.session import Progress, ray_session
 
 @ray.remote(num_cpus=0)
 def seen_by_a_worker(actor):

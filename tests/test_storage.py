@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from raylava.errors import UserError
-from raylava.storage import join, place, writable
+from raylava.storage import join, storage_path, writable
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = place(tmp_path) / "record.json"
+    file = storage_path(tmp_path) / "record.json"
     file.write_bytes(b"old")
 
     def full_disk(descriptor: int) -> None:
@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path: Path, monkeypa
 
 
 def test_a_file_is_created_exclusively_once(tmp_path: Path) -> None:
-    file = place(tmp_path) / "lock"
+    file = storage_path(tmp_path) / "lock"
     assert file.create_exclusively(b"first")
     assert not file.create_exclusively(b"second")
     assert file.read_bytes() == b"first"
@@ -48,7 +48,7 @@ def test_relative_names_start_from_the_root(root: str, name: str, whole: str) ->
 
 def test_a_scheme_nobody_serves_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="cannot use 'ftp://host/x'"):
-        place("ftp://host/x")
+        storage_path("ftp://host/x")
 
 
 def test_a_storage_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
@@ -61,21 +61,21 @@ def test_files_below_are_listed_by_relative_path_with_their_sizes(tmp_path: Path
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two").write_bytes(b"22")
     (tmp_path / "a").write_bytes(b"1")
-    assert list(place(tmp_path).files_below()) == [("a", 1), ("b/two", 2)]
+    assert list(storage_path(tmp_path).walk_files()) == [("a", 1), ("b/two", 2)]
 
 
 def test_s3_is_reached_by_the_ordinary_chain_and_reads_back_what_was_written(s3: str, tmp_path: Path) -> None:
     root = writable(f"{s3}/storage-test")
     (root / "a" / "one").write_bytes(b"1")
     (root / "two").write_bytes(b"22")
-    assert list(root.files_below()) == [("a/one", 1), ("two", 2)]
+    assert list(root.walk_files()) == [("a/one", 1), ("two", 2)]
     assert (root / "two").read_bytes() == b"22"
     assert (root / "two").local_copy().read_bytes() == b"22"
     assert not (root / "lock").exists()
     assert (root / "lock").create_exclusively(b"mine")
     assert not (root / "lock").create_exclusively(b"theirs")
     root.delete()
-    assert not list(root.files_below())
+    assert not list(root.walk_files())
 
 
 def test_a_missing_bucket_is_told_in_one_line(s3: str) -> None:
@@ -89,10 +89,10 @@ def test_what_a_killed_writer_left_is_forgotten_and_nothing_else(tmp_path: Path)
         "import os, sys\n"
         "from raylava.storage import place\n"
         "os.fsync = lambda _: os._exit(9)\n"  # killed after the content, before the rename
-        "place(sys.argv[1]).write_bytes(b'half')\n"
+        "storage_path(sys.argv[1]).write_bytes(b'half')\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "blocks" / "block.arrow")], check=False)
     (tmp_path / "blocks" / "whole.arrow").write_bytes(b"whole")
     assert len(list((tmp_path / "blocks").iterdir())) == 2
-    place(tmp_path).forget_parts()
+    storage_path(tmp_path).remove_partial_files()
     assert [file.name for file in (tmp_path / "blocks").iterdir()] == ["whole.arrow"]

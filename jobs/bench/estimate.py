@@ -1,6 +1,6 @@
 """How far off `raylava estimate` is: predicted beside measured, for two sizes of recipe and for 1, 2 and 4 workers.
 
-    raylava laboratory micro
+    raylava toy toy
     python jobs/bench/estimate.py [--steps 80] [--only-workers]
 
 Calibrates, predicts, then trains the same stages for real (Ray Train, DeepSpeed) and reads their metrics. Takes about
@@ -21,17 +21,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raylava.cost.choose import Room
+from raylava.config.load import load_recipe
+from raylava.config.recipe import Recipe
 from raylava.estimate.calibrate import calibrate
-from raylava.estimate.forecast import Given, forecast
-from raylava.estimate.here import on_this_machine, workloads
+from raylava.estimate.forecast import KnownCorpora, forecast
+from raylava.estimate.local_machine import on_this_machine, workloads
 from raylava.estimate.workload import prepared
-from raylava.micro.language import LanguageSize, build_language_model
-from raylava.recipe import Recipe
-from raylava.recipe_file import load_recipe
-from raylava.storage import place
+from raylava.perf.search import DeviceBudget
+from raylava.storage import storage_path
+from raylava.toy.language import LanguageSize, build_language_model
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "micro.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "toy.yaml"
 MIDDLE = LanguageSize(width=320, layers=8, heads=8, key_value_heads=1, steps=1, batch=2)
 LOOPBACK = 1e9  # bytes/s, two processes of one machine over gloo
 
@@ -61,15 +61,17 @@ def trained(changes: list[str], storage: Path) -> dict[str, tuple[float, float]]
     return found
 
 
-def corpora(recipe: Recipe, changes: list[str], storage: Path) -> Given:
+def corpora(recipe: Recipe, changes: list[str], storage: Path) -> KnownCorpora:
     """The recipe's corpora, prepared."""
     command = ["raylava", "run", str(RECIPE), *changes, "--only", "prepare", "--storage", str(storage), "--json"]
     done = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-    made: dict[Any, Any] = {label.removeprefix("prepare "): prepared(place(one["path"])) for label, one in done.items()}
-    return Given(made, {})
+    made: dict[Any, Any] = {
+        label.removeprefix("prepare "): prepared(storage_path(one["path"])) for label, one in done.items()
+    }
+    return KnownCorpora(made, {})
 
 
-def timed(recipe: Recipe, given: Given) -> None:
+def timed(recipe: Recipe, given: KnownCorpora) -> None:
     """Time a few steps of each stage here."""
     for stage, workload in workloads(recipe, given).items():
         with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +104,7 @@ def scaled(folder: Path, steps: int, storage: Path, table: Table) -> None:
         share = min(1.0, (os.cpu_count() or 1) / workers)
         one = target.speed_of("finetune")
         speed = replace(one, flops=one.flops * share, pack=one.pack / share, step=one.step / share)
-        room = Room(target.room.device, None, workers, LOOPBACK)
+        room = DeviceBudget(target.room.device, None, workers, LOOPBACK)
         there = replace(target, room=room, speeds={"finetune": speed, "pretrain": speed})
         predicted = forecast(load_recipe(str(RECIPE), changes), there, given, weighs_all=False).stages[-1]
         step, _ = trained(changes, storage / f"{workers}")["finetune"]
@@ -127,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raylava-bench-") as name:
         folder = Path(name)
         build_language_model(folder / "gemma", MIDDLE, 0, lambda: None)
-        for size in () if arguments.only_workers else ("micro", "middle"):
+        for size in () if arguments.only_workers else ("toy", "middle"):
             compared(size, folder / "gemma", arguments.steps, folder / "storage", table)
         scaled(folder / "gemma", arguments.steps // 5, folder / "storage", table)
     Console(file=sys.stdout, width=110).print(table)

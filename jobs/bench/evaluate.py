@@ -3,7 +3,7 @@
     python jobs/bench/evaluate.py [--questions N] [--workers W] [--model FOLDER --data FILE --images DIR]
 
 Both ask the same model, in fp32, the same questions on the same cores and must say the same. Without a model, the
-demo's laboratory is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out
+demo's toy_assets is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out
 what raylava needs to start (Ray's actors, loading the model); the loop's model is loaded before its clock starts.
 Padding is the share of prompt positions that hold none of a question's tokens.
 """
@@ -21,29 +21,29 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Benchmark, Resources
 from raylava.console import Console as Told
-from raylava.demo import make_laboratory, micro_recipe
-from raylava.evaluate.answer import Actors, Asking, answer
-from raylava.evaluate.engines import Chat
+from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluate.generation import ActorPool, GenerationConfig, answer
 from raylava.evaluate.questions import Question, read_questions
-from raylava.model.backbones import resolve_language, resolve_vision
-from raylava.model.untrained import publish_untrained
-from raylava.recipe import Benchmark, Resources
-from raylava.session import ray_session
-from raylava.storage import place
+from raylava.models.registry import resolve_language, resolve_vision
+from raylava.models.untrained import export_untrained
+from raylava.storage import storage_path
+from raylava.toy.demo import make_toy_assets, toy_recipe
 
 MAX_NEW_TOKENS = 8
 PRECISION = "fp32"
 
 
-class Clock:
+class SearchBudget:
     """A bar that notes when the first answers came, and how many they were."""
 
     def __init__(self) -> None:
         self.first: tuple[float, float] | None = None
 
     def update(self, done: float, total: float, **figures: float) -> None:
-        """See console.Bar."""
+        """See console.ProgressBar."""
         self.first = self.first or (time.monotonic(), done)
 
 
@@ -54,14 +54,16 @@ def main() -> None:
     model, data, images = given.model, given.data, given.images
     if model is None:
         with ray_session(resources):
-            model, data, images = laboratory(given.storage)
-    asked = repeated(read_questions(place(data), Benchmark(name="bench", questions=data)), given.questions)
+            model, data, images = toy_assets_stage(given.storage)
+    asked = repeated(read_questions(storage_path(data), Benchmark(name="bench", questions=data)), given.questions)
     loop, loop_seconds = one_by_one(model, asked, images)
-    clock = Clock()
+    clock = SearchBudget()
     with ray_session(resources):
         started = time.monotonic()
-        asking = Asking(model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size, precision=PRECISION)
-        answers = answer(asked, asking, Actors.of(resources), clock)
+        asking = GenerationConfig(
+            model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size, precision=PRECISION
+        )
+        answers = answer(asked, asking, ActorPool.of(resources), clock)
         ended = time.monotonic()
     assert clock.first is not None
     steady = (len(asked) - clock.first[1]) / (ended - clock.first[0])
@@ -86,26 +88,26 @@ def repeated(questions: list[Question], count: int) -> list[Question]:
     return [dataclasses.replace(questions[number % len(questions)], question_id=str(number)) for number in range(count)]
 
 
-def laboratory(storage: str) -> tuple[str, str, str]:
-    """The demo's LLaVA before any training, its held-out questions, their pictures."""
-    made = make_laboratory(storage, Told(open(os.devnull, "w")))  # noqa: SIM115 (for the length of the bench)
-    recipe = micro_recipe(made.place, [])
-    folder = place(tempfile.mkdtemp(prefix="raylava-bench-"))
+def toy_assets_stage(storage: str) -> tuple[str, str, str]:
+    """The demo's LLaVA before any training, its held-out questions, their images."""
+    made = make_toy_assets(storage, Told(open(os.devnull, "w")))  # noqa: SIM115 (for the length of the bench)
+    recipe = toy_recipe(made.path, [])
+    folder = storage_path(tempfile.mkdtemp(prefix="raylava-bench-"))
     vision, language = resolve_vision(recipe.model.vision), resolve_language(recipe.model.language)
-    publish_untrained(recipe.model, vision, language, 0, "pad", folder)
-    corpus = made.place / "corpus"
-    return folder.uri, (corpus / "questions.jsonl").uri, (corpus / "pictures").uri
+    export_untrained(recipe.model, vision, language, 0, "pad", folder)
+    corpus = made.path / "corpus"
+    return folder.uri, (corpus / "questions.jsonl").uri, (corpus / "images").uri
 
 
 def one_by_one(model: str, asked: list[Question], images: str) -> tuple[list[str], float]:
     """The usual loop's answers, and its seconds."""
     torch.set_num_threads(os.cpu_count() or 1)
-    chat = Chat(model, torch.device("cpu"), PRECISION)
+    chat = TransformersEngine(model, torch.device("cpu"), PRECISION)
     started = time.monotonic()
     found = []
     for question in asked:
-        picture = Image.open(Path(images) / question.image).convert("RGB") if question.image else None
-        found += chat.answer([question.text], [picture], MAX_NEW_TOKENS)
+        image = Image.open(Path(images) / question.image).convert("RGB") if question.image else None
+        found += chat.answer([question.text], [image], MAX_NEW_TOKENS)
     return found, time.monotonic() - started
 
 

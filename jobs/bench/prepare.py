@@ -26,17 +26,17 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from raylava.corpus.conversation import Encoder, Turn
-from raylava.corpus.images import decode, decode_stored, normalise, prepare_picture, square
-from raylava.corpus.prepare import Job, prepare
-from raylava.micro.language import train_tokenizer
-from raylava.model.backbones import PixelRule, VisionSpec, load_tokenizer
-from raylava.model.templates import GEMMA
-from raylava.recipe import Corpus, Language, Resources, Source, Storing
-from raylava.session import ray_session
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source
+from raylava.corpus.conversation import ChatTokenizer, Turn
+from raylava.corpus.images import decode, decode_stored, normalise, prepare_image, square
+from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.models.registry import PixelRule, VisionSpec, load_tokenizer
+from raylava.models.templates import GEMMA
+from raylava.toy.language import train_tokenizer
 
 WORKERS = 2
-UNIQUE = 500  # different pictures; rows cycle through them
+UNIQUE = 500  # different images; rows cycle through them
 RULE = PixelRule(336, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VISION = VisionSpec("clip-l-336", "clip", RULE, patch_size=14, width=1024)
 TALK = [
@@ -47,7 +47,7 @@ TALK = [
 
 @dataclass(frozen=True)
 class Result:
-    """One way's figures: images a second in all and in steady state, bytes kept a picture, peak memory in MB."""
+    """One way's figures: images a second in all and in steady state, bytes kept a image, peak memory in MB."""
 
     name: str
     overall: float
@@ -58,10 +58,10 @@ class Result:
 
 def make_corpus(folder: Path, images: int) -> None:
     """JPEGs with the spectrum of photographs, and LLaVA JSON over them."""
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(min(UNIQUE, images)):
-        _photo(rng).save(folder / "pictures" / f"{number}.jpg", quality=90)
+        _photo(rng).save(folder / "images" / f"{number}.jpg", quality=90)
     turns = [{"from": "human", "value": f"<image>\n{TALK[0]}"}, {"from": "gpt", "value": TALK[1]}]
     rows = [{"id": str(n), "image": f"{n % UNIQUE}.jpg", "conversations": turns} for n in range(images)]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -79,15 +79,15 @@ def _photo(rng: np.random.Generator, width: int = 640, height: int = 480) -> Ima
     return Image.fromarray(((total - low) / (high - low) * 255).astype(np.uint8))
 
 
-def job_for(folder: Path) -> Job:
+def job_for(folder: Path) -> PrepareSpec:
     """raylava's own job over the corpus, with the default storage."""
-    corpus = Corpus(sources=(Source(annotations="rows.json", images="pictures"),), rows_per_block=256)
-    places = ((str(folder / "rows.json"), str(folder / "pictures")),)
+    corpus = Corpus(sources=(Source(annotations="rows.json", images="images"),), samples_per_block=256)
+    places = ((str(folder / "rows.json"), str(folder / "images")),)
     language = Language(name=str(folder / "tokenizer"))
-    return Job("bench", corpus, places, language, GEMMA, VISION, str(folder / "blocks"))
+    return PrepareSpec("bench", corpus, places, language, GEMMA, VISION, str(folder / "blocks"))
 
 
-class Clock:
+class SearchBudget:
     """When how many images were done; the steady rate leaves out the first and last tenth."""
 
     def __init__(self) -> None:
@@ -108,14 +108,14 @@ class Clock:
         return (n1 - n0) / (t1 - t0)
 
 
-def raylava_way(folder: Path, images: int, clock: Clock) -> float:
+def raylava_way(folder: Path, images: int, clock: SearchBudget) -> float:
     with ray_session(Resources(workers=WORKERS)):
         manifest = prepare(job_for(folder), "bench", clock)
     assert manifest.rows == images
     return sum(block.bytes for block in manifest.blocks) / images
 
 
-def bare_loop(folder: Path, images: int, clock: Clock) -> float:
+def bare_loop(folder: Path, images: int, clock: SearchBudget) -> float:
     """One process a core, no framework: the ceiling."""
     names = [f"{number % UNIQUE}.jpg" for number in range(images)]
     total = 0
@@ -136,12 +136,12 @@ def _bare_setup(folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _BARE["folder"] = Path(folder)
-    _BARE["encoder"] = Encoder(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
+    _BARE["encoder"] = ChatTokenizer(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
 
 
 def _bare_one(name: str) -> int:
-    content = (_BARE["folder"] / "pictures" / name).read_bytes()
-    stored = prepare_picture(content, RULE, "pad", Storing(), 10**8)
+    content = (_BARE["folder"] / "images" / name).read_bytes()
+    stored = prepare_image(content, RULE, "pad", ImageEncoding(), 10**8)
     _BARE["encoder"].encode([Turn("human", f"<image>\n{TALK[0]}"), Turn("gpt", TALK[1])], images=1)
     return len(stored)
 
@@ -163,13 +163,13 @@ class _Usual:
         return self._images
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        image = Image.open(self._folder / "pictures" / f"{number % UNIQUE}.jpg").convert("RGB")
+        image = Image.open(self._folder / "images" / f"{number % UNIQUE}.jpg").convert("RGB")
         pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         text = f"<start_of_turn>user\n{TALK[0]}<end_of_turn>\n<start_of_turn>model\n{TALK[1]}<end_of_turn>\n"
         return {"pixel_values": pixels, "input_ids": self._tokenizer(text, return_tensors="pt")["input_ids"][0]}
 
 
-def data_loader(folder: Path, images: int, clock: Clock) -> float:
+def data_loader(folder: Path, images: int, clock: SearchBudget) -> float:
     from torch.utils.data import DataLoader
 
     loader = DataLoader(_Usual(folder, images), batch_size=32, num_workers=WORKERS)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def data_loader(folder: Path, images: int, clock: Clock) -> float:
     return 3 * RULE.size**2 * 4.0
 
 
-def datasets_map(folder: Path, images: int, clock: Clock) -> float:
+def datasets_map(folder: Path, images: int, clock: SearchBudget) -> float:
     import datasets
 
     datasets.disable_progress_bars()
@@ -196,7 +196,7 @@ def datasets_map(folder: Path, images: int, clock: Clock) -> float:
     return 3 * RULE.size**2 * 4.0
 
 
-def measure(name: str, way: Callable[[Path, int, Clock], float], folder: Path, images: int) -> Result:
+def measure(name: str, way: Callable[[Path, int, SearchBudget], float], folder: Path, images: int) -> Result:
     """Run one way in a process of its own, watching the memory of all it starts."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -212,8 +212,8 @@ def measure(name: str, way: Callable[[Path, int, Clock], float], folder: Path, i
     return Result(name, overall, steady, size, peak[0] / 2**20)
 
 
-def _measured(way: Callable[[Path, int, Clock], float], folder: Path, images: int, pipe: Any) -> None:
-    clock = Clock()
+def _measured(way: Callable[[Path, int, SearchBudget], float], folder: Path, images: int, pipe: Any) -> None:
+    clock = SearchBudget()
     size = way(folder, images, clock)
     steady = clock.steady() if way is not datasets_map else clock.overall()
     pipe.send((clock.overall(), steady, size))
@@ -246,8 +246,8 @@ def fidelity(folder: Path) -> dict[str, float]:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    contents = [(folder / "pictures" / f"{number}.jpg").read_bytes() for number in range(8)]
-    stored = np.stack([decode_stored(prepare_picture(c, RULE, "pad", Storing(), 10**8)) for c in contents])
+    contents = [(folder / "images" / f"{number}.jpg").read_bytes() for number in range(8)]
+    stored = np.stack([decode_stored(prepare_image(c, RULE, "pad", ImageEncoding(), 10**8)) for c in contents])
     exact = np.stack([square(decode(c, 10**8), RULE, "pad") for c in contents])
     torch.manual_seed(0)
     config = CLIPVisionConfig(

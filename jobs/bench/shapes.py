@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from raylava.config.recipe import ImageEncoding
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -20,15 +21,14 @@ from raylava.corpus.blocks import (
     lengths_of,
 )
 from raylava.corpus.images import encode
-from raylava.model.attention import register
-from raylava.model.backbones import PixelRule, VisionSpec
-from raylava.model.llava import StageName
-from raylava.recipe import Storing
+from raylava.models.attention import register
+from raylava.models.llava import StageName
+from raylava.models.registry import PixelRule, VisionSpec
+from raylava.train.data_loader import PackCollator
 from raylava.train.engine import DTYPES
-from raylava.train.feed import Layout
 
 RULE_MEAN, RULE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-BEGIN, PICTURES = 2, 32
+BEGIN, IMAGES = 2, 32
 HEADS = 8
 BATCH: dict[StageName, int] = {"pretrain": 128, "finetune": 64}  # global, in samples
 MICRO_BATCH: dict[StageName, int] = {"pretrain": 32, "finetune": 16}  # the reference's, as in LLaVA's scripts
@@ -48,7 +48,7 @@ class Shape:
     pixels: int
     text_divisor: int
     precision: Literal["bf16", "fp32"]
-    pack_tokens: int
+    max_tokens_per_pack: int
 
     @property
     def image_tokens(self) -> int:
@@ -68,7 +68,7 @@ SHAPES = {
         pixels=112,
         text_divisor=9,
         precision="fp32",
-        pack_tokens=1024,
+        max_tokens_per_pack=1024,
     ),
     "gemma-2b": Shape(
         width=2048,
@@ -81,7 +81,7 @@ SHAPES = {
         pixels=336,
         text_divisor=1,
         precision="bf16",
-        pack_tokens=8192,
+        max_tokens_per_pack=8192,
     ),
 }
 
@@ -90,15 +90,15 @@ def draw(shape: Shape, stage: StageName, count: int) -> list[Sample]:
     """Noise, in samples with lengths like those of LLaVA's corpora (lognormal; the parameters are estimates)."""
     rng = np.random.default_rng(0)
     rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
-    noise = rng.integers(0, 256, (PICTURES, rule.size, rule.size, 3), dtype=np.uint8)
-    pictures = [encode(pixels, Storing()) for pixels in noise]
-    return [_sample(shape, stage, rng, pictures[number % PICTURES], number) for number in range(count)]
+    noise = rng.integers(0, 256, (IMAGES, rule.size, rule.size, 3), dtype=np.uint8)
+    images = [encode(pixels, ImageEncoding()) for pixels in noise]
+    return [_sample(shape, stage, rng, images[number % IMAGES], number) for number in range(count)]
 
 
-def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, picture: bytes, number: int) -> Sample:
+def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, image: bytes, number: int) -> Sample:
     if stage == "pretrain":  # a short request and a caption
         shown, asked, answered = True, 20.0, float(np.clip(rng.lognormal(2.5, 0.5), 5, 80))
-    else:  # 94 % with a picture; conversations, of which answers are 15 to 75 %
+    else:  # 94 % with a image; conversations, of which answers are 15 to 75 %
         shown = bool(rng.random() < 0.94)
         text = np.clip(rng.lognormal(5.0, 0.7), 20, 1400) if shown else np.clip(rng.lognormal(6.0, 0.8), 20, 2000)
         answered = float(text * rng.uniform(0.15, 0.75))
@@ -107,7 +107,7 @@ def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, picture: b
     words = [int(word) for word in rng.integers(10, shape.vocabulary - 10, before + after)]
     ids = [BEGIN, *([_image_token(shape)] if shown else []), *words]
     length = len(ids) + (shape.image_tokens - 1 if shown else 0)
-    return Sample(str(number), ids, [(len(ids) - after, len(ids))], [picture] if shown else [], length)
+    return Sample(str(number), ids, [(len(ids) - after, len(ids))], [image] if shown else [], length)
 
 
 def _image_token(shape: Shape) -> int:
@@ -120,10 +120,10 @@ def write_blocks(samples: list[Sample], folder: Path) -> None:
     content = block_bytes(samples)
     (folder / "block.arrow").write_bytes(content)
     record = BlockRecord("block.arrow", len(samples), 0, 0, len(content), hashlib.sha256(content).hexdigest())
-    supervised = sum(sample.supervised_tokens for sample in samples)
+    loss_tokens = sum(sample.loss_tokens for sample in samples)
     tokens, images = sum(sample.length for sample in samples), sum(len(sample.images) for sample in samples)
     manifest = Manifest(
-        SCHEMA_VERSION, "bench", {}, (record,), len(samples), len(samples), tokens, supervised, images, 0, 0, {}
+        SCHEMA_VERSION, "bench", {}, (record,), len(samples), len(samples), tokens, loss_tokens, images, 0, 0, {}
     )
     (folder / LENGTHS).write_bytes(lengths_bytes(lengths_of(samples)))
     (folder / MANIFEST).write_bytes(manifest.to_json())
@@ -169,7 +169,7 @@ def build(shape: Shape, attention: str, device: torch.device) -> Any:
     return llava
 
 
-def layout(shape: Shape) -> Layout:
+def layout(shape: Shape) -> PackCollator:
     """How samples lie in packs of this shape."""
     rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
-    return Layout(VisionSpec("bench", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN)
+    return PackCollator(VisionSpec("bench", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN)

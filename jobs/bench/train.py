@@ -29,39 +29,42 @@ from rich.table import Table
 from shapes import BATCH, MICRO_BATCH, SHAPES, Shape, build, draw, layout, write_blocks
 from torch import Tensor, nn
 
+from raylava.config.recipe import Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
-from raylava.cost.flops import step_flops
-from raylava.cost.hardware import peak_flops
-from raylava.cost.shapes import LlavaShape, shape_of
-from raylava.model.attention import VARLEN
-from raylava.model.llava import PackLoss, StageName, choose_trainable
-from raylava.recipe import Training, Zero
+from raylava.models.attention import VARLEN
+from raylava.models.llava import PackLoss, StageName, set_trainable
+from raylava.perf.flops import step_flops
+from raylava.perf.hardware import peak_flops
+from raylava.perf.shapes import LlavaShape, shape_of
 from raylava.train import engine as engine_room
+from raylava.train.batch_plan import BatchPlan
+from raylava.train.data_loader import PackCollator, PackedDataLoader
 from raylava.train.engine import DTYPES, Engine, deepspeed_config
-from raylava.train.feed import Feed, Layout
-from raylava.train.figures import memory_gb
-from raylava.train.plan import EpochPlan
+from raylava.train.metrics import memory_gb
 
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionConfig:
     """One way to train. `packs` False is the reference; the other switches matter to packs only."""
 
     name: str
     packs: bool = True
     recompute: bool = False
-    supervised_logits: bool = True
+    loss_only_logits: bool = True
     attention: str = VARLEN
 
 
-REFERENCES = (Way("LLaVA recipe, recomputing", packs=False, recompute=True), Way("LLaVA recipe", packs=False))
-RUNGS = (
-    Way("+ packs", supervised_logits=False, attention="sdpa"),
-    Way("+ logits where supervised", attention="sdpa"),
+REFERENCES = (
+    ExecutionConfig("LLaVA recipe, recomputing", packs=False, recompute=True),
+    ExecutionConfig("LLaVA recipe", packs=False),
 )
-RAYLAVA = Way("raylava")
+RUNGS = (
+    ExecutionConfig("+ packs", loss_only_logits=False, attention="sdpa"),
+    ExecutionConfig("+ logits where loss_tokens", attention="sdpa"),
+)
+RAYLAVA = ExecutionConfig("raylava")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Batch:
 
 
 def grouped(samples: np.ndarray, blocks: Blocks, batch: int, micro_batch: int) -> Iterator[list[int]]:
-    """Micro-batches as LLaVA's sampler makes them: pictures and text apart; within each global batch, sorted samples
+    """Micro-batches as LLaVA's sampler makes them: images and text apart; within each global batch, sorted samples
     are dealt out so that micro-batches are alike in total length. What is left of both kinds is mixed.
     """
     rng = np.random.default_rng(0)
@@ -113,7 +116,7 @@ def _dealt(samples: list[int], lengths: np.ndarray, count: int) -> list[list[int
     return chunks
 
 
-def padded(numbers: list[int], blocks: Blocks, layout: Layout) -> Batch:
+def padded(numbers: list[int], blocks: Blocks, layout: PackCollator) -> Batch:
     """Samples as rows of one batch."""
     packs = [layout.tensors([blocks[number]]) for number in numbers]
     lengths = [int(blocks.lengths.length[number]) for number in numbers]
@@ -122,7 +125,7 @@ def padded(numbers: list[int], blocks: Blocks, layout: Layout) -> Batch:
     for row, (pack, length) in enumerate(zip(packs, lengths, strict=True)):
         ids[row, :length] = pack.input_ids[0, :length]
         mask[row, :length] = 1
-        labels[row, pack.keep + 1] = pack.labels
+        labels[row, pack.target_positions + 1] = pack.labels
     shown = [pack.pixel_values for pack, number in zip(packs, numbers, strict=True) if blocks.lengths.images[number]]
     return Batch(ids, mask, labels, torch.cat(shown) if shown else None)
 
@@ -131,10 +134,10 @@ class WholeLogits(PackLoss):
     """A rung of the ladder: packs with the logits of all positions."""
 
     def logits(
-        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, boundaries: Tensor
+        self, input_ids: Tensor, position_ids: Tensor, pixel_values: Tensor, keep: Tensor, cu_seqlens: Tensor
     ) -> Tensor:
         every = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return super().logits(input_ids, position_ids, pixel_values, every, boundaries)[keep]
+        return super().logits(input_ids, position_ids, pixel_values, every, cu_seqlens)[keep]
 
 
 class Usual(nn.Module):
@@ -151,16 +154,18 @@ class Usual(nn.Module):
 class Bench:
     """One way over one corpus, in this process."""
 
-    def __init__(self, way: Way, shape: Shape, stage: StageName, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, way: ExecutionConfig, shape: Shape, stage: StageName, folder: Path, device: torch.device
+    ) -> None:
         self._way, self._shape, self._stage, self._device = way, shape, stage, device
         self._blocks = Blocks(folder)
-        self._plan = EpochPlan(len(self._blocks), BATCH[stage], epochs=1, seed=0)
+        self._plan = BatchPlan(len(self._blocks), BATCH[stage], epochs=1, seed=0)
         self._layout = layout(shape)
         self._training = Training(
             lr=1e-3 if stage == "pretrain" else 2e-5,
             precision=shape.precision,
-            pack_tokens=shape.pack_tokens,
-            zero=Zero(stage=2),
+            max_tokens_per_pack=shape.max_tokens_per_pack,
+            zero=ZeroConfig(stage=2),
             activation_checkpointing=way.recompute,
             attention=way.attention,
         )
@@ -187,19 +192,19 @@ class Bench:
 
     def _flops(self, shape: LlavaShape, samples: np.ndarray) -> float:
         lengths = self._blocks.lengths
-        images, supervised = int(lengths.images[samples].sum()), int(lengths.supervised[samples].sum())
+        images, loss_tokens = int(lengths.images[samples].sum()), int(lengths.loss_tokens[samples].sum())
         own = [int(length) for length in lengths.length[samples]]
-        return step_flops(shape, own, images, supervised, language=self._stage == "finetune", vision=False).total
+        return step_flops(shape, own, images, loss_tokens, language=self._stage == "finetune", vision=False).total
 
     def _packed(self, llava: Any) -> tuple[float, float, float]:
-        engine_room.PackLoss = PackLoss if self._way.supervised_logits else WholeLogits  # type: ignore[misc]
+        engine_room.PackLoss = PackLoss if self._way.loss_only_logits else WholeLogits  # type: ignore[misc]
         engine = Engine(llava, self._stage, self._training, self._plan.steps, self._device)
-        feed = Feed(self._blocks, self._plan, self._layout, 0, 1, self._shape.pack_tokens)
+        feed = PackedDataLoader(self._blocks, self._plan, self._layout, 0, 1, self._shape.max_tokens_per_pack)
         started = asked = time.monotonic()
         waiting = loss = 0.0
         for work in feed:
             waiting += time.monotonic() - asked
-            loss = engine.step(work.step.number, work.packs, work.supervised).loss
+            loss = engine.step(work.step.number, work.packs, work.loss_tokens).loss
             asked = time.monotonic()
             if work.step.number == 0:
                 started, waiting = asked, 0.0
@@ -209,7 +214,7 @@ class Bench:
         import deepspeed
 
         stage = self._stage
-        choose_trainable(llava, stage)
+        set_trainable(llava, stage)
         llava.train()
         if self._way.recompute:
             llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -256,7 +261,7 @@ def _peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _measured(way: Way, shape: str, stage: StageName, folder: Path, device: str, pipe: Any) -> None:
+def _measured(way: ExecutionConfig, shape: str, stage: StageName, folder: Path, device: str, pipe: Any) -> None:
     logging.disable(logging.WARNING)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ.setdefault("DS_ACCELERATOR", device)
@@ -267,7 +272,7 @@ def _measured(way: Way, shape: str, stage: StageName, folder: Path, device: str,
     pipe.send(Bench(way, SHAPES[shape], stage, folder, torch.device(device)).run())
 
 
-def measure(way: Way, shape: str, stage: StageName, folder: Path, device: str) -> Measured:
+def measure(way: ExecutionConfig, shape: str, stage: StageName, folder: Path, device: str) -> Measured:
     """One way in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

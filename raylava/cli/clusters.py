@@ -9,7 +9,7 @@ from raylava.console import Console
 from raylava.errors import UserError
 
 if TYPE_CHECKING:
-    from raylava.recipe import Recipe
+    from raylava.config.recipe import Recipe
 
 
 def register(add: Add) -> None:
@@ -39,8 +39,8 @@ def register(add: Add) -> None:
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.model.backbones import check_known
-    from raylava.recipe_file import load_recipe
+    from raylava.config.load import load_recipe
+    from raylava.models.registry import check_known
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_known(recipe.model.language, recipe.model.vision)
@@ -57,11 +57,11 @@ def _check_cluster(arguments: argparse.Namespace, recipe: "Recipe", console: Con
     """Against a file, or as a driver of the cluster."""
     from dataclasses import asdict
 
-    from raylava.cluster.needs import needs, provisions
+    from raylava.cli.tables import needs_table
     from raylava.cluster.nodes import NodeType, described, live, startable
+    from raylava.cluster.placement import needs, provisions
     from raylava.cluster.roles import has_roles
-    from raylava.report import needs_table
-    from raylava.session import ray_session
+    from raylava.cluster.session import ray_session
 
     types: list[NodeType] | None
     if arguments.cluster:
@@ -81,21 +81,21 @@ def _check_cluster(arguments: argparse.Namespace, recipe: "Recipe", console: Con
 
 def _check_there(arguments: argparse.Namespace, recipe: "Recipe", console: Console) -> Outcome:
     """The same question, put by a job: only a driver sees the cluster's nodes and the autoscaler's file."""
-    from raylava.stages import absolute
-    from raylava.submission import Jobs, Work
+    from raylava.cluster.jobs import JobClient, JobSpec
+    from raylava.pipeline.stages import absolute
 
     command = ("check", "recipe.yaml", "--address", "auto", "--storage", arguments.storage)
-    work = Work(recipe.name, command, {"recipe.yaml": absolute(recipe).model_dump(mode="json")})
-    told = Jobs(arguments.address).ask(work)
+    work = JobSpec(recipe.name, command, {"recipe.yaml": absolute(recipe).model_dump(mode="json")})
+    told = JobClient(arguments.address).ask(work)
     console.stream.write(told)
     return Outcome({"told": told})
 
 
 def _submit(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.submission import Jobs, work_of
+    from raylava.cluster.jobs import JobClient, work_of
 
     work = work_of(arguments.recipe, arguments.overrides, arguments.storage)
-    jobs = Jobs(job_server(arguments))
+    jobs = JobClient(job_server(arguments))
     submission, is_new = jobs.submit(work)
     console.say(f"job [bold]{submission}[/] " + ("submitted" if is_new else "runs already; following it"))
     if not arguments.detach:
@@ -109,10 +109,10 @@ def _submit(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _stop(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.submission import Jobs, work_of
+    from raylava.cluster.jobs import JobClient, work_of
 
     work = work_of(arguments.recipe, arguments.overrides, arguments.storage)
-    stopped = Jobs(job_server(arguments)).stop(work)
+    stopped = JobClient(job_server(arguments)).stop(work)
     told = f"{stopped}: stopped; submit again to go on from the last checkpoint" if stopped else "no such job runs"
     return Outcome({"submission_id": stopped}, told)
 
@@ -120,24 +120,24 @@ def _stop(arguments: argparse.Namespace, console: Console) -> Outcome:
 def _status(arguments: argparse.Namespace, console: Console) -> Outcome:
     from dataclasses import asdict
 
-    from raylava.recipe_file import load_recipe
-    from raylava.report import status_table
-    from raylava.stages import stages_of
-    from raylava.status import standings
-    from raylava.storage import place
+    from raylava.cli.tables import status_table
+    from raylava.config.load import load_recipe
+    from raylava.pipeline.stages import stages_of
+    from raylava.pipeline.status import list_artifacts
+    from raylava.storage import storage_path
 
-    storage, wanted = place(arguments.storage), None
+    storage, wanted = storage_path(arguments.storage), None
     if arguments.recipe:
         stages = stages_of(load_recipe(arguments.recipe, arguments.overrides), storage)
-        wanted = {stage.draft.fingerprint for stage in stages}
-    found = standings(storage, wanted)
+        wanted = {stage.spec.fingerprint for stage in stages}
+    found = list_artifacts(storage, wanted)
     if found:
         console.show(status_table(found))
     return Outcome({"artifacts": [asdict(one) for one in found]}, None if found else f"{storage}: nothing there yet")
 
 
 def _laptop(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.cluster.laptop import VARIABLES, down, up
+    from raylava.cluster.local_cluster import VARIABLES, down, up
 
     if arguments.what == "down":
         console.say("stopped" if down() else "no laptop cluster runs")
@@ -150,7 +150,7 @@ def _laptop(arguments: argparse.Namespace, console: Console) -> Outcome:
 def _watch_spot(arguments: argparse.Namespace, console: Console) -> Outcome:
     from functools import partial
 
-    from raylava.cluster.spot import drain_node, find_provider, watch
+    from raylava.cluster.preemption import drain_node, find_provider, watch
 
     notice = watch(find_provider(), partial(drain_node, arguments.address, arguments.node_id))
     return Outcome(vars(notice), f"drained: {notice.reason}")

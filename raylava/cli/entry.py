@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def job(command: str, subject: str, *fixed: str) -> int:
     """A command as jobs/ calls it, what it is about given as an option (`--recipe FILE`); returns its exit status."""
-    from raylava.submission import check_shared
+    from raylava.cluster.jobs import check_shared
 
     parser = argparse.ArgumentParser(description=f"raylava {command}, as a job", add_help=False)
     parser.add_argument(subject, dest="subject", required=True)

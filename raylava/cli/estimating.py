@@ -12,9 +12,9 @@ from raylava.console import Console
 from raylava.errors import UserError
 
 if TYPE_CHECKING:
-    from raylava.cost.hardware import Cluster
-    from raylava.estimate.forecast import Forecast, Given, Target
-    from raylava.recipe import Recipe
+    from raylava.config.recipe import Recipe
+    from raylava.estimate.forecast import Forecast, KnownCorpora, Target
+    from raylava.perf.hardware import Cluster
 
 _SCALES = (558_128, 10_000_000, 1_000_000_000)
 
@@ -33,7 +33,7 @@ def register(add: Add) -> None:
 
 
 def takes_cluster(parser: argparse._ActionsContainer) -> None:
-    """Where it would run, and at what price."""
+    """TrialStatus it would run, and at what price."""
     parser.add_argument("--nodes", type=positive, metavar="N", help="nodes (as many as the recipe's workers need)")
     parser.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs of each (up to 8)")
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100, l40s, …; without it those of --prices, or h100")
@@ -89,9 +89,9 @@ def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
     _check(arguments)
     if arguments.sweep:
         return _sweep(arguments, console)
-    from raylava.estimate import table
+    from raylava.config.load import load_recipe
+    from raylava.estimate import tables
     from raylava.estimate.forecast import forecast
-    from raylava.recipe_file import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     given = _given(arguments, recipe)
@@ -100,12 +100,12 @@ def _estimate(arguments: argparse.Namespace, console: Console) -> Outcome:
     found = [forecast(recipe, target, given) for target in _targets(arguments, recipe, given)]
     place = min(range(len(found)), key=lambda one: _merit(found[one]))
     best = found[place]
-    console.show(table.sizes_table(best))
+    console.show(tables.sizes_table(best))
     for stage in best.stages:
-        console.show(table.ways_table(stage))
-    console.show(table.ingest_table([*best.prepare.items(), *_at_scale(best.target)]))
-    console.show(table.totals_table(found))
-    data: dict[str, Any] = {"estimates": [table.data(one) for one in found], "cheapest": best.target.label}
+        console.show(tables.ways_table(stage))
+    console.show(tables.ingest_table([*best.prepare.items(), *_at_scale(best.target)]))
+    console.show(tables.totals_table(found))
+    data: dict[str, Any] = {"estimates": [tables.data(one) for one in found], "fastest_feasible": best.target.label}
     if arguments.simulate:
         data["simulated"] = _simulate(_clusters(arguments, recipe)[place], arguments, recipe, given, console)
     return Outcome(data)
@@ -115,14 +115,14 @@ def _merit(one: "Forecast") -> tuple[bool, float]:
     return not one.fits, one.hours if one.cost is None else one.cost
 
 
-def _given(arguments: argparse.Namespace, recipe: "Recipe") -> "Given":
-    from raylava.estimate.forecast import Given
+def _given(arguments: argparse.Namespace, recipe: "Recipe") -> "KnownCorpora":
+    from raylava.estimate.forecast import KnownCorpora
     from raylava.estimate.workload import prepared
-    from raylava.storage import place
+    from raylava.storage import storage_path
 
-    corpora = {name: prepared(place(path)) for name, path in _named(arguments.corpus, "--corpus")}
+    corpora = {name: prepared(storage_path(path)) for name, path in _named(arguments.corpus, "--corpus")}
     rows = {name: _count(count, name) for name, count in _named(arguments.rows, "--rows")}
-    return Given(_found(recipe, arguments.storage) | corpora, rows)
+    return KnownCorpora(_found(recipe, arguments.storage) | corpora, rows)
 
 
 def _named(given: Sequence[str], option: str) -> list[tuple[Any, str]]:
@@ -142,26 +142,26 @@ def _count(text: str, name: str) -> int:
 def _found(recipe: "Recipe", storage: str) -> dict[Any, Any]:
     """Corpora of the recipe that storage holds, where its files are at hand to know them by."""
     from raylava.estimate.workload import prepared
-    from raylava.stages import stages_of
-    from raylava.storage import place
+    from raylava.pipeline.stages import stages_of
+    from raylava.storage import storage_path
 
-    where = place(storage)
+    where = storage_path(storage)
     if not (where / "prepare").exists():
         return {}
     try:
-        stages = [stage for stage in stages_of(recipe, where) if stage.draft.stage == "prepare"]
+        stages = [stage for stage in stages_of(recipe, where) if stage.spec.stage == "prepare"]
     except UserError:  # backbones or annotations are not at hand: nothing of this recipe can be recognised
         return {}
-    made = [stage for stage in stages if stage.draft.find() is not None]
-    return {stage.label.removeprefix("prepare "): prepared(stage.draft.place) for stage in made}
+    made = [stage for stage in stages if stage.spec.find() is not None]
+    return {stage.label.removeprefix("prepare "): prepared(stage.spec.path) for stage in made}
 
 
-def _targets(arguments: argparse.Namespace, recipe: "Recipe", given: "Given") -> list["Target"]:
+def _targets(arguments: argparse.Namespace, recipe: "Recipe", given: "KnownCorpora") -> list["Target"]:
     """The cluster that options name; every one of the price table; this machine, for a recipe that trains on CPUs or
     was just timed here.
     """
     from raylava.estimate.forecast import on_gpus
-    from raylava.estimate.here import on_this_machine
+    from raylava.estimate.local_machine import on_this_machine
 
     named = any(getattr(arguments, name) for name in ("gpu", "prices", "nodes", "gpus_per_node", "mfu"))
     if getattr(arguments, "calibrate", False) or not (named or recipe.resources.gpus_per_worker):
@@ -171,7 +171,7 @@ def _targets(arguments: argparse.Namespace, recipe: "Recipe", given: "Given") ->
 
 
 def _clusters(arguments: argparse.Namespace, recipe: "Recipe") -> list["Cluster"]:
-    from raylava.cost.hardware import cluster, read_prices
+    from raylava.perf.hardware import cluster, read_prices
 
     prices = read_prices(arguments.prices) if arguments.prices else {}
     if arguments.gpu is None and prices:
@@ -187,14 +187,14 @@ def _clusters(arguments: argparse.Namespace, recipe: "Recipe") -> list["Cluster"
 
 
 def _speed(cluster: "Cluster", mfu: float | None) -> Any:
-    from raylava.cost.speed import STATED_MFU, stated
+    from raylava.perf.step_time import STATED_MFU, stated
 
     return stated(cluster.device, mfu or STATED_MFU)
 
 
-def _calibrate(recipe: "Recipe", given: "Given", console: Console) -> None:
+def _calibrate(recipe: "Recipe", given: "KnownCorpora", console: Console) -> None:
     from raylava.estimate.calibrate import calibrate
-    from raylava.estimate.here import workloads
+    from raylava.estimate.local_machine import workloads
 
     for stage, workload in workloads(recipe, given).items():
         console.say(f"timing some steps of {stage} on this machine…")
@@ -204,7 +204,7 @@ def _calibrate(recipe: "Recipe", given: "Given", console: Console) -> None:
 
 
 def _at_scale(target: "Target") -> list[tuple[str, Any]]:
-    """558 k, 10 M and a billion pictures, on as few nodes as a day takes."""
+    """558 k, 10 M and a billion images, on as few nodes as a day matches_filters."""
     from raylava.estimate.ingest import Ingest, plan
 
     single = [(f"{images:,} files in S3", plan(Ingest(images, target.cores))) for images in _SCALES]
@@ -213,24 +213,24 @@ def _at_scale(target: "Target") -> list[tuple[str, Any]]:
 
 
 def _simulate(
-    cluster: "Cluster", arguments: argparse.Namespace, recipe: "Recipe", given: "Given", console: Console
+    cluster: "Cluster", arguments: argparse.Namespace, recipe: "Recipe", given: "KnownCorpora", console: Console
 ) -> dict[str, Any]:
-    from raylava.estimate.scale import data, played, scale_table
-    from raylava.estimate.simulate import World
+    from raylava.estimate.scaling import data, played, scale_table
+    from raylava.estimate.simulate import FailureModel
 
-    world = World(reclaims_per_node_hour=arguments.spot or 0.0, elastic=recipe.resources.min_workers is not None)
+    world = FailureModel(reclaims_per_node_hour=arguments.spot or 0.0, elastic=recipe.resources.min_workers is not None)
     found = played(recipe, cluster, _speed(cluster, arguments.mfu), given, world)
     console.show(scale_table(recipe.name, found))
     return data(found)
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.storage import place
+    from raylava.storage import storage_path
     from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
 
     sweep = load_sweep(arguments.recipe)
-    expected = SweepRun(sweep, arguments.overrides, place(arguments.storage)).expected()
+    expected = SweepRun(sweep, arguments.overrides, storage_path(arguments.storage)).expected()
     return Outcome(sweep_hours(sweep.name, [one.recipe for one in expected], arguments, console))
 
 
@@ -238,7 +238,7 @@ def sweep_hours(
     name: str, recipes: "Sequence[Recipe]", arguments: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
     """Show what the variants come to, what they share counted once. Raises UserError as a forecast does."""
-    from raylava.estimate.sweeps import pieces, pieces_table
+    from raylava.estimate.sweep_cost import pieces, pieces_table
 
     found = pieces(
         recipes,

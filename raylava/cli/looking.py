@@ -32,15 +32,15 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> Outcome:
     from transformers import AutoTokenizer
 
     from raylava.artifacts import load
+    from raylava.cli.tables import corpus_table
     from raylava.corpus.blocks import TOKENIZER
     from raylava.corpus.inspect import inspect, page
-    from raylava.report import corpus_table
 
     artifact = load(arguments.artifact)
     if artifact.stage != "prepare":
         raise UserError(f"{arguments.artifact}: an artifact of {artifact.stage}; inspect shows those of prepare")
-    found = inspect(artifact.place, arguments.samples, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained((artifact.place / TOKENIZER).local_copy())
+    found = inspect(artifact.path, arguments.samples, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained((artifact.path / TOKENIZER).local_copy())
     file = Path(arguments.html or f"inspect-{artifact.fingerprint}.html")
     file.write_text(page(found, f"prepare {artifact.fingerprint}", tokenizer), encoding="utf-8")
     console.show(corpus_table(found))
@@ -55,11 +55,11 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> Outcome:
 def _replay(arguments: argparse.Namespace, console: Console) -> Outcome:
     from dataclasses import asdict
 
-    from raylava.report import replay_table
-    from raylava.storage import place
+    from raylava.cli.tables import replay_table
+    from raylava.storage import storage_path
     from raylava.train.replay import replay
 
-    found = list(replay(place(arguments.folder)))
+    found = list(replay(storage_path(arguments.folder)))
     console.show(replay_table(found))
     bad = [one.sample_id for one in found if not one.finite]
     told = f"{len(bad)} of {len(found)} samples are not finite alone" + (f": {', '.join(bad[:5])}" if bad else "")

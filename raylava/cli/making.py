@@ -1,4 +1,4 @@
-"""Commands that make artifacts: demo, run, sweep, train, laboratory."""
+"""Commands that make artifacts: demo, run, sweep, train, toy assets."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,12 @@ from raylava.console import Console
 from raylava.errors import UserError
 
 if TYPE_CHECKING:
-    from raylava.recipe import Recipe
+    from raylava.config.recipe import Recipe
 
 
 def register(add: Add) -> None:
     """Add these commands."""
-    demo = add("demo", _demo, "train a small LLaVA on drawn pictures and ask it about others, in minutes")
+    demo = add("demo", _demo, "train a small LLaVA on drawn images and ask it about others, in minutes")
     takes_overrides(demo)
     run = add("run", _run_recipe, "make every artifact of a recipe that is missing")
     run.add_argument("--only", metavar="STAGE", choices=("prepare",), help="prepare: the corpora alone")
@@ -32,20 +32,20 @@ def register(add: Add) -> None:
     train.add_argument("recipe", metavar="RECIPE.yaml")
     train.add_argument("stage", metavar="STAGE", choices=("pretrain", "finetune"))
     takes_overrides(train)
-    laboratory = add("laboratory", _laboratory, "make the demo's corpus and backbones in a folder")
-    laboratory.add_argument("folder", metavar="FOLDER")
+    toy_assets = add("toy-assets", _laboratory, "make the demo's corpus and backbones in a folder")
+    toy_assets.add_argument("folder", metavar="FOLDER")
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.demo import demo
+    from raylava.toy.demo import demo
 
     return Outcome(demo(arguments.storage, arguments.overrides, console))
 
 
 def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.recipe_file import load_recipe
-    from raylava.report import closing, summary
-    from raylava.stages import run
+    from raylava.cli.tables import closing, summary
+    from raylava.config.load import load_recipe
+    from raylava.pipeline.stages import run
     from raylava.storage import writable
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -55,24 +55,24 @@ def _run_recipe(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.recipe_file import load_recipe
-    from raylava.stages import train_alone
+    from raylava.config.load import load_recipe
+    from raylava.pipeline.stages import train_standalone
     from raylava.storage import writable
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    artifact = train_alone(recipe, writable(arguments.storage), arguments.stage, console)
+    artifact = train_standalone(recipe, writable(arguments.storage), arguments.stage, console)
     return Outcome(artifact.record if artifact else {})
 
 
 def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.errors import RunError
     from raylava.storage import writable
-    from raylava.tune.findings import Findings
-    from raylava.tune.plan import plan, plan_of
     from raylava.tune.report import write_report
+    from raylava.tune.results import SweepResults
     from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
-    from raylava.tune.table import plan_table, results_table
+    from raylava.tune.sweep_plan import plan, plan_of
+    from raylava.tune.tables import plan_table, results_table
 
     sweep, storage = load_sweep(arguments.sweep), writable(arguments.storage)
     run = SweepRun(sweep, arguments.overrides, storage)
@@ -82,7 +82,7 @@ def _sweep(arguments: argparse.Namespace, console: Console) -> Outcome:
         hours = _hours(sweep.name, [one.recipe for one in expected.variants], arguments, console)
         return Outcome({"works": [vars(work) for work in expected.works], "hours": hours})
     ended = run.run(console)
-    findings = Findings(sweep, arguments.overrides, plan_of(ended, storage), ended)
+    findings = SweepResults(sweep, arguments.overrides, plan_of(ended, storage), ended)
     write_report(findings, run.folder)
     console.show(results_table(findings))
     console.say(f"report: [bold]{escape(str(run.folder / 'report.html'))}[/]   (report.md and results.csv beside it)")
@@ -102,15 +102,15 @@ def _hours(name: str, recipes: "list[Recipe]", arguments: argparse.Namespace, co
 
 
 def _laboratory(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.demo import make_laboratory
+    from raylava.toy.demo import make_toy_assets
 
-    made = make_laboratory(arguments.storage, console)
+    made = make_toy_assets(arguments.storage, console)
     folder = Path(arguments.folder)
     if folder.is_symlink() and folder.resolve().parent.name == made.stage:
-        folder.unlink()  # this laboratory's or an earlier one's
+        folder.unlink()  # this toy assets's or an earlier one's
     elif folder.exists():
-        raise UserError(f"{folder}: is there already and is no laboratory; name a new folder")
-    folder.symlink_to(made.place.local_copy(), target_is_directory=True)
+        raise UserError(f"{folder}: is there already and is no toy_assets; name a new folder")
+    folder.symlink_to(made.path.local_copy(), target_is_directory=True)
     return Outcome(
-        {"laboratory": str(made.place)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/micro.yaml"
+        {"toy-assets": str(made.path)}, f"{folder}: corpus and backbones; next: raylava run jobs/recipes/toy.yaml"
     )

@@ -17,7 +17,7 @@ def register(add: Add) -> None:
     compare = add("compare", _compare, "two or more evaluations side by side, and where they part")
     compare.add_argument("evaluations", metavar="PATH", nargs="+", help="evaluate artifacts, of one benchmark or more")
     compare.add_argument("--html", metavar="FILE", default="compare.html", help="where the page goes (%(default)s)")
-    chat = add("chat", _chat, "ask a model a question about a picture")
+    chat = add("chat", _chat, "ask a model a question about a image")
     chat.add_argument("model", metavar="MODEL", help="a finetune artifact or any Hugging Face folder of a LLaVA")
     chat.add_argument("--image", metavar="FILE")
     chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
@@ -28,7 +28,7 @@ def _takes_evaluation(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("model", metavar="MODEL", help="a finetune artifact, a Hugging Face folder, or a hub id")
     evaluate.add_argument("--benchmark", metavar="NAME", required=True, help="as for score")
     evaluate.add_argument("--data", metavar="DIR", required=True, help="the official files; for own, the questions")
-    evaluate.add_argument("--images", metavar="DIR", default="", help="where the pictures are, if not below --data")
+    evaluate.add_argument("--images", metavar="DIR", default="", help="where the images are, if not below --data")
     evaluate.add_argument("--rule", metavar="RULE", default="exact_match", help="for own, as for score")
     evaluate.add_argument("--protocol", metavar="NAME", default="", help="as for score")
     evaluate.add_argument("--limit", type=positive, metavar="N", help="the first N questions alone")
@@ -55,20 +55,20 @@ def _takes_answers(score: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
+    from raylava.cli.tables import result_table, tell_unjudged
     from raylava.cluster.roles import TRAIN, labels_for
-    from raylava.evaluate.answer import Actors
-    from raylava.evaluate.scoring import exam_named
-    from raylava.evaluations import evaluate_model
-    from raylava.recipe import Resources
-    from raylava.report import result_table, tell_unjudged
+    from raylava.config.recipe import Resources
+    from raylava.evaluate.benchmarks import load_named_benchmark
+    from raylava.evaluate.generation import ActorPool
+    from raylava.pipeline.evaluation import evaluate_model
     from raylava.storage import writable
 
     given = arguments
-    benchmark, exam = exam_named(
+    benchmark, exam = load_named_benchmark(
         given.benchmark, given.data, given.images, given.rule, given.protocol, given.limit, given.max_new_tokens,
         given.batch_size,
     )  # fmt: skip
-    actors = Actors(given.workers, gpus=given.gpus_per_worker, labels=labels_for(TRAIN, Resources()))
+    actors = ActorPool(given.workers, gpus=given.gpus_per_worker, labels=labels_for(TRAIN, Resources()))
     storage = writable(given.storage)
     artifact = evaluate_model(
         given.model, benchmark, exam, storage, actors, given.judge, given.engine, given.precision, console
@@ -81,8 +81,8 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.evaluate.scoring import score_file
-    from raylava.report import result_table
+    from raylava.cli.tables import result_table
+    from raylava.evaluate.benchmarks import score_file
 
     if arguments.answers is None and arguments.grades is None:
         raise UserError("score wants the answers; give --answers FILE (for mm-vet --grades FILE)")
@@ -97,15 +97,15 @@ def _score(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> Outcome:
     from raylava.artifacts import load
+    from raylava.cli.tables import comparison_table
     from raylava.evaluate.compare import compare
-    from raylava.evaluate.compare_page import page
-    from raylava.report import comparison_table
+    from raylava.evaluate.comparison_page import page
 
     found = compare([load(path) for path in arguments.evaluations])
     Path(arguments.html).write_text(page(found), encoding="utf-8")
     for one in found:
         console.show(comparison_table(one))
-    console.say(f"page: [bold]{escape(arguments.html)}[/]   (the questions where they part, with their pictures)")
+    console.say(f"page: [bold]{escape(arguments.html)}[/]   (the questions where they part, with their images)")
     return Outcome(
         {
             one.benchmark: {"credit": one.credit, "differences": [vars(each) for each in one.differences]}
@@ -115,7 +115,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _chat(arguments: argparse.Namespace, console: Console) -> Outcome:
-    from raylava.evaluate.answer import chat_once
+    from raylava.evaluate.generation import chat_once
 
     said = chat_once(arguments.model, arguments.image, arguments.question, arguments.max_new_tokens)
     return Outcome({"question": arguments.question, "answer": said}, said)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from raylava.recipe import Resources
+from raylava.config.recipe import Resources
 
 ROLE = "raylava.io/role"
 PREPARE, TRAIN = "prepare", "train"
@@ -39,7 +39,7 @@ def cluster_file() -> Path | None:
 
 def labels_for(role: str, resources: Resources, roles: bool | None = None) -> dict[str, str]:
     """The label selector (in Ray's syntax) of the nodes for `prepare` or `train`; empty where any will do."""
-    own = resources.prepare_on if role == PREPARE else resources.train_on
+    own = resources.prepare_node_labels if role == PREPARE else resources.train_node_labels
     if own:
         return dict(own)
     return {ROLE: role} if (has_roles() if roles is None else roles) else {}

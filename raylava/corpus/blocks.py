@@ -27,19 +27,19 @@ import pyarrow as pa
 
 from raylava.corpus.quarantine import Quarantined
 from raylava.errors import RunError
-from raylava.storage import Place
+from raylava.storage import StoragePath
 
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("supervised", pa.list_(pa.struct([("start", pa.int32()), ("stop", pa.int32())])), nullable=False),
+        pa.field("loss_spans", pa.list_(pa.struct([("start", pa.int32()), ("stop", pa.int32())])), nullable=False),
         pa.field("images", pa.list_(pa.binary()), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
     ]
 )
-LENGTHS_SCHEMA = pa.schema([(name, pa.int32()) for name in ("length", "images", "supervised")])
+LENGTHS_SCHEMA = pa.schema([(name, pa.int32()) for name in ("length", "images", "loss_tokens")])
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.arrow"
 QUARANTINE = "quarantine.csv"
@@ -53,20 +53,20 @@ class Sample:
 
     sample_id: str
     input_ids: list[int]
-    supervised: list[tuple[int, int]]
+    loss_spans: list[tuple[int, int]]
     images: list[bytes]
     length: int
 
     @property
-    def supervised_tokens(self) -> int:
-        return sum(stop - start for start, stop in self.supervised)
+    def loss_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.loss_spans)
 
 
 @dataclass(frozen=True)
 class BlockRecord:
     """One block in the manifest; `path` is relative to the artifact. Rows in = rows + quarantined.
 
-    `trimmed` counts rows that lost trailing turns to `max_length` (`too_long: trim`).
+    `trimmed` counts rows that lost trailing turns to `max_length` (`on_overlong: trim`).
     """
 
     path: str
@@ -88,7 +88,7 @@ class Manifest:
     rows_in: int
     rows: int
     tokens: int
-    supervised_tokens: int
+    loss_tokens: int
     images: int
     trimmed: int
     quarantined: int
@@ -99,7 +99,7 @@ class Manifest:
 
     def figures(self) -> dict[str, Any]:
         """The counts, without the list of blocks."""
-        names = ("rows_in", "rows", "tokens", "supervised_tokens", "images", "trimmed", "quarantined", "quarantine")
+        names = ("rows_in", "rows", "tokens", "loss_tokens", "images", "trimmed", "quarantined", "quarantine")
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
 
     @classmethod
@@ -111,11 +111,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Per sample, int32 arrays in block order: expanded tokens, pictures, supervised tokens."""
+    """Per sample, int32 arrays in block order: expanded tokens, images, supervised tokens."""
 
     length: npt.NDArray[np.int32]
     images: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.int32]
+    loss_tokens: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -126,7 +126,7 @@ def block_bytes(samples: Sequence[Sample]) -> bytes:
     columns = {
         "sample_id": [sample.sample_id for sample in samples],
         "input_ids": [sample.input_ids for sample in samples],
-        "supervised": [[{"start": a, "stop": b} for a, b in sample.supervised] for sample in samples],
+        "loss_spans": [[{"start": a, "stop": b} for a, b in sample.loss_spans] for sample in samples],
         "images": [sample.images for sample in samples],
         "length": [sample.length for sample in samples],
     }
@@ -143,7 +143,7 @@ def lengths_of(samples: Sequence[Sample]) -> Lengths:
     return Lengths(
         np.array([sample.length for sample in samples], dtype=np.int32),
         np.array([len(sample.images) for sample in samples], dtype=np.int32),
-        np.array([sample.supervised_tokens for sample in samples], dtype=np.int32),
+        np.array([sample.loss_tokens for sample in samples], dtype=np.int32),
     )
 
 
@@ -201,7 +201,7 @@ class Blocks:
         self._open: dict[int, pa.Table] = {}
 
     @classmethod
-    def at(cls, place: Place) -> "Blocks":
+    def at(cls, place: StoragePath) -> "Blocks":
         """The corpus at a place, copied to this node first when it is remote."""
         return cls(place.local_copy())
 
@@ -215,7 +215,7 @@ class Blocks:
         block = bisect.bisect_right(self._ends, number)
         row = number - (self._ends[block] - self.manifest.blocks[block].rows)
         values = self._table(block).slice(row, 1).to_pylist()[0]
-        values["supervised"] = [(span["start"], span["stop"]) for span in values["supervised"]]
+        values["loss_spans"] = [(span["start"], span["stop"]) for span in values["loss_spans"]]
         return Sample(**values)
 
     def fetch(self, numbers: Iterable[int]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.model.templates import IMAGE_TOKEN, Template
+from raylava.models.templates import IMAGE_TOKEN, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +23,11 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """`input_ids` holds one `<image>` id where each image stands; `supervised` are [start, stop) spans of it."""
+class TokenizedChat:
+    """`input_ids` holds one `<image>` id where each image stands; `loss_spans` are [start, stop) spans of it."""
 
     input_ids: list[int]
-    supervised: list[tuple[int, int]]
+    loss_spans: list[tuple[int, int]]
     images: int
 
     def length(self, image_tokens: int) -> int:
@@ -35,7 +35,7 @@ class Encoded:
         return len(self.input_ids) + self.images * (image_tokens - 1)
 
 
-class Encoder:
+class ChatTokenizer:
     """Writes conversations as token ids by a template. Control tokens go in by id; what people wrote stays text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
@@ -49,8 +49,8 @@ class Encoder:
             ["\n", template.gap, template.user_header, template.model_header]
         )
 
-    def encode(self, turns: Sequence[Turn], images: int) -> Encoded:
-        """Token ids and supervised spans of alternating turns, human first, that show `images` pictures.
+    def encode(self, turns: Sequence[Turn], images: int) -> TokenizedChat:
+        """Token ids and loss_spans spans of alternating turns, human first, that show `images` images.
 
         Supervised is each answer with its end-of-turn token and the newline after it. Raises BadRow.
         """
@@ -58,16 +58,16 @@ class Encoder:
         questions = [turn.text for turn in turns[::2]]
         words = self._texts([*map(self._words, questions), *(turn.text.strip() for turn in turns[1::2])])
         ids = [self._begin]
-        supervised: list[tuple[int, int]] = []
+        loss_spans: list[tuple[int, int]] = []
         for question, asked, answered in zip(questions, words[: len(questions)], words[len(questions) :], strict=True):
             ids += self._question(question, asked)
             start = len(ids)
             ids += [*answered, self._close, *self._gap]
-            supervised.append((start, len(ids)))
-        return Encoded(ids, supervised, images)
+            loss_spans.append((start, len(ids)))
+        return TokenizedChat(ids, loss_spans, images)
 
     def prompt(self, text: str, images: int) -> list[int]:
-        """The ids that a model sees before it answers one question about `images` pictures."""
+        """The ids that a model sees before it answers one question about `images` images."""
         question = f"{IMAGE_TOKEN}\n" * images + text
         return [self._begin, *self._question(question, *self._texts([self._words(question)]))]
 

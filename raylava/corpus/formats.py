@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from raylava.errors import UserError
-from raylava.storage import Place
+from raylava.storage import StoragePath
 
 _CHUNK = 4 << 20  # bytes read at a time when a file is walked
 _GAP = 64 << 10  # rows closer than this, in bytes, are read in one go
-_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True)
-class Located:
+class RowRef:
     """Where a row lies (JSON-able, for the same format's `read`), and the row itself where walking had to parse it."""
 
     where: Any
@@ -35,10 +35,10 @@ class Format(Protocol):
 
     parses: bool  # whether `locate` gives the rows themselves, so that they can be chosen by image path
 
-    def locate(self, file: Place) -> Iterator[Located]:
+    def locate(self, file: StoragePath) -> Iterator[RowRef]:
         """Every row of the file, in order. Raises UserError when the file is not of this format."""
 
-    def read(self, file: Place, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
         """The raw rows at these places, in their order; a row that can't be parsed comes as the string it is."""
 
 
@@ -47,7 +47,7 @@ class LlavaJson:
 
     parses = True
 
-    def locate(self, file: Place) -> Iterator[Located]:
+    def locate(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         rows = conversations = 0
         for located in self._rows(file):
@@ -59,11 +59,11 @@ class LlavaJson:
         if not conversations:
             raise UserError(f"{file}: not LLaVA JSON: no row has `conversations`")
 
-    def read(self, file: Place, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
         return (json.loads(content) for content in _read_ranges(file, wheres))
 
-    def _rows(self, file: Place) -> Iterator[Located]:
+    def _rows(self, file: StoragePath) -> Iterator[RowRef]:
         walk = _Walk(file)
         if walk.next_character() != "[":
             raise UserError(f"{file}: LLaVA JSON is a non-empty list of rows; this does not begin with [")
@@ -78,7 +78,7 @@ class LlavaJson:
 class _Walk:
     """A cursor over a JSON text that holds no more than the value under it and a chunk. Offsets are in bytes."""
 
-    def __init__(self, file: Place) -> None:
+    def __init__(self, file: StoragePath) -> None:
         self._file = file
         self._stream = file.filesystem.open_input_stream(file.path)
         self._decode = json.JSONDecoder().raw_decode
@@ -103,7 +103,7 @@ class _Walk:
         self._offset += len(passed.encode())
         self._place += characters
 
-    def value(self) -> Located:
+    def value(self) -> RowRef:
         """The value under the cursor; the cursor moves behind it. Raises UserError when it is not JSON."""
         while True:
             try:
@@ -117,7 +117,7 @@ class _Walk:
                 continue
             start = self._offset
             self.skip(end - self._place)
-            return Located([start, self._offset - start], raw)
+            return RowRef([start, self._offset - start], raw)
 
     def _more(self) -> bool:
         chunk = self._stream.read(_CHUNK)
@@ -137,19 +137,19 @@ class JsonLines:
 
     parses = True
 
-    def locate(self, file: Place) -> Iterator[Located]:
+    def locate(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         offset = rows = 0
         with file.filesystem.open_input_stream(file.path) as stream:
             for line in io.BufferedReader(_Raw(stream), _CHUNK):
                 if line.strip():
                     rows += 1
-                    yield Located([offset, len(line)], _parsed(line))
+                    yield RowRef([offset, len(line)], _parsed(line))
                 offset += len(line)
         if not rows:
             raise UserError(f"{file}: holds no row")
 
-    def read(self, file: Place, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
         return (_parsed(content) for content in _read_ranges(file, wheres))
 
@@ -176,7 +176,7 @@ def _parsed(line: bytes) -> Any:
         return f"not JSON: {error}"
 
 
-def _read_ranges(file: Place, ranges: Sequence[Any]) -> Iterator[bytes]:
+def _read_ranges(file: StoragePath, ranges: Sequence[Any]) -> Iterator[bytes]:
     """The bytes at [offset, size], neighbours read together."""
     with file.filesystem.open_input_file(file.path) as stream:
         start, held = 0, b""
@@ -198,11 +198,11 @@ def _run_end(ranges: Sequence[Any], first: int) -> int:
 
 
 class Parquet:
-    """Parquet tables, Hugging Face `datasets` exports among them; pictures may lie in the rows."""
+    """Parquet tables, Hugging Face `datasets` exports among them; images may lie in the rows."""
 
     parses = False
 
-    def locate(self, file: Place) -> Iterator[Located]:
+    def locate(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         try:
             metadata = pq.read_metadata(file.path, filesystem=file.filesystem)
@@ -212,9 +212,9 @@ class Parquet:
             raise UserError(f"{file}: has neither a `conversations` nor a `messages` column")
         for group in range(metadata.num_row_groups):
             for row in range(metadata.row_group(group).num_rows):
-                yield Located([group, row])
+                yield RowRef([group, row])
 
-    def read(self, file: Place, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
         table, held = None, -1
         with pq.ParquetFile(file.path, filesystem=file.filesystem) as parquet:
@@ -230,7 +230,7 @@ class WebDataset:
 
     parses = False
 
-    def locate(self, file: Place) -> Iterator[Located]:
+    def locate(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         key: str | None = None
         members: dict[str, Any] = {}
@@ -241,7 +241,7 @@ class WebDataset:
                         continue
                     name, suffix = _split_name(member.name)
                     if name != key and members:
-                        yield Located({"key": key, **members})
+                        yield RowRef({"key": key, **members})
                         members = {}
                     key = name
                     members[suffix] = [member.offset_data, member.size]
@@ -249,9 +249,9 @@ class WebDataset:
             raise UserError(f"{file}: not a whole tar ({error})") from error
         if not members:
             raise UserError(f"{file}: holds no sample")
-        yield Located({"key": key, **members})
+        yield RowRef({"key": key, **members})
 
-    def read(self, file: Place, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
         with file.filesystem.open_input_file(file.path) as stream:
             for where in wheres:
@@ -259,19 +259,19 @@ class WebDataset:
                 yield self._row(where["key"], {suffix: _at(stream, span) for suffix, span in members.items()})
 
     def _row(self, key: str, members: dict[str, bytes]) -> Any:
-        pictures = [content for suffix, content in sorted(members.items()) if _is_picture(suffix)]
+        images = [content for suffix, content in sorted(members.items()) if _is_image(suffix)]
         if "json" in members:
             raw = _parsed(members["json"])
             if isinstance(raw, dict):
                 raw = {"id": key, **raw}
-                if pictures:
-                    raw["image"] = pictures
+                if images:
+                    raw["image"] = images
             return raw
-        if "txt" in members and pictures:
+        if "txt" in members and images:
             caption = members["txt"].decode("utf-8", errors="replace")
-            turns = [{"from": "human", "value": "<image>" * len(pictures)}, {"from": "gpt", "value": caption}]
-            return {"id": key, "image": pictures, "conversations": turns}
-        return f"{key}: has neither .json nor .txt with a picture, only {', '.join(sorted(members))}"
+            turns = [{"from": "human", "value": "<image>" * len(images)}, {"from": "gpt", "value": caption}]
+            return {"id": key, "image": images, "conversations": turns}
+        return f"{key}: has neither .json nor .txt with a image, only {', '.join(sorted(members))}"
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -280,8 +280,8 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def _is_picture(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in _PICTURE_SUFFIXES
+def _is_image(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
 
 
 def _at(stream: Any, span: Sequence[int]) -> bytes:
@@ -298,7 +298,7 @@ FORMATS: dict[str, Format] = {
 SUFFIXES = {".json": "llava_json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
 
 
-def format_of(file: Place) -> str:
+def format_of(file: StoragePath) -> str:
     """The format that a file's name tells. Raises UserError when it tells none."""
     for suffix, name in SUFFIXES.items():
         if file.name.lower().endswith(suffix):

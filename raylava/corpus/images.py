@@ -1,6 +1,6 @@
 """Bytes → the RGB pixels a person would see → squared and resized as the vision backbone takes them. Pure.
 
-`prepare_picture` is what preparation stores; `normalise` is what training and the published processor feed the tower.
+`prepare_image` is what preparation stores; `normalise` is what training and the published processor feed the tower.
 """
 
 import io
@@ -14,9 +14,9 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from raylava.config.recipe import ImageEncoding
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.model.backbones import PixelRule
-from raylava.recipe import Storing
+from raylava.models.registry import PixelRule
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 
 
 def decode(content: bytes, max_pixels: int) -> Pixels:
-    """The picture as a person would see it: first frame, upright by EXIF, in RGB, alpha laid on white.
+    """The image as a person would see it: first frame, upright by EXIF, in RGB, alpha laid on white.
 
     Raises BadRow when it can't be read, is cut short, or has more than `max_pixels` pixels (checked before decoding).
     """
@@ -132,13 +132,13 @@ def _resize_fast(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def mean_colour(rule: PixelRule) -> tuple[int, int, int]:
-    """The backbone's mean as 8-bit RGB: what pads, and what a blank picture shows."""
+    """The backbone's mean as 8-bit RGB: what pads, and what a blank image shows."""
     red, green, blue = (int(channel * 255) for channel in rule.mean)
     return red, green, blue
 
 
-def encode(pixels: Pixels, store: Storing) -> bytes:
-    """The picture in the format that blocks keep."""
+def encode(pixels: Pixels, store: ImageEncoding) -> bytes:
+    """The image in the format that blocks keep."""
     if store.format == "jpeg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=store.quality, colorsubsampling="444")
     buffer = io.BytesIO()
@@ -149,16 +149,16 @@ def encode(pixels: Pixels, store: Storing) -> bytes:
     return buffer.getvalue()
 
 
-def prepare_picture(content: bytes, rule: PixelRule, fit: str, store: Storing, max_pixels: int) -> bytes:
-    """A source picture's bytes → what a block stores: `size` × `size` RGB, encoded. Raises BadRow."""
+def prepare_image(content: bytes, rule: PixelRule, fit: str, store: ImageEncoding, max_pixels: int) -> bytes:
+    """A source image's bytes → what a block stores: `size` × `size` RGB, encoded. Raises BadRow."""
     squared = square_fast if store.format == "jpeg" else square
     pixels = decode(content, max_pixels)
-    _refuse_sliver(pixels, rule, fit, max_pixels)
+    _reject_extreme_aspect_ratio(pixels, rule, fit, max_pixels)
     return encode(squared(pixels, rule, fit), store)
 
 
-def _refuse_sliver(pixels: Pixels, rule: PixelRule, fit: str, max_pixels: int) -> None:
-    """A picture of 60,000 × 1 pixels is small until it is padded to a square, or its short side is scaled up."""
+def _reject_extreme_aspect_ratio(pixels: Pixels, rule: PixelRule, fit: str, max_pixels: int) -> None:
+    """A image of 60,000 × 1 pixels is small until it is padded to a square, or its short side is scaled up."""
     height, width, _ = pixels.shape
     longest, shortest = max(height, width), min(height, width)
     between = longest**2 if fit == "pad" else rule.size**2 * longest // shortest
@@ -168,14 +168,14 @@ def _refuse_sliver(pixels: Pixels, rule: PixelRule, fit: str, max_pixels: int) -
 
 
 def decode_stored(content: bytes) -> Pixels:
-    """A picture from a block as (size, size, 3) uint8."""
+    """A image from a block as (size, size, 3) uint8."""
     if content[:2] == b"\xff\xd8":  # JPEG's start-of-image marker
         return simplejpeg.decode_jpeg(content)
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def blank_pixels(rule: PixelRule) -> Pixels:
-    """A picture of the mean colour, (size, size, 3) uint8: what a text-only pack shows the vision tower."""
+    """A image of the mean colour, (size, size, 3) uint8: what a text-only pack shows the vision tower."""
     return np.full((rule.size, rule.size, 3), mean_colour(rule), dtype=np.uint8)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from raylava.corpus.blocks import QUARANTINE, Blocks, Manifest, Sample, read_quarantine
 from raylava.corpus.quarantine import Quarantined
-from raylava.storage import Place
+from raylava.storage import StoragePath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class Inspection:
     quarantine: tuple[Quarantined, ...]
 
 
-def inspect(artifact: Place, samples: int, seed: int) -> Inspection:
+def inspect(artifact: StoragePath, samples: int, seed: int) -> Inspection:
     """Look into a `prepare` artifact; `samples` of its rows are drawn by `seed` to be shown."""
     blocks = Blocks.at(artifact)
     quarantine = read_quarantine((artifact / QUARANTINE).read_bytes())
@@ -65,13 +65,13 @@ def page(inspection: Inspection, title: str, tokenizer: "PreTrainedTokenizerBase
         "samples": manifest.rows,
         "set aside": manifest.quarantined,
         "trimmed": manifest.trimmed,
-        "pictures": manifest.images,
+        "images": manifest.images,
         "tokens": manifest.tokens,
-        "supervised tokens": manifest.supervised_tokens,
+        "supervised tokens": manifest.loss_tokens,
         "bytes": sum(block.bytes for block in manifest.blocks),
     }
     cards = "".join(f"<div><b>{value:,}</b><span>{html.escape(name)}</span></div>" for name, value in figures.items())
-    share = f"{manifest.supervised_tokens / manifest.tokens:.1%} of tokens are supervised."
+    share = f"{manifest.loss_tokens / manifest.tokens:.1%} of tokens are supervised."
     return _PAGE.format(
         title=html.escape(title),
         figures=cards,
@@ -92,20 +92,20 @@ def _bars(histogram: tuple[tuple[int, int, int], ...]) -> str:
 
 
 def _sample(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
-    pictures = "".join(
-        f'<img alt="picture {number}" src="data:image;base64,{base64.b64encode(content).decode()}">'
+    images = "".join(
+        f'<img alt="image {number}" src="data:image;base64,{base64.b64encode(content).decode()}">'
         for number, content in enumerate(sample.images)
     )
     return (
-        f"<article><header>{html.escape(sample.sample_id)}<small>{sample.length} tokens, {sample.supervised_tokens} "
-        f"supervised</small></header>{pictures}<pre>{_marked(sample, tokenizer)}</pre></article>"
+        f"<article><header>{html.escape(sample.sample_id)}<small>{sample.length} tokens, {sample.loss_tokens} "
+        f"supervised</small></header>{images}<pre>{_marked(sample, tokenizer)}</pre></article>"
     )
 
 
 def _marked(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The conversation as the model reads it, control tokens shown, the supervised part marked."""
     parts, place = [], 0
-    for start, stop in sample.supervised:
+    for start, stop in sample.loss_spans:
         parts.append(html.escape(tokenizer.decode(sample.input_ids[place:start])))
         parts.append(f"<mark>{html.escape(tokenizer.decode(sample.input_ids[start:stop]))}</mark>")
         place = stop
@@ -161,7 +161,7 @@ _PAGE = """<!doctype html>
 <h2>Length in tokens</h2>
 <div class="histogram">{histogram}</div>
 <h2>Samples as the model sees them</h2>
-<p>Pictures at the backbone's resolution; <mark>marked</mark> is what the loss counts.</p>
+<p>Images at the backbone's resolution; <mark>marked</mark> is what the loss counts.</p>
 <div class="samples">{samples}</div>
 <h2>Set aside</h2>
 {quarantine}

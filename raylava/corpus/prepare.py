@@ -2,7 +2,7 @@
 
     annotations ──shards of rows (text only)──▶ Ray Data: one task a shard ──▶ block, quarantine part, record
 
-A shard's task reads its rows and their pictures, encodes both, and publishes its block itself, so no pixel crosses the
+A shard's task reads its rows and their images, encodes both, and publishes its block itself, so no pixel crosses the
 object store and memory holds only the blocks in flight. Shards are cut by row count alone: the same corpus gives the
 same bytes whatever the parallelism. A block is done when its record, written last, is there; a second run makes only
 the rest.
@@ -21,8 +21,11 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from raylava.cluster.gauges import Gauges
 from raylava.cluster.nodes import resources_at, resources_in_time, startable
-from raylava.console import Bar
+from raylava.cluster.session import told
+from raylava.config.recipe import Corpus, Language
+from raylava.console import ProgressBar
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -41,17 +44,14 @@ from raylava.corpus.blocks import (
     read_lengths,
     read_quarantine,
 )
-from raylava.corpus.conversation import Encoded, Encoder, check_turns
-from raylava.corpus.images import prepare_picture
+from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, check_turns
+from raylava.corpus.images import prepare_image
 from raylava.corpus.quarantine import BadRow, Quarantined, Reason
-from raylava.corpus.sources import Pick, Row, SourceFiles, image_place, parse_row, sample_id
+from raylava.corpus.sources import Row, SelectedRow, SourceFiles, image_place, parse_row, sample_id
 from raylava.errors import RunError, UserError
-from raylava.gauges import Gauges
-from raylava.model.backbones import VisionSpec, load_tokenizer
-from raylava.model.templates import IMAGE_TOKEN, Template
-from raylava.recipe import Corpus, Language
-from raylava.session import told
-from raylava.storage import Place, place
+from raylava.models.registry import VisionSpec, load_tokenizer
+from raylava.models.templates import IMAGE_TOKEN, Template
+from raylava.storage import StoragePath, storage_path
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ _INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareSpec:
     """All that a task needs to turn a shard into a block; small, and the same on every node."""
 
     name: str
@@ -77,30 +77,30 @@ class Job:
         return [SourceFiles(source, *places) for source, places in zip(self.corpus.sources, self.places, strict=True)]
 
 
-def prepare(job: Job, tokenizer: str, bar: Bar, labels: dict[str, str] | None = None) -> Manifest:
+def prepare(spec: PrepareSpec, tokenizer: str, bar: ProgressBar, labels: dict[str, str] | None = None) -> Manifest:
     """Make the blocks that are missing, then the manifest. `tokenizer` is its identity, for the manifest; `labels`
     select the nodes to work on.
 
     Raises UserError when the source isn't LLaVA JSON, or when more rows are set aside than `quarantine_limit` allows.
     """
-    output = place(job.output)
-    rows_in, shards = _stage_rows(job, output)
+    output = storage_path(spec.output)
+    rows_in, shards = _stage_rows(spec, output)
     done = [shard for shard in range(shards) if _record_place(output, shard).exists()]
     pending = [shard for shard in range(shards) if shard not in set(done)]
-    tally = _Tally(job, rows_in, output)
+    tally = _Tally(spec, rows_in, output)
     for shard in done:
         tally.add(_read_record(output, shard))
     gauges = Gauges(output.name, "prepare")
     bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
-    for record in _run(job, pending, labels or {}):
+    for record in _run(spec, pending, labels or {}):
         tally.add(record)
         bar.update(tally.rows, rows_in, quarantined=tally.quarantined)
         gauges.set(rows=tally.rows, quarantined_rows=tally.quarantined)
-    return _publish(job, output, shards, rows_in, tokenizer)
+    return _publish(spec, output, shards, rows_in, tokenizer)
 
 
-def _stage_rows(job: Job, output: Place) -> tuple[int, int]:
-    """Cut the chosen rows into shards of `rows_per_block`; returns (rows, shards). Does nothing the second time.
+def _stage_rows(spec: PrepareSpec, output: StoragePath) -> tuple[int, int]:
+    """Cut the chosen rows into shards of `samples_per_block`; returns (rows, shards). Does nothing the second time.
 
     A shard says where its rows lie and holds none of them, so this reads annotations once and copies nothing.
     """
@@ -109,29 +109,29 @@ def _stage_rows(job: Job, output: Place) -> tuple[int, int]:
         about = json.loads(index.read_bytes())
         return about["rows"], about["shards"]
     rows = shards = 0
-    for shard, lines in enumerate(_shards(job)):
+    for shard, lines in enumerate(_shards(spec)):
         _shard_place(output, shard).write_bytes(b"\n".join(lines))
         rows += len(lines)
         shards += 1
     if not rows:
-        raise UserError(f"corpora.{job.name}: no row is chosen by include, exclude and limit; widen them")
+        raise UserError(f"corpora.{spec.name}: no row is chosen by include, exclude and limit; widen them")
     index.write_bytes(json.dumps({"rows": rows, "shards": shards}).encode())
     return rows, shards
 
 
-def _shards(job: Job) -> Iterator[list[bytes]]:
+def _shards(spec: PrepareSpec) -> Iterator[list[bytes]]:
     lines: list[bytes] = []
-    for number, source in enumerate(job.sources):
+    for number, source in enumerate(spec.sources):
         for pick in source.picks(number):
             lines.append(json.dumps(astuple(pick)).encode())
-            if len(lines) == job.corpus.rows_per_block:
+            if len(lines) == spec.corpus.samples_per_block:
                 yield lines
                 lines = []
     if lines:
         yield lines
 
 
-def _run(job: Job, pending: list[int], labels: dict[str, str]) -> Iterator[BlockRecord]:
+def _run(spec: PrepareSpec, pending: list[int], labels: dict[str, str]) -> Iterator[BlockRecord]:
     """The records of the pending shards, as Ray Data finishes them."""
     if not pending:
         return
@@ -146,37 +146,37 @@ def _run(job: Job, pending: list[int], labels: dict[str, str]) -> Iterator[Block
     pool = ray.data.ActorPoolStrategy(  # without `most`, Ray Data asks the autoscaler for nodes of any kind
         min_size=1, initial_size=workers, max_size=most, max_tasks_in_flight_per_actor=2
     )
-    made = shards.map(_MakeBlock, fn_constructor_args=(job,), compute=pool, label_selector=labels or None)
+    made = shards.map(_MakeBlock, fn_constructor_args=(spec,), compute=pool, label_selector=labels or None)
     for row in made.iter_rows():
         if row["problem"]:
-            raise RunError(f"preparing corpora.{job.name} failed: {row['problem']}")
+            raise RunError(f"preparing corpora.{spec.name} failed: {row['problem']}")
         yield BlockRecord(**json.loads(row["record"]))
 
 
 class _MakeBlock:
     """The Ray Data function: a shard's number in, its block's record out."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, spec: PrepareSpec) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker has one CPU
-        self._job = job
-        _encoder(job.language, job.template)
+        self._spec = spec
+        _encoder(spec.language, spec.template)
         gc.freeze()  # what torch and transformers brought stays: no use in looking through it again and again
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         try:
-            return {"record": json.dumps(asdict(make_block(self._job, int(row["shard"])))), "problem": ""}
+            return {"record": json.dumps(asdict(make_block(self._spec, int(row["shard"])))), "problem": ""}
         except Exception as error:
             return {"record": "", "problem": told(error)}
 
 
-def make_block(job: Job, shard: int) -> BlockRecord:
+def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
     """Read one shard's rows, and publish its block, its lengths, its quarantine part and, last, its record."""
-    output = place(job.output)
+    output = storage_path(spec.output)
     made = _Made([], [], 0)
-    encoder = _encoder(job.language, job.template)
-    for pick, file, images, raw in _raw_rows(job, output, shard):
+    encoder = _encoder(spec.language, spec.template)
+    for pick, file, images, raw in _raw_rows(spec, output, shard):
         try:
-            sample, trimmed = make_sample(parse_row(raw, pick.suffix), encoder, images, job)
+            sample, trimmed = make_sample(parse_row(raw, pick.suffix), encoder, images, spec)
             made.samples.append(sample)
             made.trimmed += trimmed
         except BadRow as bad:
@@ -195,53 +195,55 @@ class _Made:
     trimmed: int
 
 
-def _raw_rows(job: Job, output: Place, shard: int) -> Iterator[tuple[Pick, Place, Place, Any]]:
+def _raw_rows(
+    spec: PrepareSpec, output: StoragePath, shard: int
+) -> Iterator[tuple[SelectedRow, StoragePath, StoragePath, Any]]:
     """(pick, its file, its image root, raw row) of a shard's rows, neighbours in a file read together."""
-    picks = [Pick(*json.loads(line)) for line in _shard_place(output, shard).read_bytes().splitlines()]
-    sources = job.sources
+    picks = [SelectedRow(*json.loads(line)) for line in _shard_place(output, shard).read_bytes().splitlines()]
+    sources = spec.sources
     for (number, file_number), run in itertools.groupby(picks, key=lambda pick: (pick.source, pick.file)):
         source, chosen = sources[number], list(run)
-        file, images = source.files[file_number], place(source.images)
+        file, images = source.files[file_number], storage_path(source.images)
         raws = source.format(file).read(file, [pick.where for pick in chosen])
         for pick, raw in zip(chosen, raws, strict=True):
             yield pick, file, images, raw
 
 
-def make_sample(row: Row, encoder: Encoder, images: Place, job: Job) -> tuple[Sample, bool]:
-    """One row as a sample, and whether it was trimmed. Cheap checks come before pictures are read. Raises BadRow."""
+def make_sample(row: Row, encoder: ChatTokenizer, image_root: StoragePath, spec: PrepareSpec) -> tuple[Sample, bool]:
+    """One row as a sample, and whether it was trimmed. Cheap checks come before images are read. Raises BadRow."""
     check_turns(row.turns, len(row.images))
-    encoded = _encode_within(row, encoder, job)
-    length = encoded.length(job.vision.image_tokens)
-    pictures = [
-        prepare_picture(
-            picture if isinstance(picture, bytes) else _read_picture(images, picture),
-            job.vision.pixels,
-            job.corpus.fit,
-            job.corpus.store,
-            job.corpus.max_pixels,
+    encoded = _encode_within(row, encoder, spec)
+    length = encoded.length(spec.vision.image_tokens)
+    images = [
+        prepare_image(
+            image if isinstance(image, bytes) else _read_image(image_root, image),
+            spec.vision.pixels,
+            spec.corpus.image_aspect,
+            spec.corpus.image_encoding,
+            spec.corpus.max_pixels,
         )
-        for picture in row.images[: encoded.images]
+        for image in row.images[: encoded.images]
     ]
-    trimmed = 2 * len(encoded.supervised) < len(row.turns)
-    return Sample(row.sample_id, encoded.input_ids, encoded.supervised, pictures, length), trimmed
+    trimmed = 2 * len(encoded.loss_spans) < len(row.turns)
+    return Sample(row.sample_id, encoded.input_ids, encoded.loss_spans, images, length), trimmed
 
 
-def _encode_within(row: Row, encoder: Encoder, job: Job) -> Encoded:
-    """The row's ids within `max_length`; with `too_long: trim`, whole exchanges are left off its end until it fits.
+def _encode_within(row: Row, encoder: ChatTokenizer, spec: PrepareSpec) -> TokenizedChat:
+    """The row's ids within `max_length`; with `on_overlong: trim`, whole exchanges are left off its end until it fits.
 
-    A picture goes with the turn that shows it. Raises BadRow when even the first exchange is too long.
+    A image goes with the turn that shows it. Raises BadRow when even the first exchange is too long.
     """
-    first = len(row.turns) if job.corpus.too_long == "quarantine" else 2
+    first = len(row.turns) if spec.corpus.on_overlong == "quarantine" else 2
     for turns in range(len(row.turns), first - 1, -2):
         kept = row.turns[:turns]
         encoded = encoder.encode(kept, sum(turn.text.count(IMAGE_TOKEN) for turn in kept))
-        length = encoded.length(job.vision.image_tokens)
-        if length <= job.corpus.max_length:
+        length = encoded.length(spec.vision.image_tokens)
+        if length <= spec.corpus.max_length:
             return encoded
-    raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={job.corpus.max_length}")
+    raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={spec.corpus.max_length}")
 
 
-def _read_picture(root: Place, name: str) -> bytes:
+def _read_image(root: StoragePath, name: str) -> bytes:
     file = image_place(root, name)
     if root.is_local:
         _refuse_link_out(root, file, name)
@@ -257,7 +259,7 @@ def _read_picture(root: Place, name: str) -> bytes:
         raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: {error}"[:200]) from error
 
 
-def _refuse_link_out(root: Place, file: Place, name: str) -> None:
+def _refuse_link_out(root: StoragePath, file: StoragePath, name: str) -> None:
     folder, _, last = file.path.rpartition("/")
     real = Path(file.path).resolve() if os.path.islink(file.path) else _real_folder(folder) / last
     if not real.is_relative_to(_real_folder(root.path)):
@@ -266,17 +268,17 @@ def _refuse_link_out(root: Place, file: Place, name: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _real_folder(path: str) -> Path:
-    """Links followed. Remembered: to ask the disk again for every picture takes longer than to read it."""
+    """Links followed. Remembered: to ask the disk again for every image takes longer than to read it."""
     return Path(path).resolve()
 
 
 @functools.cache
-def _encoder(language: Language, template: Template) -> Encoder:
+def _encoder(language: Language, template: Template) -> ChatTokenizer:
     """Once a worker process: loading Gemma's tokenizer takes longer than encoding many rows."""
-    return Encoder(load_tokenizer(language), template)
+    return ChatTokenizer(load_tokenizer(language), template)
 
 
-def _write(output: Place, shard: int, made: _Made) -> BlockRecord:
+def _write(output: StoragePath, shard: int, made: _Made) -> BlockRecord:
     path = f"blocks/block-{shard:05d}.arrow"
     content = block_bytes(made.samples)
     (output / path).write_bytes(content)
@@ -288,31 +290,31 @@ def _write(output: Place, shard: int, made: _Made) -> BlockRecord:
     return record
 
 
-def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str) -> Manifest:
+def _publish(spec: PrepareSpec, output: StoragePath, shards: int, rows_in: int, tokenizer: str) -> Manifest:
     records = [_read_record(output, shard) for shard in range(shards)]
     lengths = concatenated(read_lengths(_lengths_place(output, shard).read_bytes()) for shard in range(shards))
     quarantine = [
         row for shard in range(shards) for row in read_quarantine(_quarantine_place(output, shard).read_bytes())
     ]
     if not len(lengths):
-        raise UserError(f"corpora.{job.name}: every row was set aside; see {output / _SHARDS}/quarantine*.csv")
+        raise UserError(f"corpora.{spec.name}: every row was set aside; see {output / _SHARDS}/quarantine*.csv")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         tokenizer=tokenizer,
-        pixels=job.vision.identity(),
+        pixels=spec.vision.identity(),
         blocks=tuple(records),
         rows_in=rows_in,
         rows=len(lengths),
         tokens=int(lengths.length.sum()),
-        supervised_tokens=int(lengths.supervised.sum()),
+        loss_tokens=int(lengths.loss_tokens.sum()),
         images=int(lengths.images.sum()),
         trimmed=sum(record.trimmed for record in records),
         quarantined=len(quarantine),
         quarantine=count_reasons(quarantine),
     )
     assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"
-    output.forget_parts()
-    _keep_tokenizer(job, output)
+    output.remove_partial_files()
+    _keep_tokenizer(spec, output)
     (output / LENGTHS).write_bytes(lengths_bytes(lengths))
     (output / QUARANTINE).write_bytes(quarantine_bytes(quarantine))
     (output / MANIFEST).write_bytes(manifest.to_json())
@@ -320,28 +322,28 @@ def _publish(job: Job, output: Place, shards: int, rows_in: int, tokenizer: str)
     return manifest
 
 
-def _keep_tokenizer(job: Job, output: Place) -> None:
+def _keep_tokenizer(spec: PrepareSpec, output: StoragePath) -> None:
     """The tokenizer goes with the blocks, so that they can be read back as text wherever they are."""
     with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(job.language).save_pretrained(folder)
+        load_tokenizer(spec.language).save_pretrained(folder)
         (output / TOKENIZER).upload_folder(Path(folder))
 
 
 class _Tally:
     """Counts rows as blocks finish, and stops the run as soon as too many were set aside."""
 
-    def __init__(self, job: Job, rows_in: int, output: Place) -> None:
-        self._job, self._rows_in, self._output = job, rows_in, output
+    def __init__(self, spec: PrepareSpec, rows_in: int, output: StoragePath) -> None:
+        self._spec, self._rows_in, self._output = spec, rows_in, output
         self.rows = self.quarantined = 0
 
     def add(self, record: BlockRecord) -> None:
         self.rows += record.rows + record.quarantined
         self.quarantined += record.quarantined
         counts = {"rows_in": self._rows_in, "quarantined": self.quarantined}
-        check_quarantine(counts, self._job.name, self._job.corpus, self._output / _SHARDS)
+        check_quarantine(counts, self._spec.name, self._spec.corpus, self._output / _SHARDS)
 
 
-def check_quarantine(metrics: dict[str, Any], name: str, corpus: Corpus, where: Place) -> None:
+def check_quarantine(metrics: dict[str, Any], name: str, corpus: Corpus, where: StoragePath) -> None:
     """Raise UserError when more rows were set aside than the recipe allows."""
     quarantined, rows_in = metrics["quarantined"], metrics["rows_in"]
     if quarantined > corpus.quarantine_limit * rows_in:
@@ -351,21 +353,21 @@ def check_quarantine(metrics: dict[str, Any], name: str, corpus: Corpus, where: 
         )
 
 
-def _shard_place(output: Place, shard: int) -> Place:
+def _shard_place(output: StoragePath, shard: int) -> StoragePath:
     return output / _SHARDS / f"shard-{shard:05d}.jsonl"
 
 
-def _lengths_place(output: Place, shard: int) -> Place:
+def _lengths_place(output: StoragePath, shard: int) -> StoragePath:
     return output / _SHARDS / f"lengths-{shard:05d}.arrow"
 
 
-def _quarantine_place(output: Place, shard: int) -> Place:
+def _quarantine_place(output: StoragePath, shard: int) -> StoragePath:
     return output / _SHARDS / f"quarantine-{shard:05d}.csv"
 
 
-def _record_place(output: Place, shard: int) -> Place:
+def _record_place(output: StoragePath, shard: int) -> StoragePath:
     return output / _SHARDS / f"record-{shard:05d}.json"
 
 
-def _read_record(output: Place, shard: int) -> BlockRecord:
+def _read_record(output: StoragePath, shard: int) -> BlockRecord:
     return BlockRecord(**json.loads(_record_place(output, shard).read_bytes()))

@@ -1,4 +1,4 @@
-"""Sources → rows of one type, whatever the files looked like. Reads annotations only, no pictures by path.
+"""Sources → rows of one type, whatever the files looked like. Reads annotations only, no images by path.
 
 A file that is of no known format is the user's mistake (UserError); a row that is not one is set aside (BadRow).
 """
@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from raylava.config.recipe import Source
 from raylava.corpus.conversation import Turn
-from raylava.corpus.formats import FORMATS, SUFFIXES, Format, Located, format_of
+from raylava.corpus.formats import FORMATS, SUFFIXES, Format, RowRef, format_of
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.errors import UserError
-from raylava.model.templates import IMAGE_TOKEN
-from raylava.recipe import Source
-from raylava.storage import Place, place
+from raylava.models.templates import IMAGE_TOKEN
+from raylava.storage import StoragePath, storage_path
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt"}
 _TAIL = 64 << 10  # bytes at a file's end: a Parquet footer, the last samples of a tar
@@ -27,7 +27,7 @@ _TAIL = 64 << 10  # bytes at a file's end: a Parquet footer, the last samples of
 
 @dataclass(frozen=True)
 class Row:
-    """One source row: a name that is unique in its corpus, its pictures (paths as written, or bytes), and its turns."""
+    """One source row: a name that is unique in its corpus, its images (paths as written, or bytes), and its turns."""
 
     sample_id: str
     images: tuple[str | bytes, ...]
@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Pick:
+class SelectedRow:
     """One row chosen for a corpus: which source, file and row, which repetition, and where in the file it lies."""
 
     source: int
@@ -57,9 +57,9 @@ class SourceFiles:
         self.source, self.annotations, self.images = source, annotations, images
 
     @property
-    def files(self) -> list[Place]:
+    def files(self) -> list[StoragePath]:
         """The file, or the folder's files of known formats by name. Raises UserError when there is none."""
-        root = place(self.annotations)
+        root = storage_path(self.annotations)
         kind = root.info().type
         if kind == pafs.FileType.NotFound:
             raise UserError(f"{root}: no such file; set the source's annotations (or data=…)")
@@ -70,17 +70,17 @@ class SourceFiles:
             raise UserError(f"{root}: holds no file of a known format ({', '.join(SUFFIXES)})")
         return found
 
-    def format(self, file: Place) -> Format:
+    def format(self, file: StoragePath) -> Format:
         """How a file of this source is read."""
         return FORMATS[format_of(file) if self.source.format == "auto" else self.source.format]
 
-    def picks(self, number: int) -> Iterator[Pick]:
+    def picks(self, number: int) -> Iterator[SelectedRow]:
         """The rows that the source gives to its corpus, in order; `number` is the source's."""
-        for file_number, row, located in itertools.islice(self.selected(), self.source.limit):
-            for copy in range(_copies(self.source.weight, f"{number}.{file_number}.{row}")):
-                yield Pick(number, file_number, row, copy, located.where)
+        for file_number, row, located in itertools.islice(self.selected(), self.source.max_rows):
+            for copy in range(_copies(self.source.sampling_weight, f"{number}.{file_number}.{row}")):
+                yield SelectedRow(number, file_number, row, copy, located.where)
 
-    def selected(self) -> Iterator[tuple[int, int, Located]]:
+    def selected(self) -> Iterator[tuple[int, int, RowRef]]:
         """(file, row, located) of the rows that include and exclude choose. Raises UserError for what is unreadable."""
         source = self.source
         chooses = source.include != ("*",) or source.exclude
@@ -89,37 +89,37 @@ class SourceFiles:
             if chooses and not form.parses:
                 raise UserError(f"{file}: include and exclude choose by image path, which only JSON sources tell")
             for row, located in enumerate(_located(form, file)):
-                if not chooses or takes(located.raw, source.include, source.exclude):
+                if not chooses or matches_filters(located.raw, source.include, source.exclude):
                     yield number, row, located
 
     def identity(self) -> dict[str, Any]:
-        """What the source is, wherever it lies: its files' content, and names and sizes of the pictures they name.
+        """What the source is, wherever it lies: its files' content, and names and sizes of the images they name.
 
         JSON is hashed whole; of Parquet and tars, which may hold terabytes, size and last 64 KiB.
         Raises UserError when annotations can't be read or the image folder is missing.
         """
         contents = [file.sha256() if self.format(file).parses else _tail_identity(file) for file in self.files]
         names = {name for _, _, located in self.selected() for name in image_names(located.raw)}
-        images = place(self.images)
+        images = storage_path(self.images)
         if names and not images.is_folder():
             raise UserError(f"{images}: no such image folder; set the source's images (or data=…)")
         listing = json.dumps(sorted(sizes_below(images, names).items()))
         return {"annotations": contents, "images": hashlib.sha256(listing.encode()).hexdigest()}
 
 
-def sizes_below(root: Place, names: set[str]) -> dict[str, int]:
+def sizes_below(root: StoragePath, names: set[str]) -> dict[str, int]:
     """Bytes of those of the named files that are below the root."""
-    return {name: size for name, size in root.files_below() if name in names} if names else {}
+    return {name: size for name, size in root.walk_files() if name in names} if names else {}
 
 
-def _located(form: Format, file: Place) -> Iterator[Located]:
+def _located(form: Format, file: StoragePath) -> Iterator[RowRef]:
     try:
         yield from form.locate(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
 
 
-def _tail_identity(file: Place) -> dict[str, Any]:
+def _tail_identity(file: StoragePath) -> dict[str, Any]:
     size = file.info().size
     with file.filesystem.open_input_file(file.path) as stream:
         stream.seek(max(0, size - _TAIL))
@@ -132,7 +132,7 @@ def _copies(weight: float, row: str) -> int:
     return int(weight) + (draw < weight - int(weight))
 
 
-def takes(raw: Any, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def matches_filters(raw: Any, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether patterns choose a raw row; a row without image paths, or one too broken to say, is always taken."""
     names = image_names(raw)
     wanted = all(any(fnmatch(name, pattern) for pattern in include) for name in names)
@@ -166,7 +166,7 @@ def _turn(raw: Any) -> Turn:
 
 
 def _text(content: Any) -> str:
-    """A turn's text; of a list of parts, texts joined and each picture as an image token."""
+    """A turn's text; of a list of parts, texts joined and each image as an image token."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
@@ -186,7 +186,7 @@ def _images(raw: dict[str, Any]) -> tuple[str | bytes, ...]:
 
 
 def _image(value: Any) -> str | bytes:
-    """A path, or the bytes of a picture that lies in the row (Hugging Face's struct of bytes and path among them)."""
+    """A path, or the bytes of a image that lies in the row (Hugging Face's struct of bytes and path among them)."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return bytes(value["bytes"])
     if isinstance(value, dict):
@@ -208,8 +208,8 @@ def image_names(raw: Any) -> tuple[str, ...]:
     return tuple(value for value in _image_values(raw) if isinstance(value, str))
 
 
-def image_place(root: Place, name: str) -> Place:
-    """Where an image path of a row lies. Raises BadRow when it would leave the root."""
+def image_place(root: StoragePath, name: str) -> StoragePath:
+    """TrialStatus an image path of a row lies. Raises BadRow when it would leave the root."""
     parts = name.replace("\\", "/").split("/")
     if name.startswith(("/", "~")) or "://" in name or ".." in parts or "\0" in name:
         raise BadRow(Reason.PATH_ESCAPES, repr(name))

@@ -1,6 +1,6 @@
 """How fast this machine trains a recipe: a few of its steps, timed, with as many workers as it has, without Ray.
 
-The model has random weights where a backbone's own are not in a folder here, the pictures are noise: neither changes
+The model has random weights where a backbone's own are not in a folder here, the images are noise: neither changes
 how long a step takes. What is found is kept for the next estimate of the same stage on this machine.
 """
 
@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from raylava.config.recipe import ImageEncoding, Model, Recipe
 from raylava.corpus.images import decode_stored, encode
-from raylava.cost.published import configs_of_model
-from raylava.cost.shapes import LlavaShape
-from raylava.cost.speed import Speed
 from raylava.errors import RunError, UserError
-from raylava.estimate.noise import noise
+from raylava.estimate.synthetic import noise
 from raylava.estimate.workload import Workload
-from raylava.model.backbones import is_folder
-from raylava.model.llava import PackTensors
-from raylava.recipe import Model, Recipe, Storing
+from raylava.models.llava import PackTensors
+from raylava.models.registry import is_folder
+from raylava.models.shapes import configs_of_model
+from raylava.perf.shapes import LlavaShape
+from raylava.perf.step_time import Speed
 from raylava.storage import cache_folder
-from raylava.train.plan import Pack, assign
+from raylava.train.batch_plan import Pack, pack_batch
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -103,7 +103,7 @@ def _kept(data: dict[str, Any]) -> Calibration:
 
 def _file(recipe: Recipe, stage: str, workload: Workload) -> Path:
     training = workload.training
-    names = ("pack_tokens", "zero", "attention", "activation_checkpointing", "compile", "precision")
+    names = ("max_tokens_per_pack", "zero", "attention", "activation_checkpointing", "compile", "precision")
     settings = training.model_dump(include=set(names))
     decides = [asdict(workload.model), settings, recipe.resources.model_dump(), stage]
     machine = [platform.node(), platform.processor(), os.cpu_count()]
@@ -130,18 +130,18 @@ class _Bench:
     """One rank's timing of one stage."""
 
     def __init__(self, timing: Timing, rank: int, device: torch.device) -> None:
+        from raylava.train.auto import AutoResolver
         from raylava.train.engine import DTYPES, Engine
-        from raylava.train.settle import Settler
 
         self._timing, self._rank, self._device = timing, rank, device
         workload, recipe = timing.workload, timing.recipe
-        llava = _model(recipe, DTYPES[workload.training.precision], workload.training.attention)
+        llava = _model(recipe, DTYPES[workload.training.precision], workload.training.attn_implementation)
         stage: Any = timing.stage
         plan = workload.plan_of_known
-        settler = Settler(stage, workload.model.shape, workload.corpus.lengths, plan, device)
-        settled = settler.settle(workload.training)
-        self._way = settled.option.way
-        self._engine: Engine = Engine(llava, stage, settled.training, _STEPS + 1, device)
+        resolver = AutoResolver(stage, workload.model.shape, workload.corpus.lengths, plan, device)
+        resolved = resolver.resolve_auto(workload.training)
+        self._way = resolved.option.way
+        self._engine: Engine = Engine(llava, stage, resolved.training, _STEPS + 1, device)
         self._image_token = int(llava.config.image_token_index)
 
     def run(self, started: float) -> Calibration:
@@ -162,7 +162,7 @@ class _Bench:
             update=0.0,
             latency=0.0,
             source=f"measured here: {len(timed)} steps, {self._timing.world_size} workers on {self._device.type}",
-            picture=self._picture_seconds() if self._device.type == "cpu" else 0.0,
+            image=self._image_seconds() if self._device.type == "cpu" else 0.0,
         )
         return Calibration(speed, start)
 
@@ -185,7 +185,7 @@ class _Bench:
         """This rank's packs of some of the run's steps, and the FLOPs of the rank that has most to do in each."""
         workload, world_size = self._timing.workload, self._timing.world_size
         for samples in workload.sampled.steps[: _STEPS + 1]:
-            ranks = assign(samples, workload.corpus.lengths.length, world_size, self._way.pack_tokens)
+            ranks = pack_batch(samples, workload.corpus.lengths.length, world_size, self._way.max_tokens_per_pack)
             _, flops, forward = workload.sampled.slowest(ranks)
             yield [self._pack(pack) for pack in ranks[self._rank]], flops + forward * self._way.recompute
 
@@ -199,19 +199,19 @@ class _Bench:
     def _pack(self, pack: Pack) -> PackTensors:
         lengths = self._timing.workload.corpus.lengths
         samples = [
-            (int(lengths.length[number]), int(lengths.images[number]), int(lengths.supervised[number]))
+            (int(lengths.length[number]), int(lengths.images[number]), int(lengths.loss_tokens[number]))
             for number in pack
         ]
         return noise(samples, self._shape, self._image_token)
 
-    def _picture_seconds(self) -> float:
+    def _image_seconds(self) -> float:
         """To decode one as blocks hold it, on the core that computes as well."""
         vision = self._shape.vision
         side = int(vision.patches**0.5) * vision.patch
         corpora = self._timing.recipe.corpora
         corpus = corpora.alignment if self._timing.stage == "pretrain" else corpora.instruction
         noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        stored = encode(noise, corpus.store if corpus else Storing())
+        stored = encode(noise, corpus.image_encoding if corpus else ImageEncoding())
         began = time.monotonic()
         for _ in range(20):
             decode_stored(stored).astype(np.float32)
@@ -220,12 +220,12 @@ class _Bench:
 
 def _model(recipe: Recipe, dtype: torch.dtype, attention: str) -> "LlavaForConditionalGeneration":
     """With its weights where both backbones are folders, else with random ones."""
-    from raylava.model.backbones import resolve_vision
-    from raylava.model.llava import assemble
+    from raylava.models.llava import build_llava
+    from raylava.models.registry import resolve_vision
 
     model = recipe.model
     if is_folder(model.language.name) and is_folder(model.vision.name):
-        return assemble(model, resolve_vision(model.vision), 0, dtype, attention)
+        return build_llava(model, resolve_vision(model.vision), 0, dtype, attention)
     return random_llava(model, dtype, attention)
 
 
@@ -233,7 +233,7 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
     """Of the dimensions of the recipe's backbones, on torch's default device."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from raylava.model.attention import register
+    from raylava.models.attention import register
 
     register()
     language, vision, patches = configs_of_model(model)

@@ -8,17 +8,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from raylava.cost.choose import Option, Room, all_ways, cheapest, open_ways, taken, usable, weigh
-from raylava.cost.flops import StepFlops
-from raylava.cost.hardware import Cluster
-from raylava.cost.memory import Trained, checkpoint_bytes, result_bytes
-from raylava.cost.published import shape_of_model
-from raylava.cost.shapes import LlavaShape
-from raylava.cost.speed import Speed
+from raylava.config.recipe import Corpus, Recipe, Training
 from raylava.errors import UserError
 from raylava.estimate.ingest import Ingest, IngestPlan, Store, plan
 from raylava.estimate.workload import CorpusName, CorpusSize, Workload, assumed
-from raylava.recipe import Corpus, Recipe, Training
+from raylava.models.shapes import shape_of_model
+from raylava.perf.flops import StepFlops
+from raylava.perf.hardware import Cluster
+from raylava.perf.memory import TrainableModel, checkpoint_bytes, result_bytes
+from raylava.perf.search import (
+    Candidate,
+    DeviceBudget,
+    all_execution_configs,
+    fastest_feasible,
+    rank_candidates,
+    recipe_candidates,
+    taken,
+    usable,
+)
+from raylava.perf.shapes import LlavaShape
+from raylava.perf.step_time import Speed
 
 StageName = Literal["pretrain", "finetune"]
 CORPUS_OF: dict[StageName, CorpusName] = {"pretrain": "alignment", "finetune": "instruction"}
@@ -32,7 +41,7 @@ class Target:
     """
 
     label: str
-    room: Room
+    room: DeviceBudget
     speed: Speed
     start: float
     save: float
@@ -57,7 +66,7 @@ def on_gpus(cluster: Cluster, speed: Speed) -> Target:
     device = cluster.device
     return Target(
         label=f"{cluster.nodes} × {cluster.gpus} {device.name}",
-        room=Room(usable(device.memory), None, cluster.world_size, cluster.bandwidth),
+        room=DeviceBudget(usable(device.memory), None, cluster.world_size, cluster.bandwidth),
         speed=speed,
         start=_START,
         save=_HOST_COPY,
@@ -76,9 +85,9 @@ class StageForecast:
     stage: StageName
     workload: Workload
     target: Target
-    asked: Option
-    best: Option | None
-    options: tuple[Option, ...]
+    asked: Candidate
+    best: Candidate | None
+    options: tuple[Candidate, ...]
 
     @property
     def steps(self) -> int:
@@ -91,7 +100,7 @@ class StageForecast:
         return self.workload.sampled.flops()
 
     @property
-    def model(self) -> Trained:
+    def model(self) -> TrainableModel:
         """What trains."""
         return self.workload.model
 
@@ -100,7 +109,7 @@ class StageForecast:
         """From its start to its result."""
         model, target = self.model, self.target
         training = self.steps * self.asked.seconds.total
-        saves = max(1, int(training / (60 * self.workload.training.checkpoints.every_minutes)))
+        saves = max(1, int(training / (60 * self.workload.training.checkpoint.interval_minutes)))
         load = model.shape.parameters * model.value / _LOAD
         return target.start + load + training + saves * self.checkpoint / target.room.world_size * target.save
 
@@ -117,8 +126,8 @@ class StageForecast:
     @property
     def largest_pack(self) -> int | None:
         """In tokens, of the sizes weighed, that fits with the recipe's settings; None where none does."""
-        like = [one for one in self.options if one.way.mode == self.asked.way.mode and not one.why_not]
-        return max((one.way.pack_tokens for one in like), default=None)
+        like = [one for one in self.options if one.way.mode == self.asked.way.mode and not one.infeasible]
+        return max((one.way.max_tokens_per_pack for one in like), default=None)
 
     @property
     def mfu(self) -> float | None:
@@ -159,18 +168,18 @@ class Forecast:
     @property
     def fits(self) -> bool:
         """Whether every stage does, as the recipe has it."""
-        return all(not one.asked.why_not for one in self.stages)
+        return all(not one.asked.infeasible for one in self.stages)
 
 
 @dataclass(frozen=True)
-class Given:
+class KnownCorpora:
     """What is known of the corpora: those that are prepared, and rows of those that are not."""
 
     corpora: Mapping[CorpusName, CorpusSize]
     rows: Mapping[CorpusName, int]
 
 
-def forecast(recipe: Recipe, target: Target, given: Given, weighs_all: bool = True) -> Forecast:
+def forecast(recipe: Recipe, target: Target, given: KnownCorpora, weighs_all: bool = True) -> Forecast:
     """The recipe on the target; without `weighs_all` only as the recipe has it.
 
     Raises UserError for a corpus that nothing is known of, or a backbone whose configuration cannot be read.
@@ -192,7 +201,7 @@ def training_stages(recipe: Recipe) -> list[StageName]:
     return ["pretrain", "finetune"] if connector else ["finetune"]
 
 
-def sizes(recipe: Recipe, shape: LlavaShape, given: Given) -> dict[CorpusName, CorpusSize]:
+def sizes(recipe: Recipe, shape: LlavaShape, given: KnownCorpora) -> dict[CorpusName, CorpusSize]:
     """Of the corpora that the recipe's stages read."""
     found: dict[CorpusName, CorpusSize] = {}
     for stage in training_stages(recipe):
@@ -212,18 +221,18 @@ def _stage(
     weighs_all: bool,
 ) -> StageForecast:
     training: Training = getattr(recipe, stage)
-    model = Trained.of(shape, stage, training)
+    model = TrainableModel.of(shape, stage, training)
     workload = Workload(model, training, corpora[CORPUS_OF[stage]], recipe.seed)
-    if training.pack_tokens != "auto" and training.pack_tokens < workload.longest:
+    if training.max_tokens_per_pack != "auto" and training.max_tokens_per_pack < workload.longest:
         raise UserError(
-            f"{stage}.pack_tokens={training.pack_tokens} is less than the corpus's longest sample, "
+            f"{stage}.max_tokens_per_pack={training.max_tokens_per_pack} is less than the corpus's longest sample, "
             f"{workload.longest} tokens; raise it, or set it to auto"
         )
     room, speed = target.room, target.speed_of(stage)
     work, longest = workload.sampled.work(room.world_size), max(workload.longest, _corpus(recipe, stage).max_length)
-    asked = weigh(open_ways(training, longest), model, work, speed, room)
-    every = weigh(all_ways(training, longest), model, work, speed, room) if weighs_all else asked
-    return StageForecast(stage, workload, target, taken(asked), cheapest(every), tuple(every))
+    asked = rank_candidates(recipe_candidates(training, longest), model, work, speed, room)
+    every = rank_candidates(all_execution_configs(training, longest), model, work, speed, room) if weighs_all else asked
+    return StageForecast(stage, workload, target, taken(asked), fastest_feasible(every), tuple(every))
 
 
 def _corpus(recipe: Recipe, stage: StageName) -> Corpus:
@@ -236,5 +245,5 @@ def _ingest(recipe: Recipe, stage: StageName, size: CorpusSize, target: Target) 
     corpus, images = _corpus(recipe, stage), max(1, round(size.images))
     remote = any("://" in place for source in corpus.sources for place in (recipe.data, source.images))
     store, each = Store() if remote else Store.disk(), size.bytes / images
-    ingest = Ingest(images, target.cores, block_bytes=each, rows_per_block=corpus.rows_per_block, store=store)
+    ingest = Ingest(images, target.cores, block_bytes=each, samples_per_block=corpus.samples_per_block, store=store)
     return plan(ingest, target.nodes)

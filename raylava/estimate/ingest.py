@@ -1,4 +1,4 @@
-"""What preparing a corpus takes: hours and nodes for so many pictures, and requests that the object store admits.
+"""What preparing a corpus takes: hours and nodes for so many images, and requests that the object store admits.
 
 Pure. Assumptions are fields of `Ingest`; the rate of a core is measured here (`jobs/bench/prepare.py`) or given.
 """
@@ -32,16 +32,16 @@ class Store:
 
 @dataclass(frozen=True)
 class Ingest:
-    """Preparing so many pictures on nodes of so many cores. `picture_bytes` is a source file's, `block_bytes` a
-    prepared one's; `shard` pictures come with one request where the source is packed (WebDataset, Parquet), else 1.
+    """Preparing so many images on nodes of so many cores. `image_bytes` is a source file's, `block_bytes` a
+    prepared one's; `shard` images come with one request where the source is packed (WebDataset, Parquet), else 1.
     """
 
     images: int
     cores: int = 64
     images_per_core: float = IMAGES_PER_CORE
-    picture_bytes: float = 150e3
+    image_bytes: float = 150e3
     block_bytes: float = 79e3
-    rows_per_block: int = 2048
+    samples_per_block: int = 2048
     shard: int = 1
     prefixes: int = 1
     store: Store = Store()
@@ -49,7 +49,7 @@ class Ingest:
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """`rate` in pictures/s of `nodes` nodes, `bound` what holds it there. `listing` in hours, where files are single;
+    """`rate` in images/s of `nodes` nodes, `bound` what holds it there. `listing` in hours, where files are single;
     training reads paths from the annotations and never lists, so it matters to those who must list to write them.
     `nodes_at_most` is how many nodes the store feeds before it says 503.
     """
@@ -77,7 +77,7 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
     wanted = nodes or min(max(1, most), max(1, -(-int(ingest.images) // max(1, int(node * within_hours * 3600)))))
     rate = min(wanted * node, limit[bound_store])
     hours = ingest.images / rate / 3600
-    requests = ingest.images / ingest.shard + ingest.images / ingest.rows_per_block
+    requests = ingest.images / ingest.shard + ingest.images / ingest.samples_per_block
     return IngestPlan(
         nodes=wanted,
         rate=rate,
@@ -93,19 +93,19 @@ def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -
 
 
 def _node_rates(ingest: Ingest) -> dict[str, float]:
-    """Pictures/s that a node can do, by what may hold it back."""
+    """Images/s that a node can do, by what may hold it back."""
     store = ingest.store
     computing, waiting = 1 / ingest.images_per_core, store.latency / ingest.shard / store.in_flight
     return {
         "cores" if computing >= waiting else "latency": ingest.cores / (computing + waiting),
-        "network": store.node_bytes / (ingest.picture_bytes + ingest.block_bytes),
+        "network": store.node_bytes / (ingest.image_bytes + ingest.block_bytes),
     }
 
 
 def _store_rates(ingest: Ingest) -> dict[str, float]:
-    """Pictures/s that the store's request limits admit."""
+    """Images/s that the store's request limits admit."""
     store = ingest.store
     return {
         "GET requests": store.gets * ingest.prefixes * ingest.shard,
-        "PUT requests": store.puts * ingest.rows_per_block / 3,  # a block, its lengths, its record
+        "PUT requests": store.puts * ingest.samples_per_block / 3,  # a block, its lengths, its record
     }

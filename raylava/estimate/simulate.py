@@ -3,7 +3,7 @@
     goodput = time spent on steps that were kept / all time
 
 Pure and seeded: the same settings give the same run. What a step costs comes from cost/; what is assumed of the world
-stands in `World`. Failures hit nodes independently, at constant rates.
+stands in `FailureModel`. Failures hit nodes independently, at constant rates.
 """
 
 import heapq
@@ -19,10 +19,10 @@ _DAY = 86_400.0
 
 
 @dataclass(frozen=True)
-class World:
+class FailureModel:
     """What is assumed. Rates are per node: failures a day (Llama 3's 16,384 H100 saw 419 in 54 days on 2,048 nodes),
     spot reclaims an hour. Seconds: until a loss is noticed, until a new run has started (workers, checkpoint,
-    rehearsal), until a lost node is replaced; an elastic run goes on with the rest meanwhile, and starts anew with it.
+    memory dry run), until a lost node is replaced; an elastic run goes on with the rest meanwhile, and starts anew with it.
     `jitter` is the spread of a worker's step (lognormal sigma); a step waits for the slowest.
     """
 
@@ -77,7 +77,7 @@ def straggling(jitter: float, workers: int) -> float:
     return math.exp(jitter * NormalDist().inv_cdf(workers / (workers + 1)))
 
 
-def play(run: Run, world: World, seed: int, most_days: float = 365.0) -> Outcome:
+def play(run: Run, world: FailureModel, seed: int, most_days: float = 365.0) -> Outcome:
     """One run, to its end or to so many days."""
     return _Player(run, world, seed).play(most_days * _DAY)
 
@@ -88,7 +88,7 @@ class _Player:
     `done` counts seconds of work that is computed, `safe` what the last uploaded checkpoint holds.
     """
 
-    def __init__(self, run: Run, world: World, seed: int) -> None:
+    def __init__(self, run: Run, world: FailureModel, seed: int) -> None:
         self._run, self._world = run, world
         self._rng = np.random.default_rng(seed)
         self._step = run.step * straggling(world.jitter, run.workers)
@@ -171,7 +171,7 @@ class _Player:
         self._waiting += seconds
 
 
-def goodput(run: Run, world: World, seeds: Sequence[int] = range(16)) -> float:
+def goodput(run: Run, world: FailureModel, seeds: Sequence[int] = range(16)) -> float:
     """The mean over runs."""
     return float(np.mean([play(run, world, seed).goodput for seed in seeds]))
 
@@ -189,13 +189,13 @@ def daly(save: float, between_failures: float) -> float:
     return math.sqrt(2 * save * between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save
 
 
-def between_failures(run: Run, world: World) -> float:
+def between_failures(run: Run, world: FailureModel) -> float:
     """Seconds, of the whole run's nodes together."""
     rate = run.nodes * (world.failures_per_node_day / _DAY + world.reclaims_per_node_hour / 3600)
     return 1 / rate if rate else math.inf
 
 
-def best_interval(run: Run, world: World, seeds: Sequence[int] = range(16)) -> float:
+def best_interval(run: Run, world: FailureModel, seeds: Sequence[int] = range(16)) -> float:
     """The interval, in seconds, of the highest goodput of those around Young's; the whole run where nothing fails."""
     mean = between_failures(run, world)
     whole = run.step * run.steps
@@ -221,7 +221,7 @@ class Scaled:
 
 
 def scaling(
-    sizes: Sequence[int], run_at: Callable[[int], tuple[Run, dict[str, float]]], world: World, seed: int = 0
+    sizes: Sequence[int], run_at: Callable[[int], tuple[Run, dict[str, float]]], world: FailureModel, seed: int = 0
 ) -> list[Scaled]:
     """The run at each number of workers. `run_at` gives it, and a step's seconds by term (`compute` among them)."""
     found: list[Scaled] = []

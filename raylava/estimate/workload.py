@@ -1,6 +1,6 @@
 """What a training stage has to compute: the lengths of its samples, and the steps that they form.
 
-Read from a prepared corpus, or drawn by stated assumptions where there is none. No weights, no pictures.
+Read from a prepared corpus, or drawn by stated assumptions where there is none. No weights, no images.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from typing import Literal
 
 import numpy as np
 
+from raylava.config.recipe import Corpus, Training
 from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, Manifest, read_lengths
-from raylava.cost.memory import Trained
 from raylava.errors import UserError
-from raylava.recipe import Corpus, Training
-from raylava.storage import Place
-from raylava.train.plan import EpochPlan
-from raylava.train.work import Sampled, sampled
+from raylava.perf.memory import TrainableModel
+from raylava.storage import StoragePath
+from raylava.train.batch_plan import BatchPlan
+from raylava.train.sampled_steps import SampledSteps, sample_steps
 
 CorpusName = Literal["alignment", "instruction"]
 
-# Rows of LLaVA's own files, and the share of them with a picture (LLaVA-1.5's dataset cards).
+# Rows of LLaVA's own files, and the share of them with a image (LLaVA-1.5's dataset cards).
 _KNOWN_ROWS = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
 _SHOWN: dict[CorpusName, float] = {"alignment": 1.0, "instruction": 624_610 / 665_298}
 _DRAWN = 50_000  # lengths are drawn for so many rows at most
@@ -41,11 +41,11 @@ class CorpusSize:
 
     @property
     def images(self) -> float:
-        """Pictures of all samples."""
+        """Images of all samples."""
         return float(self.lengths.images.mean()) * self.rows
 
 
-def prepared(place: Place) -> CorpusSize:
+def prepared(place: StoragePath) -> CorpusSize:
     """What lies in a prepared corpus. Raises UserError where there is none."""
     try:
         manifest = Manifest.from_json((place / MANIFEST).read_bytes())
@@ -85,12 +85,12 @@ def _known_rows(name: CorpusName, corpus: Corpus) -> int:
                 f"corpora.{name}: {source.annotations} is not prepared and its rows are not known; "
                 f"give --rows {name}=N, or --corpus with what `raylava run --only prepare` made"
             )
-        total += min(rows, source.limit or rows) * source.weight
+        total += min(rows, source.max_rows or rows) * source.sampling_weight
     return max(1, round(total))
 
 
 def _draw(name: CorpusName, count: int, image_tokens: int, longest: int) -> Lengths:
-    """Lognormal lengths; the parameters are estimates of LLaVA's. Text gets what `longest` leaves beside a picture."""
+    """Lognormal lengths; the parameters are estimates of LLaVA's. Text gets what `longest` leaves beside a image."""
     rng = np.random.default_rng(0)
     shown = (rng.random(count) < _SHOWN[name]).astype(np.int32)
     asked, answered = text_lengths(name, rng, shown)
@@ -104,12 +104,12 @@ def _draw(name: CorpusName, count: int, image_tokens: int, longest: int) -> Leng
 def text_lengths(
     name: CorpusName, rng: np.random.Generator, shown: "np.ndarray[tuple[int], np.dtype[np.int32]]"
 ) -> "tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]":
-    """Tokens that are asked and answered, of rows that show a picture (1) or none (0)."""
+    """Tokens that are asked and answered, of rows that show a image (1) or none (0)."""
     count = len(shown)
     if name == "alignment":  # a short request and a caption
         return np.full(count, 20.0), np.clip(rng.lognormal(2.5, 0.5, count), 5, 80)
-    pictured, plain = rng.lognormal(5.0, 0.7, count), rng.lognormal(6.0, 0.8, count)
-    text = np.where(shown == 1, np.clip(pictured, 20, 1400), np.clip(plain, 20, 2000))
+    with_image, text_only = rng.lognormal(5.0, 0.7, count), rng.lognormal(6.0, 0.8, count)
+    text = np.where(shown == 1, np.clip(with_image, 20, 1400), np.clip(text_only, 20, 2000))
     answered = text * rng.uniform(0.15, 0.75, count)
     return text - answered, answered
 
@@ -118,13 +118,13 @@ def text_lengths(
 class Workload:
     """A training stage: a corpus, and how the recipe goes through it."""
 
-    model: Trained
+    model: TrainableModel
     training: Training
     corpus: CorpusSize
     seed: int
 
     @cached_property
-    def plan(self) -> EpochPlan:
+    def plan(self) -> BatchPlan:
         """Its steps."""
         return self._plan(self.corpus.rows)
 
@@ -134,16 +134,16 @@ class Workload:
         return int(self.corpus.lengths.length.max())
 
     @cached_property
-    def sampled(self) -> Sampled:
+    def sampled(self) -> SampledSteps:
         """Some of its steps, of the samples whose lengths are known."""
-        steps = sampled(self.plan_of_known, _SAMPLED_STEPS)
-        return Sampled(self.model, self.corpus.lengths, steps, self.training.global_batch)
+        steps = sample_steps(self.plan_of_known, _SAMPLED_STEPS)
+        return SampledSteps(self.model, self.corpus.lengths, steps, self.training.global_batch_size)
 
     @property
-    def plan_of_known(self) -> EpochPlan:
+    def plan_of_known(self) -> BatchPlan:
         """The plan over samples whose lengths are known, should these be fewer than there are."""
         return self._plan(len(self.corpus.lengths))
 
-    def _plan(self, samples: int) -> EpochPlan:
+    def _plan(self, samples: int) -> BatchPlan:
         training = self.training
-        return EpochPlan(samples, training.global_batch, training.epochs, self.seed, training.max_steps)
+        return BatchPlan(samples, training.global_batch_size, training.epochs, self.seed, training.max_steps)

@@ -9,7 +9,7 @@ import numpy as np
 
 from raylava.artifacts import Artifact
 from raylava.errors import UserError
-from raylava.evaluate.score.tally import paired_interval
+from raylava.evaluate.metrics.score_table import paired_interval
 
 CREDIT = "credit.json"  # of an evaluation: what each question earned, by id
 QUESTIONS = "questions.jsonl"
@@ -66,22 +66,22 @@ def compare(evaluations: Sequence[Artifact]) -> list[Comparison]:
     by_benchmark: dict[str, list[Artifact]] = {}
     for one in evaluations:
         if "figures" not in one.metrics:
-            raise UserError(f"{one.place}: no scored evaluation; give folders below STORAGE/evaluate")
+            raise UserError(f"{one.path}: no scored evaluation; give folders below STORAGE/evaluate")
         by_benchmark.setdefault(one.metrics["benchmark"], []).append(one)
     for name, own in by_benchmark.items():
         if len(own) < 2:
-            raise UserError(f"{own[0].place}: the only evaluation of {name}; give another to compare it with")
+            raise UserError(f"{own[0].path}: the only evaluation of {name}; give another to compare it with")
     return [_compared(name, own) for name, own in by_benchmark.items()]
 
 
 def _compared(benchmark: str, evaluations: list[Artifact]) -> Comparison:
     names = _names(evaluations)
-    credits = [json.loads((one.place / CREDIT).read_bytes()) for one in evaluations]
+    credits = [json.loads((one.path / CREDIT).read_bytes()) for one in evaluations]
     first = credits[0]
     for one, credit in zip(evaluations, credits, strict=True):
         if credit.keys() != first.keys():
             apart = sorted(credit.keys() ^ first.keys())
-            raise UserError(f"{one.place}: other questions than in {evaluations[0].place}: {', '.join(apart[:3])}")
+            raise UserError(f"{one.path}: other questions than in {evaluations[0].path}: {', '.join(apart[:3])}")
         _check_alike(one, evaluations[0])
     differences = []
     for name, credit in list(zip(names, credits, strict=True))[1:]:
@@ -96,10 +96,10 @@ def _compared(benchmark: str, evaluations: list[Artifact]) -> Comparison:
 def _check_alike(one: Artifact, first: Artifact) -> None:
     """The same ids may name other questions, and the same answers earn by other rules."""
     if one.record["content"]["questions"] != first.record["content"]["questions"]:
-        raise UserError(f"{one.place}: other questions than in {first.place}, though of the same ids")
+        raise UserError(f"{one.path}: other questions than in {first.path}, though of the same ids")
     rules = [(each.metrics["headline"], each.metrics["protocol"]) for each in (one, first)]
     if rules[0] != rules[1]:
-        raise UserError(f"{one.place}: scored by {' of '.join(rules[0])}, {first.place} by {' of '.join(rules[1])}")
+        raise UserError(f"{one.path}: scored by {' of '.join(rules[0])}, {first.path} by {' of '.join(rules[1])}")
 
 
 def _names(evaluations: list[Artifact]) -> list[str]:
@@ -124,4 +124,4 @@ def _asked(evaluations: list[Artifact], credits: list[dict[str, float]]) -> list
 
 
 def _lines(artifact: Artifact, file: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifact.place / file).read_bytes().splitlines()]
+    return [json.loads(line) for line in (artifact.path / file).read_bytes().splitlines()]

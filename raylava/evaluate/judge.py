@@ -8,14 +8,14 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 
-from raylava.console import Bar
+from raylava.console import ProgressBar
 from raylava.errors import RunError, UserError
 from raylava.evaluate.questions import Answer, Question
-from raylava.storage import Place
+from raylava.storage import StoragePath
 
 _SECONDS = 600  # that a judge may take for one answer
 
-PROMPT = """Grade an answer to a question about a picture, from 0.0 (wrong) to 1.0 (right), by how much of the truth it
+PROMPT = """Grade an answer to a question about a image, from 0.0 (wrong) to 1.0 (right), by how much of the truth it
 has.
 In the truth, <AND> joins parts that must all be there, <OR> parts of which one suffices.
 
@@ -28,7 +28,7 @@ Print the grade alone, as a number.
 
 
 def graded(
-    questions: Sequence[Question], answers: Sequence[Answer], command: str, kept: Place, bar: Bar
+    questions: Sequence[Question], answers: Sequence[Answer], command: str, kept: StoragePath, bar: ProgressBar
 ) -> dict[str, float | None]:
     """A grade for each answer, by question id; None where there is no answer.
 

@@ -1,6 +1,6 @@
 """Blocks → weights, by DeepSpeed under Ray Train.
 
-`job` is what one stage is to do. `plan` says which samples form each step and who computes them (pure); `feed` turns
+`spec` is what one stage is to do. `plan` says which samples form each step and who computes them (pure); `feed` turns
 the plan's packs into tensors ahead of need; `engine` wraps DeepSpeed, `writer` writes its checkpoints behind the step's
 back, `saver` decides when and `upload` takes them to storage; `ledger` is the proof of what was done;
 `figures`, `telemetry` and `trackers` are what people see of a run; `replay` looks at a step that went wrong. `loop` is

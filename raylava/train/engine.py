@@ -1,6 +1,6 @@
 """DeepSpeed: build, step, save, load. Knows nothing of Ray, of blocks or of plans.
 
-A step takes any number of packs: their summed losses, divided by the supervised tokens of all ranks, are its loss.
+A step takes any number of packs: their summed losses, divided by the loss_tokens tokens of all ranks, are its loss.
 DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
 """
 
@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylava.cost.memory import REDUCE_BUCKET
+from raylava.config.recipe import Training
 from raylava.errors import RunError, first_line
-from raylava.model.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, choose_trainable
-from raylava.recipe import Training
-from raylava.storage import Place, place
+from raylava.models.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, set_trainable
+from raylava.perf.memory import REDUCE_BUCKET
+from raylava.storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -42,20 +42,20 @@ _CURSOR = "cursor.json"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step over all ranks. `loss` is per supervised token; `seconds` are this rank's. `gradient_norm` is
+    """One step over all ranks. `loss` is per supervised token; `seconds` are this rank's. `grad_norm` is
     before clipping, and None where DeepSpeed does not tell it (ZeRO stage 0 in fp32). `lr` is the language model's
     rate; `skipped` says that something was not finite and nothing was updated.
     """
 
     loss: float
-    gradient_norm: float | None
+    grad_norm: float | None
     lr: float
     seconds: float
     skipped: bool
 
 
 @dataclass(frozen=True)
-class Cursor:
+class CheckpointMeta:
     """What a checkpoint holds: the state before `step`, of so many ranks at that ZeRO stage."""
 
     step: int
@@ -63,22 +63,22 @@ class Cursor:
     zero_stage: int
 
 
-def read_cursor(checkpoint: Place) -> Cursor:
+def read_checkpoint_meta(checkpoint: StoragePath) -> CheckpointMeta:
     """A checkpoint's cursor. Raises FileNotFoundError where there is none."""
-    return Cursor(**json.loads((checkpoint / _CURSOR).read_bytes()))
+    return CheckpointMeta(**json.loads((checkpoint / _CURSOR).read_bytes()))
 
 
-def schedule(step: int, steps: int, training: Training) -> float:
+def lr_multiplier(step: int, steps: int, training: Training) -> float:
     """The share of the peak rate at step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the
     schedule down to zero.
     """
-    warmup = math.ceil(training.warmup * steps)
+    warmup = math.ceil(training.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    if training.schedule == "cosine":
+    if training.lr_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0 - progress if training.schedule == "linear" else 1.0
+    return 1.0 - progress if training.lr_schedule == "linear" else 1.0
 
 
 class Engine:
@@ -94,7 +94,7 @@ class Engine:
     ) -> None:
         self._training, self._steps, self._device = training, steps, device
         self._dtype = DTYPES[training.precision]
-        choose_trainable(llava, stage, vision=training.vision_lr is not None)
+        set_trainable(llava, stage, vision=training.vision_lr is not None)
         llava.train()
         llava.model.vision_tower.eval()
         self.llava = llava.to(device)
@@ -107,25 +107,25 @@ class Engine:
         self._engine = _initialize(loss, training, device)
         self._writer = self._engine.checkpoint_engine
 
-    def step(self, number: int, packs: list[PackTensors], supervised: int) -> StepResult:
+    def step(self, number: int, packs: list[PackTensors], loss_tokens: int) -> StepResult:
         """Forward and backward of this rank's packs, then one update. `supervised` counts tokens over all ranks.
 
         When the loss or a gradient of any rank is not finite, no rank updates and the result says `skipped`.
         """
         started = time.monotonic()
-        factor = self._set_rate(number)
-        total = self._accumulate(packs, 1.0 / supervised)
+        factor = self._set_lr(number)
+        total = self._accumulate(packs, 1.0 / loss_tokens)
         finite = self._update(total)
         norm = self._engine.get_global_grad_norm()
         return StepResult(
-            loss=float(total) / supervised,
-            gradient_norm=None if norm is None else float(norm),
+            loss=float(total) / loss_tokens,
+            grad_norm=None if norm is None else float(norm),
             lr=self._training.lr * factor,
             seconds=time.monotonic() - started,
             skipped=not finite,
         )
 
-    def rehearse(self, packs: list[PackTensors], advice: str) -> None:
+    def memory_dry_run(self, packs: list[PackTensors], advice: str) -> None:
         """Forward and backward of these packs, changing nothing: a step whose loss is made not finite is skipped.
 
         Raises RunError with `advice`, what to change, when memory does not do.
@@ -137,10 +137,10 @@ class Engine:
                 raise
             raise RunError(_out_of_memory(packs, error, advice)) from error
         finite = self._update(total * math.nan)
-        assert not finite, "a rehearsal must not update"
+        assert not finite, "a memory dry run must not update"
 
-    def _set_rate(self, number: int) -> float:
-        factor = schedule(number, self._steps, self._training)
+    def _set_lr(self, number: int) -> float:
+        factor = lr_multiplier(number, self._steps, self._training)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         return factor
@@ -181,10 +181,10 @@ class Engine:
             str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            about = Cursor(cursor, dist.get_world_size(), int(self._training.zero.stage))
+            about = CheckpointMeta(cursor, dist.get_world_size(), int(self._training.zero.stage))
             (folder / _CURSOR).write_text(json.dumps(asdict(about)))
 
-    def written(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait until all that was saved is on this node's disk. Raises what went wrong while writing."""
         self._writer.wait()
 
@@ -193,7 +193,7 @@ class Engine:
 
         A checkpoint of another world size is converted to DeepSpeed's universal format first.
         """
-        about = read_cursor(place(folder))
+        about = read_checkpoint_meta(storage_path(folder))
         if about.zero_stage != self._training.zero.stage:
             raise RunError(
                 f"{folder} was written with zero.stage={about.zero_stage} and this run has "
@@ -254,8 +254,8 @@ def recompute(llava: "LlavaForConditionalGeneration") -> None:
 def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) -> str:
     largest = max(packs, key=lambda pack: pack.input_ids.shape[1])
     return (
-        f"out of memory in the rehearsal of the largest packs (up to {largest.input_ids.shape[1]} tokens, "
-        f"{largest.pixel_values.shape[0]} pictures): {advice} ({first_line(error)[:120]})"
+        f"out of memory in the memory dry run of the largest packs (up to {largest.input_ids.shape[1]} tokens, "
+        f"{largest.pixel_values.shape[0]} images): {advice} ({first_line(error)[:120]})"
     )
 
 
@@ -285,14 +285,14 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     import deepspeed
 
-    from raylava.train.writer import BackgroundWriter
+    from raylava.compat.deepspeed import BackgroundWriter
 
     deepspeed.logger.setLevel(logging.WARNING)
     # on CPUs it would compile a kernel, for half a minute and with a compiler that must be there, for inference alone
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = list(parameter_groups(module, training))
     # foreach would hold intermediate values of all weights at once, at stage 0; the others have flat ones
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.epsilon, foreach=False)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
@@ -342,7 +342,7 @@ def deepspeed_config(training: Training, trained: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": training.clip_norm or 0.0,
+        "gradient_clipping": training.max_grad_norm or 0.0,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: exact, and no compiler at run time

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from raylava.config.recipe import Tracking
 from raylava.errors import first_line
-from raylava.recipe import Tracking
 from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)

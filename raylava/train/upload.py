@@ -4,16 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raylava.errors import RunError, first_line
-from raylava.storage import Place, patiently
+from raylava.storage import StoragePath, retry
 
 
-def upload(folder: Path, target: Place, retry_seconds: float, last_good: Callable[[], str]) -> None:
+def upload(folder: Path, target: StoragePath, retry_seconds: float, last_good: Callable[[], str]) -> None:
     """Copy `folder` into `target`, tried again for `retry_seconds`.
 
     Raises RunError, naming `last_good` and the last failure, when the time is up.
     """
     try:
-        patiently(lambda: target.upload_folder(folder), retry_seconds, f"writing {target}")
+        retry(lambda: target.upload_folder(folder), retry_seconds, f"writing {target}")
     except OSError as error:
         raise RunError(
             f"a checkpoint could not be written to {target} for {retry_seconds:.0f} s ({first_line(error)[:200]}); "

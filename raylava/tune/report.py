@@ -12,18 +12,18 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from raylava.storage import Place
+from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
-from raylava.tune.findings import Findings, Row
-from raylava.tune.page import COMMANDS, CURVES, SEARCH, page
-from raylava.tune.published import SOURCE, published
-from raylava.tune.study import MARKS
+from raylava.tune.html_report import COMMANDS, CURVES, SEARCH, page
+from raylava.tune.published_scores import SOURCE, published
+from raylava.tune.results import Row, SweepResults
+from raylava.tune.study import RUNGS
 from raylava.tune.variants import shown
 
 _TRIALS = 30  # of a search, in the page; results.csv has all
 
 
-def write_report(findings: Findings, folder: Place) -> None:
+def write_report(findings: SweepResults, folder: StoragePath) -> None:
     """Write report.md, report.html and results.csv into `folder`."""
     text = report(findings)
     (folder / "results.csv").write_bytes(_csv(findings).encode())
@@ -31,7 +31,7 @@ def write_report(findings: Findings, folder: Place) -> None:
     (folder / "report.html").write_bytes(page(findings, text).encode())
 
 
-def report(findings: Findings) -> str:
+def report(findings: SweepResults) -> str:
     """The page in Markdown."""
     sections: list[Iterable[str]] = [_opening(findings)]
     for benchmark in findings.benchmarks:
@@ -44,7 +44,7 @@ def report(findings: Findings) -> str:
     return "\n".join(line for section in sections for line in (*section, ""))
 
 
-def _csv(findings: Findings) -> str:
+def _csv(findings: SweepResults) -> str:
     rows = findings.table()
     if not rows:
         return ""
@@ -55,7 +55,7 @@ def _csv(findings: Findings) -> str:
     return text.getvalue()
 
 
-def _opening(findings: Findings) -> Iterator[str]:
+def _opening(findings: SweepResults) -> Iterator[str]:
     counts = Counter(row.ended.how for row in findings.rows)
     told = ", ".join(f"{count} {how}" for how, count in counts.items())
     yield f"# {findings.sweep.name}"
@@ -81,7 +81,7 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def _cells(findings: Findings, benchmark: str) -> Iterator[str]:
+def _cells(findings: SweepResults, benchmark: str) -> Iterator[str]:
     """A row a combination of levels: the mean over its seeds, their standard deviation, and what the paper has."""
     cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
     papers: dict[tuple[str, ...], float] = {}
@@ -113,7 +113,7 @@ def _effects(found: list[Effect]) -> Iterator[str]:
         yield _row([one.axis, one.level, one.against, *figures])
 
 
-def _published(findings: Findings) -> Iterator[str]:
+def _published(findings: SweepResults) -> Iterator[str]:
     """The paper's table, where the sweep has its cells."""
     cells = {row.levels: published(row.ended.variant.recipe) for row in findings.rows}
     found = {levels: scores for levels, scores in cells.items() if scores}
@@ -129,7 +129,7 @@ def _published(findings: Findings) -> Iterator[str]:
         yield _row([*levels, *(f"{scores[name]:g}" if name in scores else "" for name in names)])
 
 
-def _curves(findings: Findings) -> Iterator[str]:
+def _curves(findings: SweepResults) -> Iterator[str]:
     """Where each cell's loss came to; the page has the curves."""
     losses: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in findings.rows:
@@ -148,7 +148,7 @@ def _curves(findings: Findings) -> Iterator[str]:
         )
 
 
-def _search(findings: Findings) -> Iterator[str]:
+def _search(findings: SweepResults) -> Iterator[str]:
     """The trials of a search, the best first."""
     search = findings.sweep.search
     if search is None:
@@ -183,10 +183,10 @@ def _how(row: Row) -> str:
     if row.ended.how != "stopped" or row.ended.tried is None:
         return row.ended.how
     marks = row.ended.tried.losses
-    return f"stopped at {100 * max(marks) // MARKS} %, loss {marks[max(marks)]:.3f}" if marks else "stopped"
+    return f"stopped at {100 * max(marks) // RUNGS} %, loss {marks[max(marks)]:.3f}" if marks else "stopped"
 
 
-def _cost(findings: Findings) -> Iterator[str]:
+def _cost(findings: SweepResults) -> Iterator[str]:
     """Device-hours, with and without sharing."""
     if not findings.unshared:
         return
@@ -207,7 +207,7 @@ def _cost(findings: Findings) -> Iterator[str]:
         yield _row([row.ended.variant.name or "the only one", f"{row.cost:.3f}", f"{row.share:.3f}"])
 
 
-def _failed(findings: Findings) -> Iterator[str]:
+def _failed(findings: SweepResults) -> Iterator[str]:
     told = [row.ended for row in findings.rows if row.ended.failure]
     if not told:
         return
@@ -216,7 +216,7 @@ def _failed(findings: Findings) -> Iterator[str]:
         yield f"- {ended.variant.name}: {ended.failure}"
 
 
-def _commands(findings: Findings) -> Iterator[str]:
+def _commands(findings: SweepResults) -> Iterator[str]:
     yield from (f"## {COMMANDS}", "", "```sh")
     for row in findings.rows:
         settings = [f"{key}={json.dumps(value)}" for key, value in row.ended.variant.settings.items()]

@@ -21,37 +21,37 @@ from rich.table import Table
 from raylava.artifacts import lock
 from raylava.cluster.nodes import resources_in_time
 from raylava.cluster.roles import TRAIN, labels_for
-from raylava.console import Console, meanwhile
+from raylava.cluster.session import here, ray_session
+from raylava.config.recipe import Resources
+from raylava.console import Console, poll_in_background
 from raylava.errors import UserError, first_line
-from raylava.evaluate.scoring import Exams
-from raylava.recipe import Resources
-from raylava.session import here, ray_session
-from raylava.stages import absolute, check_room, stages_of
-from raylava.storage import Place, patiently
-from raylava.tune.board import Board, Where
-from raylava.tune.outcome import Ended, Tried
-from raylava.tune.searcher import EarlyStop, Once, Trials
+from raylava.evaluate.benchmarks import BenchmarkCache
+from raylava.pipeline.stages import absolute, check_capacity, stages_of
+from raylava.storage import StoragePath, retry
+from raylava.tune.records import TrialRecord, TrialResult
+from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher
 from raylava.tune.study import Studies, VariantSearch, drawn
 from raylava.tune.sweep import Search, Sweep
-from raylava.tune.table import progress_table
+from raylava.tune.tables import progress_table
+from raylava.tune.tracker import TrialStatus, TrialTracker
 from raylava.tune.trial import run_trial
 from raylava.tune.variants import Variant, variants, with_settings
 
 _KEEP_EVERY_SECONDS = 60.0
 _MAX_LOSSES = 8  # processes that a trial may lose before it is given up
 
-Sources = Sequence[Once] | Sequence[VariantSearch]
+Sources = Sequence[SingleTrial] | Sequence[VariantSearch]
 
 
 class SweepRun:
     """One sweep in one storage."""
 
-    def __init__(self, sweep: Sweep, overrides: list[str], storage: Place) -> None:
+    def __init__(self, sweep: Sweep, overrides: list[str], storage: StoragePath) -> None:
         """Raises UserError for what is no sweep of valid recipes."""
         self.sweep, self._overrides, self._storage = sweep, overrides, storage
         self.folder = storage / "sweeps" / sweep.name
         self._variants = variants(sweep, overrides)
-        self.begun: list[Where] = []  # where the trials of the last `run` ended, in the order they began
+        self.begun: list[TrialStatus] = []  # where the trials of the last `run` ended, in the order they began
 
     def expected(self) -> list[Variant]:
         """The variants of all trials. Of a search, those tried before and, for those to come, points drawn from its
@@ -69,7 +69,7 @@ class SweepRun:
                     found.append(self._with(variant, settings))
         return found
 
-    def run(self, console: Console) -> list[Ended]:
+    def run(self, console: Console) -> list[TrialResult]:
         """Make what is missing. Returns how every trial ended, those of earlier runs of this sweep included."""
         resources = [variant.recipe.resources for variant in self._variants]
         largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
@@ -82,27 +82,27 @@ class SweepRun:
             return [one for source in sources for one in self._ended(source)]
 
     def _check_room(self, console: Console) -> None:
-        """For what is missing of each variant; see stages.check_room."""
-        exams = Exams()
+        """For what is missing of each variant; see stages.check_capacity."""
+        exams = BenchmarkCache()
         for variant in self._variants:
-            missing = [one for one in stages_of(variant.recipe, self._storage, exams) if one.draft.find() is None]
-            check_room(variant.recipe, {one.draft.stage for one in missing}, console)
+            missing = [one for one in stages_of(variant.recipe, self._storage, exams) if one.spec.find() is None]
+            check_capacity(variant.recipe, {one.spec.stage for one in missing}, console)
 
-    def _clock(self) -> "Clock":
+    def _clock(self) -> "SearchBudget":
         search = self.sweep.search
         if search is None:
-            return Clock(self.folder / "spent.json", None)
-        return Clock(self.folder / f"spent-{self._study_name(search)}.json", search.hours)
+            return SearchBudget(self.folder / "spent.json", None)
+        return SearchBudget(self.folder / f"spent-{self._study_name(search)}.json", search.hours)
 
     def _expected(self, sources: "Sources") -> int | None:
-        """Trials that this run will begin, where somebody knows."""
+        """SweepSearcher that this run will begin, where somebody knows."""
         each = self.sweep.search.trials if self.sweep.search else 1
         ended = [one for source in sources if isinstance(source, VariantSearch) for one in source.tried if one.ended]
         return each and each * len(sources) - len(ended)
 
     def _studies(self, search: Search) -> Studies:
         def about(variant: Variant) -> list[str]:
-            return [stage.draft.fingerprint for stage in stages_of(variant.recipe, self._storage)]
+            return [stage.spec.fingerprint for stage in stages_of(variant.recipe, self._storage)]
 
         return Studies(search, self._study_name(search), self.folder, about)
 
@@ -112,18 +112,18 @@ class SweepRun:
     def _with(self, variant: Variant, settings: Mapping[str, Any]) -> Variant:
         return with_settings(self.sweep, variant, settings, self._overrides)
 
-    def _sources(self) -> list[Once] | list[VariantSearch]:
+    def _sources(self) -> list[SingleTrial] | list[VariantSearch]:
         search = self.sweep.search
         if search is None:
-            return [Once(variant) for variant in self._variants]
+            return [SingleTrial(variant) for variant in self._variants]
         return self._studies(search).take(self._variants)
 
-    def _tune(self, sources: "Sources", clock: "Clock", at_once: int, console: Console) -> None:
+    def _tune(self, sources: "Sources", clock: "SearchBudget", at_once: int, console: Console) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else it would make a result of what Ctrl-C cut off
-        board = Board.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
-        trials = Trials(
+        board = TrialTracker.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+        trials = SweepSearcher(
             sources,
             self._with,
             lambda variant: ray.get(board.join.remote(variant.name, absolute(variant.recipe).model_dump_json())),
@@ -148,19 +148,19 @@ class SweepRun:
             ).fit()
             self.begun = ray.get(board.look.remote())
 
-    def _ended(self, source: Once | VariantSearch) -> list[Ended]:
-        if isinstance(source, Once):
-            return [Ended(source.variant, "failed" if source.failure else "done", source.failure)]
+    def _ended(self, source: SingleTrial | VariantSearch) -> list[TrialResult]:
+        if isinstance(source, SingleTrial):
+            return [TrialResult(source.variant, "failed" if source.failure else "done", source.failure)]
         return [self._ended_trial(source.variant, one) for one in source.tried]
 
-    def _ended_trial(self, variant: Variant, one: Tried) -> Ended:
+    def _ended_trial(self, variant: Variant, one: TrialRecord) -> TrialResult:
         how = one.ended or "failed"
         try:
-            return Ended(self._with(variant, one.settings), how, one.failure, one)
+            return TrialResult(self._with(variant, one.settings), how, one.failure, one)
         except UserError as error:
             settings = variant.settings | dict(one.settings)
             unmade = dataclasses.replace(variant, settings=settings, searched=one.settings)
-            return Ended(unmade, "failed", one.failure or first_line(error), one, is_recipe=False)
+            return TrialResult(unmade, "failed", one.failure or first_line(error), one, is_recipe=False)
 
 
 def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int:
@@ -181,10 +181,10 @@ def _trial_bundles() -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[node])
 
 
-class Clock:
+class SearchBudget:
     """Counts the hours that a search has had, over all its runs, in a file of the sweep's folder."""
 
-    def __init__(self, file: Place, hours: float | None) -> None:
+    def __init__(self, file: StoragePath, hours: float | None) -> None:
         self._file, self._seconds = file, None if hours is None else 3600 * hours
         self._before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
         self._started = time.monotonic()
@@ -205,16 +205,16 @@ class Clock:
         if self._seconds is not None and time.monotonic() - self._kept > _KEEP_EVERY_SECONDS:
             self._kept = time.monotonic()
             spent = json.dumps({"seconds": self.spent}).encode()
-            patiently(lambda: self._file.write_bytes(spent), _KEEP_EVERY_SECONDS, f"writing {self._file}")
+            retry(lambda: self._file.write_bytes(spent), _KEEP_EVERY_SECONDS, f"writing {self._file}")
 
 
 @contextmanager
-def _shown(board: Any, expected: int | None, clock: "Clock", console: Console) -> Iterator[None]:
+def _shown(board: Any, expected: int | None, clock: "SearchBudget", console: Console) -> Iterator[None]:
     """Keep the table in front of the person while Tune blocks."""
 
     def render() -> Table:
         clock.keep()
         return progress_table(ray.get(board.look.remote()), time.time(), expected)
 
-    with console.live(render) as refresh, meanwhile(refresh):
+    with console.live(render) as refresh, poll_in_background(refresh):
         yield

@@ -12,7 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raylava.errors import UserError, first_line
-from raylava.tune.outcome import LOST
+from raylava.tune.records import LOST
 from raylava.tune.variants import Variant
 
 Result = Mapping[str, Any]
@@ -35,7 +35,7 @@ class Source(Protocol):
         """Hear how a trial ended."""
 
 
-class Once:
+class SingleTrial:
     """A variant that is not searched: one trial, as it is."""
 
     def __init__(self, variant: Variant) -> None:
@@ -60,7 +60,7 @@ class Once:
         self.failure = LOST if error else None if done else told.get("failure", "it was stopped")
 
 
-class Trials(Searcher):
+class SweepSearcher(Searcher):
     """Hands trials of the sources to Tune, in turns, until none has more; once the time is over, no fresh ones."""
 
     def __init__(
@@ -139,7 +139,7 @@ class Trials(Searcher):
 class EarlyStop(FIFOScheduler):
     """Trials in the order they come; those stop early of which their study says so."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: SweepSearcher) -> None:
         super().__init__()
         self._trials = trials
 

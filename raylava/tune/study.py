@@ -24,12 +24,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raylava.artifacts import fingerprint
 from raylava.errors import UserError
-from raylava.storage import Place, patiently
-from raylava.tune.outcome import LOST, Tried
+from raylava.storage import StoragePath, retry
+from raylava.tune.records import LOST, TrialRecord
 from raylava.tune.sweep import Range, Search
 from raylava.tune.variants import Variant
 
-MARKS = 10  # how often in a training its loss is compared
+RUNGS = 10  # how often in a training its loss is compared
 _FAILURE = "failure"
 _OWNER = "raylava"
 _JOURNAL = "study"
@@ -58,11 +58,11 @@ def drawn(search: Search, count: int) -> list[dict[str, Any]]:
 class Studies:
     """The studies of a search, one a variant, in a database or in the sweep's folder."""
 
-    def __init__(self, search: Search, name: str, folder: Place, about: Callable[[Variant], Any]) -> None:
+    def __init__(self, search: Search, name: str, folder: StoragePath, about: Callable[[Variant], Any]) -> None:
         """`name` is theirs, `folder` the sweep's; `about` is what a variant's results depend on (JSON-able)."""
         self._search, self._name, self._folder, self._about = search, name, folder, about
 
-    def look(self, variant: Variant) -> list[Tried]:
+    def look(self, variant: Variant) -> list[TrialRecord]:
         """The trials of a variant; only looks, a driver may be going on with them.
 
         Raises UserError for a database that cannot be used, and for a study that is another search's.
@@ -76,11 +76,11 @@ class Studies:
 
     @cached_property
     def _looked_at(self) -> BaseStorage:
-        return self._open(PlaceJournal(self._folder / _JOURNAL))
+        return self._open(StorageJournal(self._folder / _JOURNAL))
 
     def take(self, variants: Sequence[Variant]) -> "list[VariantSearch]":
         """Go on with them, as the one driver that does. Raises as `look`."""
-        journal = PlaceJournal(self._folder / _JOURNAL)
+        journal = StorageJournal(self._folder / _JOURNAL)
         journal.gather()
         storage = self._open(journal)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -91,7 +91,7 @@ class Studies:
             found.append(VariantSearch(variant, self._search, storage, name, self._identity(variant)))
         return found
 
-    def _open(self, journal: "PlaceJournal") -> BaseStorage:
+    def _open(self, journal: "StorageJournal") -> BaseStorage:
         if self._search.study_storage is None:
             return JournalStorage(journal)
         url = os.path.expandvars(self._search.study_storage)
@@ -124,25 +124,25 @@ class Studies:
             )
 
 
-class PlaceJournal(BaseJournalBackend):
+class StorageJournal(BaseJournalBackend):
     """Optuna's journal in a folder of any filesystem: an object for each batch of lines, named by its first line's
     number, so that nothing is rewritten. For one driver at a time (the sweep's lock).
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: StoragePath) -> None:
         self._folder = folder
         self._logs: list[dict[str, Any]] = []
         for file in self._files():
             if file.name == _batch(len(self._logs)):  # else a gathering was cut off: it is in the first
                 self._logs += [json.loads(line) for line in _content(file).splitlines()]
 
-    def _files(self) -> list[Place]:
+    def _files(self) -> list[StoragePath]:
         """Batches, by their first line's number; what a killed writer left of one is none."""
         return [file for file in self._folder.children() if re.fullmatch(r"\d{8}\.jsonl", file.name)]
 
     def gather(self) -> None:
         """Make one object of what earlier drivers wrote."""
-        self._folder.forget_parts()
+        self._folder.remove_partial_files()
         files = self._files()
         if len(files) < 2:
             return
@@ -158,7 +158,7 @@ class PlaceJournal(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """See BaseJournalBackend."""
         file = self._folder / _batch(len(self._logs))
-        patiently(lambda: file.write_bytes(_lines(logs)), _RETRY_SECONDS, f"writing {file}")
+        retry(lambda: file.write_bytes(_lines(logs)), _RETRY_SECONDS, f"writing {file}")
         self._logs += logs
 
 
@@ -166,7 +166,7 @@ def _batch(first: int) -> str:
     return f"{first:08d}.jsonl"
 
 
-def _content(file: Place) -> bytes:
+def _content(file: StoragePath) -> bytes:
     """Empty where another driver has gathered it since it was listed."""
     try:
         return file.read_bytes()
@@ -197,7 +197,7 @@ class VariantSearch(OptunaSearch):
         )
         self._ot_study.set_user_attr(_OWNER, identity)
         if search.asha:
-            self._ot_study.pruner = SuccessiveHalvingPruner(round(MARKS * search.asha.grace), search.asha.reduction)
+            self._ot_study.pruner = SuccessiveHalvingPruner(round(RUNGS * search.asha.grace), search.asha.reduction)
         self._worse = -1.0 if search.objective[self.metric[0]] == "max" else 1.0
         self._left = self._unended()
 
@@ -210,7 +210,7 @@ class VariantSearch(OptunaSearch):
         return [trial for trial in left if trial.params.keys() == self.wanted.space.keys()]
 
     @property
-    def tried(self) -> list[Tried]:
+    def tried(self) -> list[TrialRecord]:
         """All trials so far, those that run among them."""
         return _all_tried(self._ot_study, self.wanted)
 
@@ -226,7 +226,7 @@ class VariantSearch(OptunaSearch):
         return dict(self._ot_trials[trial_id].params)
 
     def should_stop(self, trial_id: str, mark: int, loss: float) -> bool:
-        """Keep the loss that a trial reached at a mark (1 to MARKS); whether successive halving ends the trial there.
+        """Keep the loss that a trial reached at a mark (1 to RUNGS); whether successive halving ends the trial there.
 
         Kept so that less is better for the study's own direction, as its sampler and pruner will have it.
         """
@@ -234,7 +234,7 @@ class VariantSearch(OptunaSearch):
             return False  # Optuna keeps no intermediate values of several objectives
         trial = self._ot_trials[trial_id]
         trial.report(self._worse * loss, mark)
-        return self.wanted.asha is not None and mark < MARKS and trial.should_prune()
+        return self.wanted.asha is not None and mark < RUNGS and trial.should_prune()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how a trial ended: done with `objective/NAME`s, failed with `failure`, or stopped early."""
@@ -249,16 +249,16 @@ class VariantSearch(OptunaSearch):
             self._ot_study.tell(trial, values)
 
 
-def _all_tried(study: Study, search: Search) -> list[Tried]:
+def _all_tried(study: Study, search: Search) -> list[TrialRecord]:
     """All trials but those that a killed driver had not given all their settings."""
     return [_tried(one, list(search.objective)) for one in study.trials if one.params.keys() == search.space.keys()]
 
 
-def _tried(frozen: FrozenTrial, names: list[str]) -> Tried:
+def _tried(frozen: FrozenTrial, names: list[str]) -> TrialRecord:
     ended = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}.get(frozen.state)
     values = dict(zip(names, frozen.values, strict=True)) if ended == "done" else {}
     losses = {mark: abs(value) for mark, value in frozen.intermediate_values.items()}
-    return Tried(frozen.number, frozen.params, ended, frozen.user_attrs.get(_FAILURE), values, losses)
+    return TrialRecord(frozen.number, frozen.params, ended, frozen.user_attrs.get(_FAILURE), values, losses)
 
 
 def _studies(storage: BaseStorage) -> dict[str, StudySummary]:

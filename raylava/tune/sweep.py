@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from raylava.config.load import explained, read_mapping
+from raylava.config.recipe import ConfigModel
 from raylava.errors import UserError
-from raylava.recipe import Section
-from raylava.recipe_file import explained, read_mapping
 
 _COLUMNS = ("seed", "loss", "final_loss", "ended", "failure", "cost_hours", "share_hours", "model_path")
 
@@ -21,7 +21,7 @@ def _levels(axis: Any) -> dict[str, Level]:
     return dict(axis)
 
 
-class Range(Section):
+class Range(ConfigModel):
     """Where a setting is searched; one of the four. Both ends of a range count; `choice` takes plain values."""
 
     loguniform: tuple[float, float] | None = None
@@ -46,7 +46,7 @@ class Range(Section):
         return self.choice or self.loguniform or self.uniform or self.integer or ()
 
 
-class Asha(Section):
+class Asha(ConfigModel):
     """Asynchronous successive halving (Li et al. 2020): which trials are stopped early, by their finetuning loss.
 
     After a share `grace` of finetuning, and each time after `reduction` times as much, a trial goes on only when its
@@ -57,7 +57,7 @@ class Asha(Section):
     reduction: int = Field(3, ge=2)
 
 
-class Search(Section):
+class Search(ConfigModel):
     """Settings to search within each variant, by Optuna, until so many trials or hours are spent on each or on all.
 
     `space` maps recipe keys to ranges. `objective` maps what counts to a direction: `loss` (the end of finetuning), a
@@ -84,7 +84,7 @@ class Search(Section):
         return self
 
 
-class Sweep(Section):
+class Sweep(ConfigModel):
     """Every combination of one level of each axis, and of each seed, is a variant of the recipe.
 
     An axis is levels by name, each of which sets recipe keys. `exclude` names combinations to leave out (a mapping of

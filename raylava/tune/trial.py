@@ -14,16 +14,16 @@ import ray
 from ray import tune
 
 from raylava.artifacts import Artifact
-from raylava.console import Bar
+from raylava.cli.tables import benchmarks, headline
+from raylava.cluster.session import silence_ray_logs
+from raylava.config.recipe import Recipe
+from raylava.console import ProgressBar
 from raylava.errors import first_line
-from raylava.recipe import Recipe
-from raylava.report import benchmarks, headline
-from raylava.session import hush
-from raylava.stage import make
-from raylava.stages import stages_of
-from raylava.storage import place
-from raylava.train.telemetry import training_seconds
-from raylava.tune.study import MARKS
+from raylava.pipeline.stage import run_stage
+from raylava.pipeline.stages import stages_of
+from raylava.storage import storage_path
+from raylava.train.metrics_logger import training_seconds
+from raylava.tune.study import RUNGS
 from raylava.tune.variants import LOSS, SECONDS
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ def run_trial(config: dict[str, Any]) -> None:
 
     Reports `mark` and `loss` on the way when it is of a search, then `objective/NAME`s or `failure`.
     """
-    hush()
+    silence_ray_logs()
     board, number = config["board"], config["trial"]
     recipe = Recipe.model_validate_json(ray.get(board.recipe.remote(number)))
-    teller = _Teller(board, number, compared=config["search"])
+    teller = _TrialReporter(board, number, compared=config["search"])
     try:
-        made = {stage.label: make(stage, teller) for stage in stages_of(recipe, place(config["storage"]))}
+        made = {stage.label: run_stage(stage, teller) for stage in stages_of(recipe, storage_path(config["storage"]))}
         told: dict[str, Any] = {"objective": objectives(made)}
     except Exception as error:  # whatever it is, it is this variant's result
         logger.exception("the trial failed")
@@ -52,14 +52,14 @@ def run_trial(config: dict[str, Any]) -> None:
 
 
 def objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-    """All that a search may weigh of a finished variant, by name."""
+    """All that a search may rank_candidates of a finished variant, by name."""
     scores = {name: headline(artifacts[f"evaluate {name}"]) for name in benchmarks(artifacts)}
     trained = [one for one in artifacts.values() if one.stage in ("pretrain", "finetune")]
-    seconds = sum(training_seconds(one.place, one) for one in trained)
+    seconds = sum(training_seconds(one.path, one) for one in trained)
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
 
 
-class _Teller:
+class _TrialReporter:
     """What a stage shows, told to the board (console.Shows)."""
 
     def __init__(self, board: Any, trial: int, compared: bool) -> None:
@@ -69,20 +69,20 @@ class _Teller:
         """Nobody reads a trial's lines: what was made is in the artifacts."""
 
     @contextmanager
-    def stage(self, title: str, unit: str) -> Iterator[Bar]:
+    def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         self._board.start.remote(self._trial, title)
-        yield _BoardBar(self._board, self._trial, Marks() if self._compared and title == _COMPARED else None)
+        yield _TrackerBar(self._board, self._trial, Rungs() if self._compared and title == _COMPARED else None)
 
 
-class _BoardBar:
+class _TrackerBar:
     """To the board not more often than someone looks; to Tune at each mark."""
 
-    def __init__(self, board: Any, trial: int, marks: "Marks | None") -> None:
+    def __init__(self, board: Any, trial: int, marks: "Rungs | None") -> None:
         self._board, self._trial, self._marks = board, trial, marks
         self._told = 0.0
 
     def update(self, done: float, total: float, **figures: float) -> None:
-        """See console.Bar."""
+        """See console.ProgressBar."""
         if time.monotonic() - self._told >= _TELL_EVERY_SECONDS or done == total:
             self._told = time.monotonic()
             self._board.tell.remote(self._trial, done, total, figures, time.time())
@@ -91,17 +91,17 @@ class _BoardBar:
             tune.report({"mark": reached[0], "loss": reached[1]})
 
 
-class Marks:
-    """Cuts a training into MARKS equal parts: the mean loss of each, once it is over."""
+class Rungs:
+    """Cuts a training into RUNGS equal parts: the mean loss of each, once it is over."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
     def saw(self, done: float, total: float, loss: float) -> tuple[int, float] | None:
-        """A step is done, each once and in order. The mark (1 to MARKS) that it reached and the mean, if it did."""
+        """A step is done, each once and in order. The mark (1 to RUNGS) that it reached and the mean, if it did."""
         self._losses.append(loss)
-        mark = int(MARKS * done // total)
-        if mark == int(MARKS * (done - 1) // total):
+        mark = int(RUNGS * done // total)
+        if mark == int(RUNGS * (done - 1) // total):
             return None
         mean = sum(self._losses) / len(self._losses)
         self._losses = []

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylava.config.load import override_key, put, read_recipe, validate
+from raylava.config.recipe import Recipe
 from raylava.errors import UserError
-from raylava.recipe import Recipe
-from raylava.recipe_file import override_key, put, read_recipe, validate
 from raylava.tune.sweep import Search, Sweep
 
 LOSS, SECONDS = "loss", "seconds"  # what a search may weigh besides the benchmarks

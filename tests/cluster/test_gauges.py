@@ -9,14 +9,14 @@ from typing import Any
 
 import ray
 
-from raylava.gauges import KNOWN, Gauges, exported
-from raylava.train.figures import StepFigures
+from raylava.cluster.gauges import KNOWN, Gauges, exported
+from raylava.train.metrics import StepMetrics
 
 BOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana" / "raylava.json").read_text())
 
 
 def test_every_figure_of_a_step_is_known_by_its_name() -> None:
-    assert list(KNOWN)[: len(StepFigures.__dataclass_fields__)] == list(StepFigures.__dataclass_fields__)
+    assert list(KNOWN)[: len(StepMetrics.__dataclass_fields__)] == list(StepMetrics.__dataclass_fields__)
 
 
 def queries(board: Any) -> list[str]:
@@ -29,7 +29,7 @@ def queries(board: Any) -> list[str]:
 def test_the_board_asks_for_nothing_that_is_not_exported_and_for_what_a_run_is_watched_by() -> None:
     asked = {name for query in queries(BOARD) for name in re.findall(r"\bray_\w+", query)}
     assert asked <= exported().keys()
-    watched = ("tokens_per_second", "mfu", "waiting_share", "loss", "checkpoint_time_seconds", "quarantined_rows")
+    watched = ("tokens_per_second", "mfu", "data_wait_fraction", "loss", "checkpoint_time_seconds", "quarantined_rows")
     assert {f"ray_raylava_{name}" for name in (*watched, "lost_workers", "worker_seconds")} <= asked
 
 

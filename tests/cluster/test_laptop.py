@@ -19,14 +19,14 @@ import pytest
 
 from raylava.artifacts import Artifact
 from raylava.cluster import laptop
-from raylava.cluster.laptop import Laptop
+from raylava.cluster.local_cluster import LocalCluster
+from raylava.config.recipe import Recipe
 from raylava.console import Console
-from raylava.demo import micro_recipe, recipes_folder
-from raylava.recipe import Recipe
-from raylava.stages import run
-from raylava.storage import Place, cache_folder, place
-from raylava.train.job import CHECKPOINTS, SNAPSHOT
-from raylava.train.ledger import LEDGER
+from raylava.pipeline.stages import run
+from raylava.storage import StoragePath, cache_folder, storage_path
+from raylava.toy.demo import recipes_folder, toy_recipe
+from raylava.train.spec import CHECKPOINTS, SNAPSHOT
+from raylava.train.step_log import STEP_LOG
 from tests.conftest import SECRET
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_looks_as_always")]
@@ -36,11 +36,11 @@ CLUSTER = ROOT / "cluster" / "laptop.yaml"
 
 
 @pytest.fixture(scope="module")
-def recipe(lab: Artifact) -> Recipe:
+def recipe(toy_assets: Artifact) -> Recipe:
     """Two workers, 48 steps of finetuning, a checkpoint after every eighth. No pretraining: a start takes its time."""
     settings = ["resources.workers=2", "resources.cpus_per_worker=1", "evaluate.0.baselines=[]"]
-    training = ["finetune.global_batch=8", "finetune.epochs=8", "finetune.checkpoints={every_steps: 8}"]
-    return micro_recipe(lab.place, [*settings, *training, "pretrain.enabled=false"])
+    training = ["finetune.global_batch_size=8", "finetune.epochs=8", "finetune.checkpoint={interval_steps: 8}"]
+    return toy_recipe(toy_assets.path, [*settings, *training, "pretrain.enabled=false"])
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +51,23 @@ def file(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def peaceful(recipe: Recipe, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def peaceful(recipe: Recipe, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StoragePath:
     """The run that nothing befell, without a cluster."""
     storage = tmp_path_factory.mktemp("peaceful")
     with (storage / "console.txt").open("w") as stream:
-        run(recipe, place(storage), Console(stream))
-    return place(storage)
+        run(recipe, storage_path(storage), Console(stream))
+    return storage_path(storage)
 
 
 @pytest.fixture
-def cluster() -> Iterator[Laptop]:
+def cluster() -> Iterator[LocalCluster]:
     started = laptop.start(CLUSTER)
     yield started
     started.stop()
     assert not list(started.processes()), "it leaves nothing behind"
 
 
-def command(cluster: Laptop, *arguments: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
+def command(cluster: LocalCluster, *arguments: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -79,7 +79,7 @@ def command(cluster: Laptop, *arguments: str, cwd: Path = ROOT) -> "subprocess.P
     )
 
 
-def raylava(cluster: Laptop, *arguments: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
+def raylava(cluster: LocalCluster, *arguments: str, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     return command(cluster, "-m", "raylava.cli", *arguments, cwd=cwd)
 
 
@@ -89,7 +89,7 @@ def finish(started: "subprocess.Popen[str]") -> str:
     return told
 
 
-def nodes(cluster: Laptop) -> dict[int, str]:
+def nodes(cluster: LocalCluster) -> dict[int, str]:
     """Process of each worker node's raylet → node type."""
     found = {}
     for process in cluster.processes():
@@ -99,8 +99,8 @@ def nodes(cluster: Laptop) -> dict[int, str]:
     return found
 
 
-def kill_node(cluster: Laptop, raylet: int) -> None:
-    """SIGKILL a node and all that runs on it, as when a cloud takes a machine."""
+def kill_node(cluster: LocalCluster, raylet: int) -> None:
+    """SIGKILL a node and all that runs on it, as when a cloud matches_filters a machine."""
     name = psutil.Process(raylet).environ()["RAY_CLOUD_INSTANCE_ID"]
     for process in cluster.processes():
         with suppress(psutil.NoSuchProcess):
@@ -116,24 +116,24 @@ def wait_for(once: Callable[[], bool], started: "subprocess.Popen[str] | None" =
         time.sleep(0.1)
 
 
-def checkpoints(storage: Place) -> int:
+def checkpoints(storage: StoragePath) -> int:
     """Whole checkpoints of finetunings that are under way."""
     snapshots = [one / CHECKPOINTS / SNAPSHOT for one in (storage / "finetune").children()]
     return sum(b"step-" in one.read_bytes() for one in snapshots if one.exists())
 
 
-def proof(storage: Place) -> tuple[list[tuple[Any, ...]], bytes]:
+def proof(storage: StoragePath) -> tuple[list[tuple[Any, ...]], bytes]:
     """What a finetuning computed: each step's samples and loss, and the weights."""
     (folder,) = (storage / "finetune").children()
-    lines = [json.loads(line) for line in (folder / LEDGER).read_bytes().splitlines()]
+    lines = [json.loads(line) for line in (folder / STEP_LOG).read_bytes().splitlines()]
     steps = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
     return steps, (folder / "model.safetensors").read_bytes()
 
 
 def test_nodes_come_for_the_stages_that_want_them_one_is_lost_and_the_result_is_the_same(
-    cluster: Laptop, file: Path, peaceful: Place, tmp_path: Path
+    cluster: LocalCluster, file: Path, peaceful: StoragePath, tmp_path: Path
 ) -> None:
-    storage = place(tmp_path)
+    storage = storage_path(tmp_path)
     assert nodes(cluster) == {}, "a cluster without work is its head"
     started = raylava(cluster, "submit", str(file), "--storage", str(tmp_path))
     wait_for(lambda: "cpu_spot" in nodes(cluster).values(), started)
@@ -156,7 +156,7 @@ def test_nodes_come_for_the_stages_that_want_them_one_is_lost_and_the_result_is_
 
 
 def test_a_recipe_submitted_twice_is_one_job_that_can_be_stopped(
-    cluster: Laptop, lab: Artifact, file: Path, tmp_path: Path
+    cluster: LocalCluster, toy_assets: Artifact, file: Path, tmp_path: Path
 ) -> None:
     given = [str(file), "--storage", str(tmp_path)]
     first = finish(raylava(cluster, "submit", *given, "--detach"))
@@ -165,8 +165,8 @@ def test_a_recipe_submitted_twice_is_one_job_that_can_be_stopped(
     assert "runs already" in second
     assert ": stopped" in finish(raylava(cluster, "stop", *given))
     assert "no such job runs" in finish(raylava(cluster, "stop", *given))
-    (tmp_path / "micro").symlink_to(lab.place.path, target_is_directory=True)  # the shipped recipe names ./micro
-    shipped = [str(recipes_folder() / "micro.yaml"), "resources.workers=3", "--storage", str(tmp_path)]
+    (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)  # the shipped recipe names ./micro
+    shipped = [str(recipes_folder() / "toy.yaml"), "resources.workers=3", "--storage", str(tmp_path)]
     told = finish(raylava(cluster, "check", *shipped, "--address", cluster.address, cwd=tmp_path))
     assert "3 × {CPU: 1} on raylava.io/role=train" in " ".join(told.split())
     no = raylava(cluster, "check", *shipped, "resources.workers=9", "--address", cluster.address, cwd=tmp_path)
@@ -182,7 +182,7 @@ def test_a_recipe_submitted_twice_is_one_job_that_can_be_stopped(
 
 
 def test_nodes_that_share_no_disk_meet_in_a_bucket_and_no_secret_gets_into_it(
-    cluster: Laptop, file: Path, s3: str, tmp_path: Path
+    cluster: LocalCluster, file: Path, s3: str, tmp_path: Path
 ) -> None:
     storage = f"{s3}/laptop"
     short = ["finetune.max_steps=3", "evaluate=[]"]
@@ -193,13 +193,13 @@ def test_nodes_that_share_no_disk_meet_in_a_bucket_and_no_secret_gets_into_it(
     (folder / "jobs" / "recipes" / "submitted.yaml").write_text(file.read_text())
     submit = ["-m", "ray.scripts.scripts", "job", "submit", "--submission-id", "by-ray", "--working-dir", str(folder)]
     told = finish(command(cluster, *submit, "--", *job))
-    (model,) = (place(storage) / "finetune").children()
+    (model,) = (storage_path(storage) / "finetune").children()
     assert (model / "artifact.json").exists()
     listed = finish(command(cluster, "-m", "ray.scripts.scripts", "job", "list"))
     for text in (told, listed):
         assert SECRET not in text
-    for name, _ in place(storage).files_below():
-        assert SECRET.encode() not in (place(storage) / name).read_bytes()
+    for name, _ in storage_path(storage).walk_files():
+        assert SECRET.encode() not in (storage_path(storage) / name).read_bytes()
     logs = [log for log in (*Path(cluster.folder).rglob("logs/**/*"), *cache_folder().rglob("logs/*")) if log.is_file()]
     assert any("job-driver" in log.name for log in logs)
     assert any(log.name.startswith("run-") for log in logs)
@@ -212,9 +212,9 @@ def test_nodes_that_share_no_disk_meet_in_a_bucket_and_no_secret_gets_into_it(
 
 
 def test_after_the_head_is_lost_the_recipe_submitted_anew_goes_on_from_its_last_checkpoint(
-    file: Path, peaceful: Place, tmp_path: Path
+    file: Path, peaceful: StoragePath, tmp_path: Path
 ) -> None:
-    storage = place(tmp_path)
+    storage = storage_path(tmp_path)
     first = laptop.start(CLUSTER)
     try:
         started = raylava(first, "submit", str(file), "--storage", str(tmp_path))
@@ -233,5 +233,5 @@ def test_after_the_head_is_lost_the_recipe_submitted_anew_goes_on_from_its_last_
         second.stop()
     assert proof(storage) == proof(peaceful)
     (folder,) = (storage / "finetune").children()
-    lines = [json.loads(line) for line in (folder / LEDGER).read_bytes().splitlines()]
+    lines = [json.loads(line) for line in (folder / STEP_LOG).read_bytes().splitlines()]
     assert any(line["time"] < killed for line in lines), "steps before the loss were not made again"

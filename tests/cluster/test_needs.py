@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from raylava.cli import main
-from raylava.cluster.needs import Need, needs, provisions
 from raylava.cluster.nodes import NodeType, described
+from raylava.cluster.placement import ResourceRequest, needs, provisions
 from raylava.cluster.roles import ROLE, labels_for, matches
-from raylava.demo import recipes_folder
+from raylava.config.load import load_recipe
+from raylava.config.recipe import Recipe, Resources
 from raylava.errors import UserError
-from raylava.recipe import Recipe, Resources
-from raylava.recipe_file import load_recipe
+from raylava.toy.demo import recipes_folder
 
 ROOT = Path(__file__).parents[2]
 CPUS = NodeType("cpus", {"CPU": 16}, {ROLE: "prepare"}, 4)
@@ -53,12 +53,12 @@ def test_preparing_goes_to_cpu_nodes_and_training_to_gpu_nodes_where_the_cluster
 
 
 def test_a_recipes_own_labels_come_before_the_clusters_roles() -> None:
-    own = Resources(train_on={"ray.io/accelerator-type": "H100"})
+    own = Resources(train_node_labels={"ray.io/accelerator-type": "H100"})
     assert labels_for("train", own, roles=True) == {"ray.io/accelerator-type": "H100"}
     assert labels_for("prepare", own, roles=True) == {ROLE: "prepare"}
 
 
-WANTED = Need(("finetune",), 16, 16, {"CPU": 4, "GPU": 1}, {ROLE: "train"})
+WANTED = ResourceRequest(("finetune",), 16, 16, {"CPU": 4, "GPU": 1}, {ROLE: "train"})
 
 
 def test_what_does_not_fit_now_but_will_is_possible() -> None:

@@ -13,7 +13,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from raylava.cluster.spot import Aws, Gcp, Notice, find_provider, watch
+from raylava.cluster.preemption import Aws, Gcp, Notice, find_provider, watch
 from raylava.errors import UserError
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from raylava.cli import main
-from raylava.demo import recipes_folder
+from raylava.cluster.jobs import JobClient, check_no_secret, entrypoint, work_of
+from raylava.config.load import load_recipe
 from raylava.errors import UserError
-from raylava.recipe_file import load_recipe
-from raylava.submission import Jobs, check_no_secret, entrypoint, work_of
+from raylava.toy.demo import recipes_folder
 
 RECIPE = str(recipes_folder() / "llava-gemma-2b.yaml")
 STORAGE = "s3://bucket/raylava"
@@ -42,12 +42,12 @@ def test_where_it_is_submitted_from_does_not_matter(tmp_path: Path, monkeypatch:
 def test_the_folders_that_a_sweep_names_travel_by_their_absolute_path_where_a_disk_is_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "micro" / "backbones" / "gemma").mkdir(parents=True)
+    (tmp_path / "toy" / "backbones" / "gemma").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    work = work_of(str(recipes_folder() / "micro-ablations.yaml"), [], str(tmp_path / "storage"))
+    work = work_of(str(recipes_folder() / "toy-ablations.yaml"), [], str(tmp_path / "storage"))
     gemma = work.files["sweep.yaml"]["axes"]["language"]["large"]["model.language.name"]
-    assert gemma == str(tmp_path / "micro" / "backbones" / "gemma")
-    assert work.files["recipe.yaml"]["data"] == str(tmp_path / "micro" / "corpus")
+    assert gemma == str(tmp_path / "toy" / "backbones" / "gemma")
+    assert work.files["recipe.yaml"]["data"] == str(tmp_path / "toy" / "corpus")
 
 
 def test_a_sweep_travels_with_its_recipe() -> None:
@@ -104,4 +104,4 @@ def test_a_cluster_that_is_not_named_or_not_there_is_told(
     assert main(["submit", RECIPE, DATA, "--storage", STORAGE]) == 2
     assert "no cluster is named; give --address" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(UserError, match=r"--address http://127\.0\.0\.1:1: "):
-        Jobs("http://127.0.0.1:1")
+        JobClient("http://127.0.0.1:1")

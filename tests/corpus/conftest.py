@@ -1,29 +1,29 @@
-"""A preparation job over the tiny laboratory's captions."""
+"""A preparation spec over the tiny toy assets's captions."""
 
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.corpus.prepare import Job
-from raylava.model.backbones import LanguageSpec, VisionSpec
-from raylava.recipe import Corpus, Model, Source, Storing
+from raylava.config.recipe import Corpus, ImageEncoding, Model, Source
+from raylava.corpus.prepare import PrepareSpec
+from raylava.models.registry import LanguageSpec, VisionSpec
 
 
 @pytest.fixture(scope="module")
 def prepare_job(
-    lab: Artifact,
-    micro_model: Model,
+    toy_assets: Artifact,
+    toy_model: Model,
     vision: VisionSpec,
     language: LanguageSpec,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Job:
-    source = Source(annotations="alignment.json", images="pictures")
-    corpus = Corpus(sources=(source,), max_length=128, store=Storing(format="png"), rows_per_block=16)
-    folder = lab.place / "corpus"
-    return Job(
+) -> PrepareSpec:
+    source = Source(annotations="alignment.json", images="images")
+    corpus = Corpus(sources=(source,), max_length=128, image_encoding=ImageEncoding(format="png"), samples_per_block=16)
+    folder = toy_assets.path / "corpus"
+    return PrepareSpec(
         "alignment",
         corpus,
-        ((str(folder / "alignment.json"), str(folder / "pictures")),),
-        micro_model.language,
+        ((str(folder / "alignment.json"), str(folder / "images")),),
+        toy_model.language,
         language.template,
         vision,
         str(tmp_path_factory.mktemp("prepared")),

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raylava.console import Silent
+from raylava.console import NullProgressBar
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -20,7 +20,7 @@ from raylava.corpus.blocks import (
     read_lengths,
     read_quarantine,
 )
-from raylava.corpus.prepare import Job, prepare
+from raylava.corpus.prepare import PrepareSpec, prepare
 from raylava.corpus.quarantine import Quarantined
 from raylava.errors import RunError
 
@@ -36,17 +36,17 @@ def test_the_same_samples_give_the_same_bytes_and_read_back_equal() -> None:
     assert content == block_bytes(SAMPLES)
     rows = pa.ipc.open_stream(pa.BufferReader(content)).read_all().to_pylist()
     assert [row["sample_id"] for row in rows] == ["a#0", "b#1", "c#2"]
-    assert rows[1]["supervised"] == [{"start": 0, "stop": 1}, {"start": 1, "stop": 2}]
+    assert rows[1]["loss_tokens"] == [{"start": 0, "stop": 1}, {"start": 1, "stop": 2}]
     assert rows[2]["images"] == [b"x", b"y"]
 
 
 def test_lengths_read_back_equal() -> None:
     lengths = lengths_of(SAMPLES)
     again = read_lengths(lengths_bytes(lengths))
-    assert asdict(again).keys() == {"length", "images", "supervised"}
+    assert asdict(again).keys() == {"length", "images", "loss_tokens"}
     assert np.array_equal(again.length, [40, 2, 73])
     assert np.array_equal(again.images, [1, 0, 2])
-    assert np.array_equal(again.supervised, [2, 2, 0])
+    assert np.array_equal(again.loss_tokens, [2, 2, 0])
 
 
 def test_the_quarantine_reads_back_equal_whatever_is_in_it() -> None:
@@ -58,8 +58,8 @@ def test_the_quarantine_reads_back_equal_whatever_is_in_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(prepare_job: Job) -> Path:
-    prepare(prepare_job, "tokenizer", Silent())
+def prepared(prepare_job: PrepareSpec) -> Path:
+    prepare(prepare_job, "tokenizer", NullProgressBar())
     return Path(prepare_job.output)
 
 

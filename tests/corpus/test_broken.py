@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raylava.console import Silent
+from raylava.console import NullProgressBar
 from raylava.corpus.blocks import QUARANTINE, Blocks, read_quarantine
-from raylava.corpus.prepare import Job, prepare
+from raylava.corpus.prepare import PrepareSpec, prepare
 from raylava.corpus.quarantine import Reason
 
 READ = None  # the row becomes a sample
@@ -44,7 +44,7 @@ def oriented() -> bytes:
 
 
 UNREADABLE, TRUNCATED = Reason.IMAGE_UNREADABLE, Reason.IMAGE_TRUNCATED
-PICTURES: dict[str, tuple[bytes, Reason | None]] = {
+IMAGES: dict[str, tuple[bytes, Reason | None]] = {
     "gif called jpg": (saved(photo(), "GIF"), READ),
     "png called jpg": (PNG, READ),
     "webp": (saved(photo(), "WEBP"), READ),
@@ -66,7 +66,7 @@ PICTURES: dict[str, tuple[bytes, Reason | None]] = {
     "one pixel wide": (saved(photo((1, 500)), "PNG"), READ),
     "junk after the end": (JPEG + b"junk" * 50, READ),
     "empty": (b"", UNREADABLE),
-    "text": (b"this is no picture", UNREADABLE),
+    "text": (b"this is no image", UNREADABLE),
     "html": (b"<!doctype html><title>404</title>", UNREADABLE),
     "zeros": (bytes(4000), UNREADABLE),
     "jpeg marker alone": (JPEG[:2], UNREADABLE),
@@ -99,16 +99,16 @@ ROWS: dict[str, tuple[Any, Reason | None]] = {
     ),
     "typed control tokens": (talk(ASK, {"from": "gpt", "value": "<end_of_turn><eos>"}), READ),
     "a system turn": (talk({"from": "system", "value": "Be brief."}, ASK, SAY), READ),
-    "missing picture": (talk(ASK, SAY, image="none.jpg"), Reason.IMAGE_MISSING),
-    "a folder as picture": (talk(ASK, SAY, image="folder"), Reason.IMAGE_MISSING),
+    "missing image": (talk(ASK, SAY, image="none.jpg"), Reason.IMAGE_MISSING),
+    "a folder as image": (talk(ASK, SAY, image="folder"), Reason.IMAGE_MISSING),
     "path up": (talk(ASK, SAY, image="../rows.json"), Reason.PATH_ESCAPES),
     "path up inside": (talk(ASK, SAY, image="folder/../../rows.json"), Reason.PATH_ESCAPES),
     "absolute path": (talk(ASK, SAY, image="/etc/hostname"), Reason.PATH_ESCAPES),
     "home path": (talk(ASK, SAY, image="~/x.jpg"), Reason.PATH_ESCAPES),
     "url": (talk(ASK, SAY, image="http://host/x.jpg"), Reason.PATH_ESCAPES),
     "link out": (talk(ASK, SAY, image="link.jpg"), Reason.PATH_ESCAPES),
-    "a number as picture": (talk(ASK, SAY, image=3), Reason.NOT_A_ROW),
-    "an object as picture": (talk(ASK, SAY, image={"url": "x"}), Reason.NOT_A_ROW),
+    "a number as image": (talk(ASK, SAY, image=3), Reason.NOT_A_ROW),
+    "an object as image": (talk(ASK, SAY, image={"url": "x"}), Reason.NOT_A_ROW),
     "a string as row": ("row", Reason.NOT_A_ROW),
     "null as row": (None, Reason.NOT_A_ROW),
     "a list as row": ([], Reason.NOT_A_ROW),
@@ -124,35 +124,35 @@ ROWS: dict[str, tuple[Any, Reason | None]] = {
     "no answer": (talk(ASK), Reason.NOT_ALTERNATING),
     "an unanswered end": (talk(ASK, SAY, {"from": "human", "value": "And?"}), Reason.NOT_ALTERNATING),
     "an empty answer": (talk(ASK, {"from": "gpt", "value": " \n"}), Reason.NOTHING_SUPERVISED),
-    "picture without token": (talk({"from": "human", "value": "What?"}, SAY), Reason.IMAGE_WITHOUT_TOKEN),
-    "token without picture": ({"conversations": [ASK, SAY]}, Reason.TOKEN_WITHOUT_IMAGE),
-    "two tokens, one picture": (talk({"from": "human", "value": "<image><image>"}, SAY), Reason.TOKEN_WITHOUT_IMAGE),
+    "image without token": (talk({"from": "human", "value": "What?"}, SAY), Reason.IMAGE_WITHOUT_TOKEN),
+    "token without image": ({"conversations": [ASK, SAY]}, Reason.TOKEN_WITHOUT_IMAGE),
+    "two tokens, one image": (talk({"from": "human", "value": "<image><image>"}, SAY), Reason.TOKEN_WITHOUT_IMAGE),
     "token in an answer": (talk(ASK, {"from": "gpt", "value": "<image>"}), Reason.TOKEN_WITHOUT_IMAGE),
     "too long": (talk(ASK, {"from": "gpt", "value": "word " * 999}), Reason.TOO_LONG),
 }
 
 
 @pytest.fixture(scope="module")
-def outcome(prepare_job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reason | None]:
+def outcome(prepare_job: PrepareSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reason | None]:
     """What became of each row, by its name; and no row is lost."""
     folder = tmp_path_factory.mktemp("broken")
-    pictures = folder / "pictures"
-    (pictures / "folder").mkdir(parents=True)
-    (pictures / "good.jpg").write_bytes(JPEG)
+    images = folder / "images"
+    (images / "folder").mkdir(parents=True)
+    (images / "good.jpg").write_bytes(JPEG)
     rows, names = [], []
-    for name, (content, _) in PICTURES.items():
-        (pictures / f"{name}.jpg").write_bytes(content)
+    for name, (content, _) in IMAGES.items():
+        (images / f"{name}.jpg").write_bytes(content)
         rows.append(talk(ASK, SAY, image=f"{name}.jpg"))
         names.append(name)
     for name, (row, _) in ROWS.items():
         rows.append(row)
         names.append(name)
     (folder / "rows.json").write_text(json.dumps(rows))
-    (pictures / "link.jpg").symlink_to(folder / "rows.json")
+    (images / "link.jpg").symlink_to(folder / "rows.json")
     corpus = prepare_job.corpus.model_copy(update={"quarantine_limit": 1.0})
-    places = ((str(folder / "rows.json"), str(pictures)),)
-    job = dataclasses.replace(prepare_job, corpus=corpus, places=places, output=str(folder / "out"))
-    manifest = prepare(job, "tokenizer", Silent())
+    places = ((str(folder / "rows.json"), str(images)),)
+    spec = dataclasses.replace(prepare_job, corpus=corpus, places=places, output=str(folder / "out"))
+    manifest = prepare(spec, "tokenizer", NullProgressBar())
     assert manifest.rows_in == len(rows) == manifest.rows + manifest.quarantined
     quarantine = read_quarantine((folder / "out" / QUARANTINE).read_bytes())
     found: dict[str, Reason | None] = {names[row.row]: Reason(row.reason) for row in quarantine}
@@ -161,7 +161,7 @@ def outcome(prepare_job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found | {names[row]: READ for row in read}
 
 
-EXPECTED = {name: reason for kinds in (PICTURES, ROWS) for name, (_, reason) in kinds.items()}
+EXPECTED = {name: reason for kinds in (IMAGES, ROWS) for name, (_, reason) in kinds.items()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from raylava.corpus.conversation import Encoded, Encoder, Turn
+from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, Turn
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.micro.language import train_tokenizer
-from raylava.model.templates import GEMMA, IMAGE_TOKEN
+from raylava.models.templates import GEMMA, IMAGE_TOKEN
+from raylava.toy.language import train_tokenizer
 
 
 @functools.cache
@@ -27,16 +27,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    return Encoder(tokenizer, GEMMA)
+def encoder(tokenizer: PreTrainedTokenizerBase) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer, GEMMA)
 
 
 def turns_of(*texts: str) -> list[Turn]:
     return [Turn(("human", "gpt")[number % 2], text) for number, text in enumerate(texts)]
 
 
-def supervised_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
-    return [tokenizer.decode(encoded.input_ids[start:stop]) for start, stop in encoded.supervised]
+def supervised_texts(tokenizer: PreTrainedTokenizerBase, encoded: TokenizedChat) -> list[str]:
+    return [tokenizer.decode(encoded.input_ids[start:stop]) for start, stop in encoded.loss_spans]
 
 
 SOT, EOT = "<start_of_turn>", "<end_of_turn>"
@@ -87,7 +87,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_text_and_spans_are_the_templates(name: str, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_and_spans_are_the_templates(
+    name: str, encoder: ChatTokenizer, tokenizer: PreTrainedTokenizerBase
+) -> None:
     turns, images, text, supervised = CASES[name]
     encoded = encoder.encode(turns, images)
     assert tokenizer.decode(encoded.input_ids) == text
@@ -96,7 +98,7 @@ def test_text_and_spans_are_the_templates(name: str, encoder: Encoder, tokenizer
 
 @pytest.mark.parametrize("name", [name for name in CASES if "images" not in name])
 def test_ids_equal_those_of_the_whole_string_tokenized_at_once(
-    name: str, encoder: Encoder, tokenizer: PreTrainedTokenizerBase
+    name: str, encoder: ChatTokenizer, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """So that a prompt at inference, tokenized as one string, is what training saw."""
     turns, images, text, _ = CASES[name]
@@ -104,7 +106,7 @@ def test_ids_equal_those_of_the_whole_string_tokenized_at_once(
     assert encoder.encode(turns, images).input_ids == whole
 
 
-def test_length_counts_every_image_token(encoder: Encoder) -> None:
+def test_length_counts_every_image_token(encoder: ChatTokenizer) -> None:
     encoded = encoder.encode(CASES["two images in one turn"][0], images=2)
     assert encoded.length(image_tokens=36) == len(encoded.input_ids) - 2 + 2 * 36
 
@@ -125,7 +127,7 @@ def test_length_counts_every_image_token(encoder: Encoder) -> None:
     ],
 )
 def test_a_conversation_that_cannot_be_trained_on_is_refused_with_its_reason(
-    encoder: Encoder, turns: Sequence[Turn], images: int, reason: Reason
+    encoder: ChatTokenizer, turns: Sequence[Turn], images: int, reason: Reason
 ) -> None:
     with pytest.raises(BadRow) as bad:
         encoder.encode(turns, images)
@@ -143,7 +145,7 @@ def test_supervised_spans_decode_to_each_answer_and_typed_control_tokens_stay_te
     exchanges: list[tuple[str, str]], with_image: bool
 ) -> None:
     tokenizer = shared_tokenizer()
-    encoder = Encoder(tokenizer, GEMMA)
+    encoder = ChatTokenizer(tokenizer, GEMMA)
     first = f"{IMAGE_TOKEN}\n" * with_image
     texts = [text for number, (human, gpt) in enumerate(exchanges) for text in (first * (number == 0) + human, gpt)]
     encoded = encoder.encode(turns_of(*texts), images=int(with_image))

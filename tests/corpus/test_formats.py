@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from raylava.corpus import formats
 from raylava.corpus.formats import FORMATS, format_of
 from raylava.errors import UserError
-from raylava.storage import Place, place
+from raylava.storage import StoragePath, storage_path
 
 TALK = [{"from": "human", "value": "Hi <image>"}, {"from": "gpt", "value": "naïve 日本 🦙"}]
 
 
-def through(name: str, file: Place) -> list[Any]:
+def through(name: str, file: StoragePath) -> list[Any]:
     """The rows, found by `locate` and fetched by `read`, all and in part."""
     form = FORMATS[name]
     wheres = json.loads(json.dumps([located.where for located in form.locate(file)]))
@@ -44,7 +44,7 @@ def test_a_json_list_is_read_the_same_whatever_the_chunks(
     file.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "_CHUNK", chunk)
-        assert through("llava_json", place(file)) == rows
+        assert through("llava_json", storage_path(file)) == rows
 
 
 @pytest.mark.parametrize(
@@ -62,28 +62,28 @@ def test_a_json_list_is_read_the_same_whatever_the_chunks(
 def test_a_file_that_is_not_llava_json_is_told_with_the_place(tmp_path: Path, content: str, told: str) -> None:
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(UserError, match=told):
-        list(FORMATS["llava_json"].locate(place(tmp_path / "rows.json")))
+        list(FORMATS["llava_json"].locate(storage_path(tmp_path / "rows.json")))
 
 
 def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_bytes('[{"conversations": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="must be UTF-8"):
-        list(FORMATS["llava_json"].locate(place(tmp_path / "rows.json")))
+        list(FORMATS["llava_json"].locate(storage_path(tmp_path / "rows.json")))
 
 
 def test_json_lines_skip_empty_lines_and_keep_bad_ones_as_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f'{json.dumps({"conversations": TALK}, ensure_ascii=False)}\n\n{{broken\n{{"id": 3}}')
-    rows = through("jsonl", place(file))
+    rows = through("jsonl", storage_path(file))
     assert rows[0] == {"conversations": TALK}
     assert rows[1].startswith("not JSON: ")
     assert rows[2] == {"id": 3}
 
 
-def test_parquet_rows_come_from_their_row_groups_with_their_pictures(tmp_path: Path) -> None:
-    rows = [{"id": str(n), "image": {"bytes": b"picture", "path": None}, "conversations": TALK} for n in range(7)]
+def test_parquet_rows_come_from_their_row_groups_with_their_images(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "image": {"bytes": b"image", "path": None}, "conversations": TALK} for n in range(7)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=3)
-    assert through("parquet", place(tmp_path / "rows.parquet")) == rows
+    assert through("parquet", storage_path(tmp_path / "rows.parquet")) == rows
 
 
 @pytest.mark.parametrize("content", [b"not parquet", None])
@@ -94,16 +94,16 @@ def test_another_parquet_file_is_told(tmp_path: Path, content: bytes | None) -> 
     else:
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"rows\.parquet: (not Parquet|has neither)"):
-        list(FORMATS["parquet"].locate(place(file)))
+        list(FORMATS["parquet"].locate(storage_path(file)))
 
 
-def write_tar(file: Path, members: list[tuple[str, bytes]]) -> Place:
+def write_tar(file: Path, members: list[tuple[str, bytes]]) -> StoragePath:
     with tarfile.open(file, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return place(file)
+    return storage_path(file)
 
 
 def test_webdataset_samples_are_members_of_one_name(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_a_tar_that_is_cut_short_or_none_is_told(tmp_path: Path) -> None:
     for name, content in (("cut.tar", whole.read_bytes()[:6200]), ("none.tar", b"nothing of the kind" * 100)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}: not a whole tar"):
-            list(FORMATS["webdataset"].locate(place(tmp_path / name)))
+            list(FORMATS["webdataset"].locate(storage_path(tmp_path / name)))
 
 
 def test_a_files_name_tells_its_format(tmp_path: Path) -> None:
     names = {"a.json": "llava_json", "a.JSONL": "jsonl", "a.parquet": "parquet", "a-000.tar": "webdataset"}
-    assert {name: format_of(place(tmp_path / name)) for name in names} == names
+    assert {name: format_of(storage_path(tmp_path / name)) for name in names} == names
     with pytest.raises(UserError, match="set format to one of"):
-        format_of(place(tmp_path / "a.csv"))
+        format_of(storage_path(tmp_path / "a.csv"))

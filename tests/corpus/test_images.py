@@ -1,4 +1,4 @@
-"""Any picture becomes the RGB a person would see, squared as the processor does it, or is refused with a reason."""
+"""Any image becomes the RGB a person would see, squared as the processor does it, or is refused with a reason."""
 
 import io
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raylava.config.recipe import ImageEncoding
 from raylava.corpus.images import (
     blank_pixels,
     decode,
     decode_stored,
     mean_colour,
     normalise,
-    prepare_picture,
+    prepare_image,
     square,
     square_fast,
 )
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.model.backbones import PixelRule
-from raylava.recipe import Storing
+from raylava.models.registry import PixelRule
 
 RULE = PixelRule(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 LIMIT = 1_000_000
@@ -62,12 +62,12 @@ AS_SEEN = {
 
 
 @pytest.mark.parametrize("kind", AS_SEEN)
-def test_a_picture_is_decoded_as_a_person_sees_it(kind: str) -> None:
+def test_a_image_is_decoded_as_a_person_sees_it(kind: str) -> None:
     content, colour = AS_SEEN[kind]
     assert colour_of(content) == colour
 
 
-def test_exif_orientation_turns_the_picture_upright() -> None:
+def test_exif_orientation_turns_the_image_upright() -> None:
     image = Image.new("RGB", (20, 10), "white")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
@@ -86,13 +86,13 @@ def test_a_jpeg_has_the_values_that_pillow_gives(mode: str, subsampling: str, pr
     ("content", "reason"),
     [
         (b"", Reason.IMAGE_UNREADABLE),
-        (b"not a picture", Reason.IMAGE_UNREADABLE),
+        (b"not a image", Reason.IMAGE_UNREADABLE),
         (encoded(photo(256, 256), "JPEG")[:-400], Reason.IMAGE_TRUNCATED),
         (encoded(photo(64, 64))[:600], Reason.IMAGE_TRUNCATED),
         (encoded(Image.new("1", (4000, 4000))), Reason.IMAGE_TOO_LARGE),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_refused_with_its_reason(content: bytes, reason: Reason) -> None:
+def test_a_image_that_cannot_be_used_is_refused_with_its_reason(content: bytes, reason: Reason) -> None:
     with pytest.raises(BadRow) as bad:
         decode(content, LIMIT)
     assert bad.value.reason == reason
@@ -102,11 +102,11 @@ def test_a_picture_that_cannot_be_used_is_refused_with_its_reason(content: bytes
 def test_a_sliver_that_would_be_squared_into_a_bomb_is_refused(fit: str) -> None:
     sliver = encoded(Image.new("1", (60_000, 1)))
     with pytest.raises(BadRow, match="would become") as bad:
-        prepare_picture(sliver, RULE, fit, Storing(), LIMIT)
+        prepare_image(sliver, RULE, fit, ImageEncoding(), LIMIT)
     assert bad.value.reason == Reason.IMAGE_TOO_LARGE
 
 
-def test_padding_keeps_the_whole_picture_and_fills_with_the_mean_colour() -> None:
+def test_padding_keeps_the_whole_image_and_fills_with_the_mean_colour() -> None:
     squared = square(np.asarray(Image.new("RGB", (64, 32), "red")), RULE, "pad")
     assert squared.shape == (32, 32, 3)
     assert tuple(squared[0, 16]) == mean_colour(RULE) == (127, 102, 76)
@@ -130,17 +130,17 @@ def test_the_fast_resize_is_within_one_level_of_pillows(fit: str, size: tuple[in
     assert np.abs(fast - exact).max() <= 1
 
 
-@pytest.mark.parametrize("storing", [Storing(format="png"), Storing(format="webp")])
-def test_lossless_storage_returns_the_same_pixels(storing: Storing) -> None:
+@pytest.mark.parametrize("storing", [ImageEncoding(format="png"), ImageEncoding(format="webp")])
+def test_lossless_storage_returns_the_same_pixels(storing: ImageEncoding) -> None:
     image = photo(90, 50)
-    stored = prepare_picture(encoded(image), RULE, "pad", storing, LIMIT)
+    stored = prepare_image(encoded(image), RULE, "pad", storing, LIMIT)
     assert np.array_equal(decode_stored(stored), square(np.asarray(image), RULE, "pad"))
 
 
 def test_the_default_storage_stays_close_to_the_pixels() -> None:
     image = photo(640, 480)
     rule = PixelRule(336, RULE.mean, RULE.std)
-    stored = prepare_picture(encoded(image), rule, "pad", Storing(), LIMIT)
+    stored = prepare_image(encoded(image), rule, "pad", ImageEncoding(), LIMIT)
     difference = np.abs(decode_stored(stored).astype(int) - square(np.asarray(image), rule, "pad").astype(int))
     assert difference.mean() < 2.0  # of 255, on hard noise
 

@@ -19,17 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raylava.console import Silent
+from raylava.config.recipe import Source
+from raylava.console import NullProgressBar
 from raylava.corpus.blocks import Blocks, Sample
-from raylava.corpus.prepare import Job, prepare
-from raylava.recipe import Source
-from raylava.storage import place
+from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.storage import storage_path
 from tests.conftest import SECRET
 
 
-def prepared(job: Job, output: Path | str) -> Blocks:
-    prepare(dataclasses.replace(job, output=str(output)), "tokenizer", Silent())
-    return Blocks.at(place(output))
+def prepared(spec: PrepareSpec, output: Path | str) -> Blocks:
+    prepare(dataclasses.replace(spec, output=str(output)), "tokenizer", NullProgressBar())
+    return Blocks.at(storage_path(output))
 
 
 def samples(blocks: Blocks) -> list[Sample]:
@@ -40,8 +40,8 @@ def without_ids(blocks: Blocks) -> list[Sample]:
     return [dataclasses.replace(sample, sample_id="") for sample in samples(blocks)]
 
 
-def rows_of(job: Job) -> tuple[list[dict[str, Any]], Path]:
-    annotations, images = job.places[0]
+def rows_of(spec: PrepareSpec) -> tuple[list[dict[str, Any]], Path]:
+    annotations, images = spec.places[0]
     return json.loads(Path(annotations).read_text()), Path(images)
 
 
@@ -50,7 +50,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def reference(prepare_job: Job, tmp_path_factory: pytest.TempPathFactory) -> Blocks:
+def reference(prepare_job: PrepareSpec, tmp_path_factory: pytest.TempPathFactory) -> Blocks:
     return prepared(prepare_job, tmp_path_factory.mktemp("reference"))
 
 
@@ -90,15 +90,17 @@ def write_webdataset(rows: list[dict[str, Any]], images: Path, folder: Path) -> 
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_webdataset])
-def test_every_format_gives_the_same_samples(prepare_job: Job, reference: Blocks, write: Any, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_samples(
+    prepare_job: PrepareSpec, reference: Blocks, write: Any, tmp_path: Path
+) -> None:
     rows, images = rows_of(prepare_job)
-    job = dataclasses.replace(prepare_job, places=((write(rows, images, tmp_path), str(images)),))
-    assert without_ids(prepared(job, tmp_path / "out")) == without_ids(reference)
+    spec = dataclasses.replace(prepare_job, places=((write(rows, images, tmp_path), str(images)),))
+    assert without_ids(prepared(spec, tmp_path / "out")) == without_ids(reference)
 
 
-def test_sources_mix_by_weight_and_limit_and_ids_stay_unique(prepare_job: Job, tmp_path: Path) -> None:
+def test_sources_mix_by_weight_and_limit_and_ids_stay_unique(prepare_job: PrepareSpec, tmp_path: Path) -> None:
     one = prepare_job.corpus.sources[0]
-    sources = (one.model_copy(update={"limit": 5}), one.model_copy(update={"weight": 2.0}))
+    sources = (one.model_copy(update={"max_rows": 5}), one.model_copy(update={"sampling_weight": 2.0}))
     corpus = prepare_job.corpus.model_copy(update={"sources": sources})
     mixed = prepared(dataclasses.replace(prepare_job, corpus=corpus, places=prepare_job.places * 2), tmp_path)
     ids = [sample.sample_id for sample in samples(mixed)]
@@ -106,32 +108,32 @@ def test_sources_mix_by_weight_and_limit_and_ids_stay_unique(prepare_job: Job, t
 
 
 def test_a_corpus_on_s3_is_prepared_to_s3_and_no_secret_stays_there(
-    prepare_job: Job, reference: Blocks, s3: str, tmp_path: Path
+    prepare_job: PrepareSpec, reference: Blocks, s3: str, tmp_path: Path
 ) -> None:
     _, images = rows_of(prepare_job)
-    corpus = place(f"{s3}/corpus")
+    corpus = storage_path(f"{s3}/corpus")
     pafs.copy_files(str(images.parent), corpus.path, destination_filesystem=corpus.filesystem)
-    places = ((f"{s3}/corpus/alignment.json", f"{s3}/corpus/pictures"),)
+    places = ((f"{s3}/corpus/alignment.json", f"{s3}/corpus/images"),)
     blocks = prepared(dataclasses.replace(prepare_job, places=places), f"{s3}/blocks")
     assert samples(blocks) == samples(reference)
     assert tree(blocks.folder) == tree(reference.folder), "byte for byte"
     assert not [name for name, content in tree(blocks.folder).items() if SECRET.encode() in content]
 
 
-def test_trimming_leaves_whole_exchanges_off_the_end(prepare_job: Job, tmp_path: Path) -> None:
+def test_trimming_leaves_whole_exchanges_off_the_end(prepare_job: PrepareSpec, tmp_path: Path) -> None:
     rows, images = rows_of(prepare_job)
     short = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]
     rows[0]["conversations"] += short * 12
     rows[1]["conversations"] += [{"from": "human", "value": "word " * 200}, {"from": "gpt", "value": "yes"}]
     rows[2]["conversations"][1]["value"] = "word " * 200
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    corpus = prepare_job.corpus.model_copy(update={"too_long": "trim", "quarantine_limit": 0.1})
+    corpus = prepare_job.corpus.model_copy(update={"on_overlong": "truncate_exchanges", "quarantine_limit": 0.1})
     places = ((str(tmp_path / "rows.json"), str(images)),)
     blocks = prepared(dataclasses.replace(prepare_job, corpus=corpus, places=places), tmp_path / "out")
     assert blocks.manifest.trimmed == 2
     assert blocks.manifest.quarantine == {"too long": 1}, "a first exchange is never cut"
-    assert 1 < len(blocks[0].supervised) < 13
-    assert len(blocks[1].supervised) == 1
+    assert 1 < len(blocks[0].loss_spans) < 13
+    assert len(blocks[1].loss_spans) == 1
     assert blocks.lengths.length.max() <= prepare_job.corpus.max_length
 
 
@@ -154,7 +156,7 @@ import pickle, sys
 import ray
 from raylava.console import Silent
 from raylava.corpus.prepare import prepare
-job = pickle.loads(bytes.fromhex(sys.argv[1]))
+spec = pickle.loads(bytes.fromhex(sys.argv[1]))
 nodes = int(sys.argv[2])
 if nodes:
     from ray.cluster_utils import Cluster
@@ -164,14 +166,14 @@ if nodes:
     ray.init(address=cluster.address, log_to_driver=False)
 else:
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-prepare(job, "tokenizer", Silent())
+prepare(spec, "tokenizer", Silent())
 ray.shutdown()
 """
 
 
-def start(job: Job, nodes: int) -> "subprocess.Popen[bytes]":
+def start(spec: PrepareSpec, nodes: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, pickle.dumps(job).hex(), str(nodes)],
+        [sys.executable, "-c", SCRIPT, pickle.dumps(spec).hex(), str(nodes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},  # not the session's Ray
@@ -188,7 +190,7 @@ def wait_for_five(records: Path, run: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_give_the_same_bytes_as_one(prepare_job: Job, reference: Blocks, tmp_path: Path) -> None:
+def test_two_nodes_give_the_same_bytes_as_one(prepare_job: PrepareSpec, reference: Blocks, tmp_path: Path) -> None:
     run = start(dataclasses.replace(prepare_job, output=str(tmp_path)), nodes=2)
     _, error = run.communicate(timeout=240)
     assert run.returncode == 0, error[-3000:]
@@ -196,13 +198,15 @@ def test_two_nodes_give_the_same_bytes_as_one(prepare_job: Job, reference: Block
 
 
 @pytest.mark.slow
-def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(prepare_job: Job, tmp_path: Path) -> None:
+def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    prepare_job: PrepareSpec, tmp_path: Path
+) -> None:
     corpus = prepare_job.corpus.model_copy(
-        update={"rows_per_block": 2, "sources": (Source(annotations="a", weight=20.0),)}
+        update={"samples_per_block": 2, "sources": (Source(annotations="a", sampling_weight=20.0),)}
     )
     whole = dataclasses.replace(prepare_job, corpus=corpus, output=str(tmp_path / "whole"))
     killed = dataclasses.replace(whole, output=str(tmp_path / "killed"))
-    prepare(whole, "tokenizer", Silent())
+    prepare(whole, "tokenizer", NullProgressBar())
     run = start(killed, nodes=0)
     records = tmp_path / "killed" / "rows"
     wait_for_five(records, run)
@@ -215,7 +219,7 @@ def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(pre
     kept = {
         name: (blocks / name.replace("record", "block").replace("json", "arrow")).stat().st_mtime_ns for name in done
     }
-    prepare(killed, "tokenizer", Silent())
+    prepare(killed, "tokenizer", NullProgressBar())
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
     after = {
         name: (blocks / name.replace("record", "block").replace("json", "arrow")).stat().st_mtime_ns for name in done
@@ -224,12 +228,12 @@ def test_after_sigkill_the_same_command_goes_on_and_ends_with_the_same_bytes(pre
 
 
 @pytest.mark.slow
-def test_a_worker_killed_on_the_way_changes_nothing(prepare_job: Job, tmp_path: Path) -> None:
+def test_a_worker_killed_on_the_way_changes_nothing(prepare_job: PrepareSpec, tmp_path: Path) -> None:
     corpus = prepare_job.corpus.model_copy(
-        update={"rows_per_block": 4, "sources": (Source(annotations="a", weight=20.0),)}
+        update={"samples_per_block": 4, "sources": (Source(annotations="a", sampling_weight=20.0),)}
     )
     whole = dataclasses.replace(prepare_job, corpus=corpus, output=str(tmp_path / "whole"))
-    prepare(whole, "tokenizer", Silent())
+    prepare(whole, "tokenizer", NullProgressBar())
     run = start(dataclasses.replace(whole, output=str(tmp_path / "hurt")), nodes=0)
     wait_for_five(tmp_path / "hurt" / "rows", run)
     family = psutil.Process(run.pid).children(recursive=True)
@@ -272,18 +276,18 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_blocks_in_flight_not_by_the_corpus(prepare_job: Job, tmp_path: Path) -> None:
-    """1.6 GB of pictures go through a driver and two workers that together grow by less than 100 MB."""
+def test_memory_is_bounded_by_the_blocks_in_flight_not_by_the_corpus(prepare_job: PrepareSpec, tmp_path: Path) -> None:
+    """1.6 GB of images go through a driver and two workers that together grow by less than 100 MB."""
     rows, _ = rows_of(prepare_job)
     Image.frombytes("RGB", (400, 400), os.urandom(400 * 400 * 3)).save(tmp_path / "big.bmp")
     big = [{**row, "image": "big.bmp"} for row in rows] * 85  # 3,400 rows × 480 kB
     (tmp_path / "rows.json").write_text(json.dumps(big))
-    corpus = prepare_job.corpus.model_copy(update={"rows_per_block": 100})
-    job = dataclasses.replace(
+    corpus = prepare_job.corpus.model_copy(update={"samples_per_block": 100})
+    spec = dataclasses.replace(
         prepare_job, corpus=corpus, places=((str(tmp_path / "rows.json"), str(tmp_path)),), output=str(tmp_path / "out")
     )
     run = subprocess.run(
-        [sys.executable, "-c", WATCHED, pickle.dumps(job).hex()],
+        [sys.executable, "-c", WATCHED, pickle.dumps(spec).hex()],
         capture_output=True,
         text=True,
         check=False,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from raylava.config.recipe import Source
 from raylava.corpus.conversation import Turn
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import SourceFiles, image_names, image_place, parse_row
 from raylava.errors import UserError
-from raylava.recipe import Source
-from raylava.storage import place
+from raylava.storage import storage_path
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 TURNS = (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
@@ -23,7 +23,7 @@ def source_of(folder: Path, rows: Any, **settings: Any) -> SourceFiles:
     return SourceFiles(Source(annotations="rows.json", **settings), str(file), str(folder))
 
 
-def test_a_row_has_its_id_pictures_and_turns() -> None:
+def test_a_row_has_its_id_images_and_turns() -> None:
     row = parse_row({"id": "x", "image": "a.png", "conversations": TALK}, "#7")
     assert (row.sample_id, row.images, row.turns) == ("x#7", ("a.png",), TURNS)
 
@@ -40,7 +40,7 @@ def test_a_row_has_its_id_pictures_and_turns() -> None:
         ([{"bytes": b"1", "path": None}, "b.png"], (b"1", "b.png")),
     ],
 )
-def test_pictures_are_paths_or_bytes_one_or_many_or_none(image: Any, images: tuple[str | bytes, ...]) -> None:
+def test_images_are_paths_or_bytes_one_or_many_or_none(image: Any, images: tuple[str | bytes, ...]) -> None:
     assert parse_row({"image": image, "conversations": TALK}, "").images == images
 
 
@@ -86,12 +86,12 @@ def test_rows_are_chosen_by_image_path_and_keep_their_numbers(tmp_path: Path) ->
     rows: list[Any] = [{"image": f"{number % 3}/x.png", "conversations": TALK} for number in range(6)]
     rows += [{"image": None, "conversations": TALK}, "broken"]
     assert rows_of(source_of(tmp_path, rows, exclude=("0/*",))) == [1, 2, 4, 5, 6, 7]
-    assert rows_of(source_of(tmp_path, rows, include=("0/*",), limit=1)) == [0]
+    assert rows_of(source_of(tmp_path, rows, include=("0/*",), max_rows=1)) == [0]
 
 
 @pytest.mark.parametrize(("weight", "least", "most"), [(0.25, 70, 130), (1.0, 400, 400), (2.5, 960, 1040)])
 def test_a_weight_takes_a_share_of_rows_or_repeats_them(tmp_path: Path, weight: float, least: int, most: int) -> None:
-    source = source_of(tmp_path, [{"conversations": TALK}] * 400, weight=weight)
+    source = source_of(tmp_path, [{"conversations": TALK}] * 400, sampling_weight=weight)
     picks = list(source.picks(0))
     assert least <= len(picks) <= most
     assert picks == list(source.picks(0)), "the same rows each time"
@@ -111,10 +111,10 @@ def test_a_folder_of_files_is_one_source_in_the_order_of_their_names(tmp_path: P
 def test_a_source_is_identified_by_content_not_by_place(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "conversations": TALK}]
     found = []
-    for name, picture in (("one", b"123"), ("two", b"123"), ("three", b"1234")):
+    for name, image in (("one", b"123"), ("two", b"123"), ("three", b"1234")):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "a.png").write_bytes(picture)
+        (folder / "a.png").write_bytes(image)
         (folder / "not named by any row.png").write_bytes(name.encode())
         found.append(source_of(folder, rows).identity())
     assert found[0] == found[1] != found[2]
@@ -141,10 +141,10 @@ def test_a_missing_image_folder_is_the_users_mistake(tmp_path: Path) -> None:
 )
 def test_an_image_path_cannot_leave_its_root(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadRow) as bad:
-        image_place(place(tmp_path), name)
+        image_place(storage_path(tmp_path), name)
     assert bad.value.reason == Reason.PATH_ESCAPES
 
 
 def test_an_image_path_lies_below_its_root(tmp_path: Path) -> None:
-    assert image_place(place(tmp_path), "./a//b.png").path == str(tmp_path / "a" / "b.png")
+    assert image_place(storage_path(tmp_path), "./a//b.png").path == str(tmp_path / "a" / "b.png")
     assert image_names({"image": ["a", b"b"]}) == ("a",)

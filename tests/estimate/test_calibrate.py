@@ -11,19 +11,19 @@ import torch
 
 from raylava.artifacts import Artifact
 from raylava.cli.entry import main
-from raylava.cost.published import VISION, shape_of_model
-from raylava.cost.shapes import shape_of
-from raylava.demo import micro_recipe
+from raylava.config.recipe import Language, Model, Recipe, Vision
 from raylava.errors import RunError
 from raylava.estimate.calibrate import Calibration, calibrate, kept, random_llava
-from raylava.estimate.forecast import Given, forecast
-from raylava.estimate.here import on_this_machine, workloads
-from raylava.estimate.noise import noise
+from raylava.estimate.forecast import KnownCorpora, forecast
+from raylava.estimate.local_machine import on_this_machine, workloads
+from raylava.estimate.synthetic import noise
 from raylava.estimate.workload import prepared
-from raylava.model.backbones import resolve_vision
-from raylava.model.llava import PackLoss, assemble
-from raylava.recipe import Language, Model, Recipe, Vision
-from raylava.storage import place
+from raylava.models.llava import PackLoss, build_llava
+from raylava.models.registry import resolve_vision
+from raylava.models.shapes import VISION, shape_of_model
+from raylava.perf.shapes import shape_of
+from raylava.storage import storage_path
+from raylava.toy.demo import toy_recipe
 
 SETTINGS = ["pretrain.enabled=false", "evaluate=[]", "resources.workers=1", "finetune.epochs=20"]
 
@@ -34,32 +34,34 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(lab: Artifact) -> Recipe:
-    return micro_recipe(lab.place, SETTINGS)
+def recipe(toy_assets: Artifact) -> Recipe:
+    return toy_recipe(toy_assets.path, SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def given(recipe: Recipe, recipe_file: str, storage: Path, ray_cluster: None) -> Given:
+def given(recipe: Recipe, recipe_file: str, storage: Path, ray_cluster: None) -> KnownCorpora:
     assert main(["run", recipe_file, *SETTINGS, "--only", "prepare", "--storage", str(storage)]) == 0
     (made,) = (storage / "prepare").iterdir()
-    return Given({"instruction": prepared(place(made))}, {})
+    return KnownCorpora({"instruction": prepared(storage_path(made))}, {})
 
 
 @pytest.fixture(scope="module")
-def recipe_file(lab: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The micro recipe on the tiny laboratory, as a file."""
-    file = tmp_path_factory.mktemp("recipe") / "micro.yaml"
-    file.write_text(json.dumps(micro_recipe(lab.place, []).model_dump(mode="json")))
+def recipe_file(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The micro recipe on the tiny toy assets, as a file."""
+    file = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    file.write_text(json.dumps(toy_recipe(toy_assets.path, []).model_dump(mode="json")))
     return str(file)
 
 
 @pytest.fixture(scope="module")
-def calibration(recipe: Recipe, given: Given, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+def calibration(recipe: Recipe, given: KnownCorpora, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     (workload,) = workloads(recipe, given).values()
     return calibrate(recipe, "finetune", workload, tmp_path_factory.mktemp("timing"))
 
 
-def test_what_was_timed_is_there_for_the_next_estimate(recipe: Recipe, given: Given, calibration: Calibration) -> None:
+def test_what_was_timed_is_there_for_the_next_estimate(
+    recipe: Recipe, given: KnownCorpora, calibration: Calibration
+) -> None:
     (workload,) = workloads(recipe, given).values()
     assert kept(recipe, "finetune", workload) == calibration
     speed = on_this_machine(recipe, given).speed_of("finetune")
@@ -67,14 +69,14 @@ def test_what_was_timed_is_there_for_the_next_estimate(recipe: Recipe, given: Gi
     assert "measured here: 8 steps, 1 workers on cpu" in speed.source
 
 
-def test_other_settings_were_not_timed(recipe: Recipe, given: Given, calibration: Calibration) -> None:
+def test_other_settings_were_not_timed(recipe: Recipe, given: KnownCorpora, calibration: Calibration) -> None:
     changed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"precision": "bf16"})})
     (workload,) = workloads(changed, given).values()
     assert kept(changed, "finetune", workload) is None
 
 
 def test_a_run_takes_about_as_long_as_predicted(
-    recipe: Recipe, recipe_file: str, given: Given, storage: Path, calibration: Calibration
+    recipe: Recipe, recipe_file: str, given: KnownCorpora, storage: Path, calibration: Calibration
 ) -> None:
     """Within 40 % on a machine that may be busy; the bench holds it to 20 % on one that is not."""
     stage = forecast(recipe, on_this_machine(recipe, given), given, weighs_all=False).stages[-1]
@@ -86,7 +88,7 @@ def test_a_run_takes_about_as_long_as_predicted(
     assert stage.asked.seconds.total == pytest.approx(statistics.median(seconds), rel=0.4)
 
 
-def test_a_rank_that_fails_ends_the_timing(recipe: Recipe, given: Given, tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_timing(recipe: Recipe, given: KnownCorpora, tmp_path: Path) -> None:
     (workload,) = workloads(recipe, given).values()
     no_folder = tmp_path / "file"
     no_folder.touch()
@@ -103,14 +105,14 @@ def test_published_backbones_can_be_timed_without_their_weights(tower: str) -> N
     assert sum(weight.numel() for weight in llava.parameters()) == shape_of_model(model).parameters
 
 
-def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, lab: Artifact) -> None:
-    llava = assemble(recipe.model, resolve_vision(recipe.model.vision), 0, torch.float32, "varlen")
+def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, toy_assets: Artifact) -> None:
+    llava = build_llava(recipe.model, resolve_vision(recipe.model.vision), 0, torch.float32, "varlen")
     shape, token = shape_of(llava.config), llava.config.image_token_index
     patches = shape.vision.patches
     pack = noise([(patches + 10, 1, 5), (7, 0, 3)], shape, token)
     assert pack.input_ids.shape == (1, patches + 17)
     assert len(pack.labels) == 8
-    assert torch.equal(pack.input_ids[0, pack.keep + 1], pack.labels)
+    assert torch.equal(pack.input_ids[0, pack.target_positions + 1], pack.labels)
     assert torch.isfinite(PackLoss(llava)(**vars(pack)))
     blank = noise([(7, 0, 3)], shape, token)
     assert blank.pixel_values.shape[0] == 1

@@ -9,25 +9,25 @@ import pytest
 
 from raylava.artifacts import Artifact
 from raylava.cli.entry import main
+from raylava.config.load import load_recipe
+from raylava.config.recipe import Recipe
 from raylava.corpus.blocks import Blocks
-from raylava.cost.hardware import DEVICES, cluster
-from raylava.cost.published import LANGUAGE, VISION, shape_of_model
-from raylava.cost.speed import stated
-from raylava.demo import recipes_folder
 from raylava.errors import UserError
-from raylava.estimate.forecast import Forecast, Given, Target, forecast, on_gpus
-from raylava.estimate.scale import played
-from raylava.estimate.simulate import World
-from raylava.estimate.sweeps import pieces
+from raylava.estimate.forecast import Forecast, KnownCorpora, Target, forecast, on_gpus
+from raylava.estimate.scaling import played
+from raylava.estimate.simulate import FailureModel
+from raylava.estimate.sweep_cost import pieces
 from raylava.estimate.workload import assumed, prepared
-from raylava.model.backbones import KNOWN_LANGUAGE, KNOWN_VISION
-from raylava.recipe import Recipe
-from raylava.recipe_file import load_recipe
-from raylava.storage import place
+from raylava.models.registry import KNOWN_LANGUAGE, KNOWN_VISION
+from raylava.models.shapes import LANGUAGE, VISION, shape_of_model
+from raylava.perf.hardware import DEVICES, cluster
+from raylava.perf.step_time import stated
+from raylava.storage import storage_path
+from raylava.toy.demo import recipes_folder
 from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
 
-NOTHING = Given({}, {})
+NOTHING = KnownCorpora({}, {})
 
 
 def recipe(name: str = "llava-gemma-2b", *overrides: str) -> Recipe:
@@ -84,24 +84,30 @@ def test_a_way_that_does_not_fit_says_what_it_lacks() -> None:
     found = on_eight("llava-gemma-7b", "finetune.zero.stage=0", "finetune.activation_checkpointing=false")
     assert not found.fits
     (stage,) = [one for one in found.stages if one.stage == "finetune"]
-    assert "GB in the" in stage.asked.why_not
+    assert "GB in the" in stage.asked.infeasible
     assert stage.best is not None
-    assert not stage.best.why_not
-    assert all(one.why_not for one in stage.options if one.memory.peak > found.target.room.device)
+    assert not stage.best.infeasible
+    assert all(one.infeasible for one in stage.options if one.memory.peak > found.target.room.device)
 
 
 def test_the_largest_pack_fits_and_the_next_larger_one_does_not() -> None:
     (_, stage) = on_eight("llava-gemma-7b").stages
-    like = {one.way.pack_tokens: one.why_not for one in stage.options if one.way.mode == stage.asked.way.mode}
+    like = {
+        one.way.max_tokens_per_pack: one.infeasible for one in stage.options if one.way.mode == stage.asked.way.mode
+    }
     assert stage.largest_pack is not None
     assert not like[stage.largest_pack]
-    larger = [why_not for tokens, why_not in like.items() if tokens > stage.largest_pack]
+    larger = [infeasible for tokens, infeasible in like.items() if tokens > stage.largest_pack]
     assert larger
     assert all(larger)
 
 
 def test_settings_left_open_are_the_best_there_is() -> None:
-    settings = ("finetune.zero.stage=auto", "finetune.pack_tokens=auto", "finetune.activation_checkpointing=auto")
+    settings = (
+        "finetune.zero.stage=auto",
+        "finetune.max_tokens_per_pack=auto",
+        "finetune.activation_checkpointing=auto",
+    )
     stage = on_eight("llava-gemma-7b", *settings).stages[-1]
     assert stage.best is not None
     assert stage.asked.seconds.total == pytest.approx(stage.best.seconds.total, rel=0.01)
@@ -126,7 +132,7 @@ def test_lengths_that_are_assumed_are_llavas_and_within_the_recipes_longest() ->
     assert found.rows == 665_298
     assert lengths.length.max() <= instruction.max_length
     assert lengths.images.mean() == pytest.approx(624_610 / 665_298, abs=0.005)
-    assert np.all(lengths.supervised < lengths.length)
+    assert np.all(lengths.loss_tokens < lengths.length)
     assert "assumed: 665,298 rows" in found.source
 
 
@@ -134,29 +140,29 @@ def test_a_corpus_that_nobody_knows_wants_its_rows() -> None:
     changed = recipe("llava-gemma-2b", "corpora.alignment.sources.0.annotations=mine.json")
     with pytest.raises(UserError, match=r"corpora\.alignment: mine\.json is not prepared.*give --rows alignment=N"):
         forecast(changed, eight(), NOTHING)
-    told = forecast(changed, eight(), Given({}, {"alignment": 256_000}))
+    told = forecast(changed, eight(), KnownCorpora({}, {"alignment": 256_000}))
     assert told.stages[0].steps == 1_000
 
 
 def test_a_billion_rows_are_estimated_as_readily_as_a_thousand() -> None:
-    told = forecast(recipe("llava-gemma-2b-no-pretrain"), eight(), Given({}, {"instruction": 1_000_000_000}))
+    told = forecast(recipe("llava-gemma-2b-no-pretrain"), eight(), KnownCorpora({}, {"instruction": 1_000_000_000}))
     assert told.stages[0].steps == 7_812_500
     assert told.prepare["instruction"].stored > 1e13
 
 
-def test_a_prepared_corpus_is_taken_as_it_is(prepared_blocks: Blocks, lab: Artifact) -> None:
-    found = prepared(place(prepared_blocks.folder))
+def test_a_prepared_corpus_is_taken_as_it_is(prepared_blocks: Blocks, toy_assets: Artifact) -> None:
+    found = prepared(storage_path(prepared_blocks.folder))
     assert np.array_equal(found.lengths.length, prepared_blocks.lengths.length)
     assert found.rows == len(found.lengths)
     assert found.bytes == sum(block.bytes for block in prepared_blocks.manifest.blocks)
     with pytest.raises(UserError, match="no prepared corpus there"):
-        prepared(lab.place)
+        prepared(toy_assets.path)
 
 
 def test_packs_that_the_longest_sample_does_not_fit_are_told(prepared_blocks: Blocks) -> None:
-    given = Given({"instruction": prepared(place(prepared_blocks.folder))}, {})
-    short = recipe("llava-gemma-2b-no-pretrain", "finetune.pack_tokens=16", "corpora.instruction.max_length=16")
-    with pytest.raises(UserError, match=r"finetune\.pack_tokens=16 is less than the corpus's longest sample"):
+    given = KnownCorpora({"instruction": prepared(storage_path(prepared_blocks.folder))}, {})
+    short = recipe("llava-gemma-2b-no-pretrain", "finetune.max_tokens_per_pack=16", "corpora.instruction.max_length=16")
+    with pytest.raises(UserError, match=r"finetune\.max_tokens_per_pack=16 is less than the corpus's longest sample"):
         forecast(short, eight(), given)
 
 
@@ -176,7 +182,7 @@ def test_a_sweep_counts_what_its_variants_share_once() -> None:
 
 
 def test_scaling_a_recipe_stops_paying_at_its_global_batch() -> None:
-    found = played(recipe(), cluster(1, 8, "h100"), stated(DEVICES["h100"]), NOTHING, World(), nodes=(1, 8, 64))
+    found = played(recipe(), cluster(1, 8, "h100"), stated(DEVICES["h100"]), NOTHING, FailureModel(), nodes=(1, 8, 64))
     assert found.pays in (8, 64)
     assert found.scaled[-1].efficiency < found.scaled[0].efficiency
     assert 0.9 < found.goodput <= 1
@@ -198,7 +204,7 @@ def test_the_command_compares_the_nodes_of_a_price_table(tmp_path: Path, capfd: 
     by_place = {one["on"]: one for one in found["estimates"]}
     assert set(by_place) == {"1 × 8 H100", "1 × 8 L4"}
     fitting = {place: one["cost"] for place, one in by_place.items() if one["fits"]}
-    assert found["cheapest"] == min(fitting, key=lambda place: fitting[place])
+    assert found["fastest_feasible"] == min(fitting, key=lambda place: fitting[place])
     assert by_place["1 × 8 H100"]["stages"]["finetune"]["trained"] > 2.5e9
 
 

@@ -37,7 +37,7 @@ def test_llavas_alignment_corpus_takes_minutes_on_a_node_and_a_billion_single_fi
     assert large.hours > 24
 
 
-def test_pictures_in_tars_are_held_by_the_nodes_and_not_by_requests() -> None:
+def test_images_in_tars_are_held_by_the_nodes_and_not_by_requests() -> None:
     found = plan(Ingest(1_000_000_000, shard=1000, prefixes=16))
     assert found.bound in ("network", "cores", "latency")
     assert found.hours <= 24

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylava.cost.hardware import DEVICES
 from raylava.estimate.simulate import (
+    FailureModel,
     Run,
-    World,
     best_interval,
     between_failures,
     daly,
@@ -21,9 +20,10 @@ from raylava.estimate.simulate import (
     straggling,
     young,
 )
+from raylava.perf.hardware import DEVICES
 
-PEACE = World(failures_per_node_day=0, jitter=0, restart=0, noticed=0)
-HARD = World(failures_per_node_day=1.0, elastic=False, replaced=0, restart=0, noticed=0, jitter=0)
+PEACE = FailureModel(failures_per_node_day=0, jitter=0, restart=0, noticed=0)
+HARD = FailureModel(failures_per_node_day=1.0, elastic=False, replaced=0, restart=0, noticed=0, jitter=0)
 RUN = Run(nodes=8, workers=64, step=1.0, steps=20_000, save=2.0, upload=0.0, interval=600.0)
 
 
@@ -45,7 +45,7 @@ def test_the_same_seed_plays_the_same_run() -> None:
 def test_time_is_spent_on_steps_that_count_or_is_accounted_for(
     failures: float, interval: float, seed: int, elastic: bool
 ) -> None:
-    world = replace(World(failures_per_node_day=failures, jitter=0), elastic=elastic)
+    world = replace(FailureModel(failures_per_node_day=failures, jitter=0), elastic=elastic)
     run = replace(RUN, interval=interval, upload=20.0)
     found = play(run, world, seed)
     assert found.finished
@@ -61,7 +61,7 @@ def test_more_failures_lower_the_goodput() -> None:
 
 
 def test_going_on_with_the_nodes_that_are_left_beats_waiting_for_new_ones() -> None:
-    world = World(failures_per_node_day=2.0, replaced=7200.0)
+    world = FailureModel(failures_per_node_day=2.0, replaced=7200.0)
     waiting, elastic = (
         sum(play(RUN, replace(world, elastic=one), seed).seconds for seed in range(8)) for one in (False, True)
     )
@@ -93,7 +93,7 @@ def test_the_expected_loss_is_that_of_theory() -> None:
 
 
 def test_a_node_that_comes_back_costs_a_start_and_the_work_since_the_last_checkpoint() -> None:
-    world = World(failures_per_node_day=0.5, elastic=True, replaced=500.0, restart=0.0, noticed=0.0, jitter=0.0)
+    world = FailureModel(failures_per_node_day=0.5, elastic=True, replaced=500.0, restart=0.0, noticed=0.0, jitter=0.0)
     for seed in range(8):
         found = play(replace(RUN, interval=1e9, save=0.0), world, seed)
         if found.failures:
@@ -103,7 +103,9 @@ def test_a_node_that_comes_back_costs_a_start_and_the_work_since_the_last_checkp
 
 
 def test_a_run_on_one_node_waits_for_another() -> None:
-    world = World(failures_per_node_day=20.0, elastic=True, replaced=3600.0, restart=0.0, noticed=0.0, jitter=0.0)
+    world = FailureModel(
+        failures_per_node_day=20.0, elastic=True, replaced=3600.0, restart=0.0, noticed=0.0, jitter=0.0
+    )
     found = play(replace(RUN, nodes=1), world, seed=0)
     assert found.failures > 0
     assert found.waiting == pytest.approx(3600.0 * found.failures)
@@ -120,7 +122,9 @@ def test_llama_3_405b_kept_over_ninety_percent_of_its_time() -> None:
     """Dubey et al. 2024, section 3.3.4: 16,384 H100, 54 days, 419 unexpected interruptions and 47 planned, over 90 %
     effective time. A checkpoint of 405 G parameters × 14 bytes to 2 TB/s of storage; what a restart took is not told.
     """
-    world = World(failures_per_node_day=466 / 54 / 2048, elastic=False, replaced=0.0, restart=480.0, noticed=60.0)
+    world = FailureModel(
+        failures_per_node_day=466 / 54 / 2048, elastic=False, replaced=0.0, restart=480.0, noticed=60.0
+    )
     run = Run(2048, 16_384, 6.0, int(54 * 86_400 / 6.0), save=1.0, upload=405e9 * 14 / 2e12, interval=600.0)
     found = [play(run, world, seed) for seed in range(4)]
     assert 0.90 < sum(one.goodput for one in found) / 4 < 0.97
@@ -176,7 +180,7 @@ def test_scaling_stops_paying_where_a_rank_has_nothing_left_to_compute() -> None
         terms = {"compute": compute, "packs": 0.0, "decoding": 0.0, "network": network, "update": 0.01}
         return Run(workers // 8, workers, compute + network + 0.01, 2000, 0.1, 1.0, 600.0), terms
 
-    found = scaling([8, 16, 32, 64, 128, 256, 512], run_at, World(failures_per_node_day=0.004))
+    found = scaling([8, 16, 32, 64, 128, 256, 512], run_at, FailureModel(failures_per_node_day=0.004))
     assert pays(found) == 128
     assert found[0].efficiency == 1.0
     assert [one.efficiency for one in found] == sorted((one.efficiency for one in found), reverse=True)

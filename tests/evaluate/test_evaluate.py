@@ -14,29 +14,29 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 from raylava.artifacts import Artifact, load
 from raylava.cli import main
-from raylava.console import Silent
+from raylava.config.recipe import Model
+from raylava.console import NullProgressBar
 from raylava.errors import RunError, UserError
-from raylava.evaluate.answer import Actors, Asking, answer
 from raylava.evaluate.compare import compare
-from raylava.evaluate.compare_page import page
-from raylava.evaluate.engines import Chat
+from raylava.evaluate.comparison_page import page
+from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluate.generation import ActorPool, GenerationConfig, answer
 from raylava.evaluate.judge import graded
-from raylava.evaluate.kept import KeptAnswers
+from raylava.evaluate.metrics.score_table import paired_interval
+from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import Answer, Question
-from raylava.evaluate.score.tally import paired_interval
-from raylava.model.backbones import LanguageSpec, VisionSpec
-from raylava.model.untrained import publish_untrained
-from raylava.recipe import Model
-from raylava.storage import place
+from raylava.models.registry import LanguageSpec, VisionSpec
+from raylava.models.untrained import export_untrained
+from raylava.storage import storage_path
 from tests.processes import kill_with_children
 
 
 @pytest.fixture(scope="module")
 def model(
-    micro_model: Model, vision: VisionSpec, language: LanguageSpec, tmp_path_factory: pytest.TempPathFactory
+    toy_model: Model, vision: VisionSpec, language: LanguageSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("models") / "gemma"
-    publish_untrained(micro_model, vision, language, 0, "pad", place(folder))
+    export_untrained(toy_model, vision, language, 0, "pad", storage_path(folder))
     return folder
 
 
@@ -68,31 +68,33 @@ def llama(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(lab: Artifact, model: Path, storage: Path, capfd: pytest.CaptureFixture[str], *more: str) -> dict[str, object]:
-    corpus = Path((lab.place / "corpus").path)
-    given = ["--benchmark", "own", "--data", str(corpus / "questions.jsonl"), "--images", str(corpus / "pictures")]
+def run(
+    toy_assets: Artifact, model: Path, storage: Path, capfd: pytest.CaptureFixture[str], *more: str
+) -> dict[str, object]:
+    corpus = Path((toy_assets.path / "corpus").path)
+    given = ["--benchmark", "custom", "--data", str(corpus / "questions.jsonl"), "--images", str(corpus / "images")]
     assert main(["evaluate", str(model), *given, "--storage", str(storage), "--json", *more]) == 0
     return json.loads(capfd.readouterr().out)
 
 
 def test_a_folder_is_asked_scored_and_found_again(
-    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_assets: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
+    first = run(toy_assets, model, tmp_path, capfd, "--max-new-tokens", "3")
     metrics = first["metrics"]
     assert isinstance(metrics, dict)
     assert (metrics["questions"], metrics["missing"], metrics["headline"]) == (20, 0, "exact_match")
-    again = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3", "--batch-size", "7")
+    again = run(toy_assets, model, tmp_path, capfd, "--max-new-tokens", "3", "--batch-size", "7")
     assert again["finished"] == first["finished"], "how many at once does not make it another evaluation"
 
 
 def test_a_llava_on_llama_answers_as_well_and_two_are_compared(
-    lab: Artifact, model: Path, llama: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_assets: Artifact, model: Path, llama: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = [run(lab, one, tmp_path, capfd, "--max-new-tokens", "3") for one in (model, llama)]
+    made = [run(toy_assets, one, tmp_path, capfd, "--max-new-tokens", "3") for one in (model, llama)]
     folders = [tmp_path / "evaluate" / str(one["fingerprint"]) for one in made]
     (only,) = compare([load(str(folder)) for folder in folders])
-    assert only.benchmark == "own"
+    assert only.benchmark == "custom"
     assert list(only.credit.values()) == [one["metrics"]["figures"]["exact_match"]["value"] for one in made]  # type: ignore[index]
     html = page([only])
     assert "http" not in html.replace("http-equiv", "")
@@ -112,10 +114,10 @@ def doctored(evaluation: Path, folder: Path, right: set[str]) -> Path:
     return folder
 
 
-def test_the_page_shows_where_they_part_with_pictures(
-    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_the_page_shows_where_they_part_with_images(
+    toy_assets: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
+    made = run(toy_assets, model, tmp_path, capfd, "--max-new-tokens", "3")
     evaluation = tmp_path / "evaluate" / str(made["fingerprint"])
     numbers = sorted(json.loads((evaluation / "credit.json").read_text()))
     worse = doctored(evaluation, tmp_path / "worse", set())
@@ -131,17 +133,17 @@ def test_the_page_shows_where_they_part_with_pictures(
 
 
 def test_what_cannot_be_compared_is_told(
-    lab: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_assets: Artifact, model: Path, ray_cluster: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3")
-    part = run(lab, model, tmp_path, capfd, "--max-new-tokens", "3", "--limit", "5")
+    whole = run(toy_assets, model, tmp_path, capfd, "--max-new-tokens", "3")
+    part = run(toy_assets, model, tmp_path, capfd, "--max-new-tokens", "3", "--limit", "5")
     artifacts = [load(str(tmp_path / "evaluate" / str(one["fingerprint"]))) for one in (whole, part)]
     with pytest.raises(UserError, match="other questions than in"):
         compare(artifacts)
     with pytest.raises(UserError, match="the only evaluation of own"):
         compare(artifacts[:1])
     with pytest.raises(UserError, match="no scored evaluation"):
-        compare([lab, lab])
+        compare([toy_assets, toy_assets])
 
 
 def questions(count: int) -> list[Question]:
@@ -152,33 +154,39 @@ def test_an_evaluation_that_was_killed_asks_only_what_is_missing(
     model: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
     asked = questions(6)
-    kept = KeptAnswers(place(tmp_path))
+    kept = PredictionStore(storage_path(tmp_path))
     kept.add([Answer(one.question_id, one.text, "said before") for one in asked[:4]])
     kept.flush()
-    bar = Silent()
-    found = answer(asked, Asking(str(model), "", max_new_tokens=2), Actors(), bar, KeptAnswers(place(tmp_path)))
+    bar = NullProgressBar()
+    found = answer(
+        asked,
+        GenerationConfig(str(model), "", max_new_tokens=2),
+        ActorPool(),
+        bar,
+        PredictionStore(storage_path(tmp_path)),
+    )
     assert [one.question_id for one in found] == [one.question_id for one in asked]
     assert [one.text for one in found[:4]] == ["said before"] * 4
     assert all(one.text != "said before" for one in found[4:])
-    assert len(KeptAnswers(place(tmp_path)).known) == 6, "all are kept in the end"
+    assert len(PredictionStore(storage_path(tmp_path)).known) == 6, "all are kept in the end"
 
 
-def test_a_broken_picture_is_answered_as_missing_and_told(model: Path, ray_cluster: None, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_a_broken_image_is_answered_as_missing_and_told(model: Path, ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
     asked = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
-    found = answer(asked, Asking(str(model), str(tmp_path), max_new_tokens=2), Actors(), Silent())
+    found = answer(asked, GenerationConfig(str(model), str(tmp_path), max_new_tokens=2), ActorPool(), NullProgressBar())
     assert [one.text is None for one in found] == [True, False, True]
     assert [bool(one.problem) for one in found] == [True, False, True]
 
 
 def test_order_and_batch_size_change_no_answer(model: Path) -> None:
-    chat = Chat(str(model), torch.device("cpu"), "fp32")
-    picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
+    chat = TransformersEngine(str(model), torch.device("cpu"), "fp32")
+    image = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
     asked = [f"What {'very ' * number}thing is it?" for number in range(5)]
-    together = chat.answer(asked, [picture] * 5, 4)
-    backwards = chat.answer(asked[::-1], [picture] * 5, 4)[::-1]
-    alone = [chat.answer([one], [picture], 4)[0] for one in asked]
+    together = chat.answer(asked, [image] * 5, 4)
+    backwards = chat.answer(asked[::-1], [image] * 5, 4)[::-1]
+    alone = [chat.answer([one], [image], 4)[0] for one in asked]
     assert together == backwards == alone
 
 
@@ -186,10 +194,13 @@ JUDGE = "import sys; asked = sys.stdin.read(); print('I say', 0.5 if 'What is 1?
 
 
 def test_a_judge_is_a_program_that_reads_a_prompt_and_prints_a_grade(tmp_path: Path) -> None:
-    answers, kept = [Answer("0", "", "a"), Answer("1", "", "b"), Answer("2", "", None)], place(tmp_path / "grades.json")
-    found = graded(questions(3), answers, f'{sys.executable} -c "{JUDGE}"', kept, Silent())
+    answers, kept = (
+        [Answer("0", "", "a"), Answer("1", "", "b"), Answer("2", "", None)],
+        storage_path(tmp_path / "grades.json"),
+    )
+    found = graded(questions(3), answers, f'{sys.executable} -c "{JUDGE}"', kept, NullProgressBar())
     assert found == {"0": 1.0, "1": 0.5, "2": None}
-    assert graded(questions(3), answers, "/no/such/judge", kept, Silent()) == found, "nothing is asked twice"
+    assert graded(questions(3), answers, "/no/such/judge", kept, NullProgressBar()) == found, "nothing is asked twice"
 
 
 @pytest.mark.parametrize(
@@ -197,13 +208,13 @@ def test_a_judge_is_a_program_that_reads_a_prompt_and_prints_a_grade(tmp_path: P
     [("print('good')", "printed no number but 'good"), ("print(7)", "printed 7.0"), ("1/0", "division by zero")],
 )
 def test_a_judge_that_gives_no_grade_is_told(program: str, told: str, tmp_path: Path) -> None:
-    answers, kept = [Answer("0", "", "a")], place(tmp_path / "grades.json")
+    answers, kept = [Answer("0", "", "a")], storage_path(tmp_path / "grades.json")
     with pytest.raises(RunError, match=told):
-        graded(questions(1), answers, f'{sys.executable} -c "{program}"', kept, Silent())
+        graded(questions(1), answers, f'{sys.executable} -c "{program}"', kept, NullProgressBar())
     with pytest.raises(UserError, match="cannot be run"):
-        graded(questions(1), answers, "/no/such/judge", kept, Silent())
+        graded(questions(1), answers, "/no/such/judge", kept, NullProgressBar())
     with pytest.raises(UserError, match="quote it as for a shell"):
-        graded(questions(1), answers, "judge 'half", kept, Silent())
+        graded(questions(1), answers, "judge 'half", kept, NullProgressBar())
 
 
 def test_mm_vet_is_answered_once_for_every_judge_and_a_judges_command_stays_secret(
@@ -245,7 +256,7 @@ def test_an_evaluation_killed_on_the_way_is_finished_by_the_same_command(
     asked = "".join(json.dumps({"question_id": n, "text": f"What is {n}?", "answer": "x"}) + "\n" for n in range(400))
     (tmp_path / "q.jsonl").write_text(asked)
     storage = tmp_path / "storage"
-    given = ["evaluate", str(model), "--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--batch-size", "1"]
+    given = ["evaluate", str(model), "--benchmark", "custom", "--data", str(tmp_path / "q.jsonl"), "--batch-size", "1"]
     command = [sys.executable, "-c", OFTEN, *given, "--max-new-tokens", "3", "--storage", str(storage), "--json"]
     ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
@@ -254,18 +265,18 @@ def test_an_evaluation_killed_on_the_way_is_finished_by_the_same_command(
         time.sleep(0.02)
     kill_with_children(ran)
     before = {file: file.stat().st_mtime_ns for file in storage.glob("evaluate/*/answers/*.parquet")}
-    kept = KeptAnswers(place(next(storage.glob("evaluate/*"))))
+    kept = PredictionStore(storage_path(next(storage.glob("evaluate/*"))))
     assert 0 < len(kept.known) < 400, "it was killed on the way"
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert json.loads(done.stdout)["metrics"]["questions"] == 400
     assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in before.items()), "those are not asked again"
-    answers = KeptAnswers(place(next(storage.glob("evaluate/*")))).known
+    answers = PredictionStore(storage_path(next(storage.glob("evaluate/*")))).known
     assert sorted(int(one.question_id) for one in answers) == list(range(400)), "each is asked once"
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "a", "answer": "b"}\n')
-    given = ["--benchmark", "own", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
+    given = ["--benchmark", "custom", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
     assert main(["evaluate", str(tmp_path), *given]) == 2
     assert "no model there (no config.json)" in capfd.readouterr().err
     assert main(["evaluate", str(tmp_path), *given, "--engine", "llamacpp"]) == 2

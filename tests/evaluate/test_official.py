@@ -10,11 +10,11 @@ import pytest
 
 from raylava.cli import main
 from raylava.errors import UserError
-from raylava.evaluate.answers import read_said
-from raylava.evaluate.official import OFFICIAL, SHORT, images_of, read_official
-from raylava.evaluate.score.mme import COGNITION, PERCEPTION
-from raylava.evaluate.scoring import score_file
-from raylava.storage import place
+from raylava.evaluate.answer_files import read_predictions
+from raylava.evaluate.benchmarks import score_file
+from raylava.evaluate.metrics.mme import COGNITION, PERCEPTION
+from raylava.evaluate.official_benchmarks import OFFICIAL, SHORT, images_of, read_official
+from raylava.storage import storage_path
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "scienceqa"
 
@@ -54,13 +54,13 @@ def vqav2(folder: Path) -> None:
 
 
 def mme(folder: Path) -> None:
-    """Ten tasks as a folder of pictures and texts; five, artwork among them, with a folder for each."""
+    """Ten tasks as a folder of images and texts; five, artwork among them, with a folder for each."""
     for task in (*PERCEPTION, *COGNITION):
         parted = task in ("artwork", "celebrity", "landmark", "posters", "scene")
-        texts, pictures = (f"{task}/questions_answers_YN", f"{task}/images") if parted else (task, task)
-        for one in (texts, pictures):
+        texts, images = (f"{task}/questions_answers_YN", f"{task}/images") if parted else (task, task)
+        for one in (texts, images):
             (folder / one).mkdir(parents=True, exist_ok=True)
-        (folder / pictures / "7.png").touch()
+        (folder / images / "7.png").touch()
         asked = "Are there two? Please answer yes or no.\tYes\nAre there three?  Please answer yes or no.\tNo\n"
         (folder / texts / "7.txt").write_text(asked)
 
@@ -113,7 +113,7 @@ def test_there_is_a_case_for_every_benchmark() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_official_files_become_questions_with_their_labels(name: str, tmp_path: Path) -> None:
     FILES[name](tmp_path)
-    found = read_official(name, place(tmp_path))
+    found = read_official(name, storage_path(tmp_path))
     facts = [(one.question_id, one.image, one.references) for one in found]
     assert facts[: len(EXPECTED[name])] == EXPECTED[name]
     assert len({one.question_id for one in found}) == len(found)
@@ -122,12 +122,12 @@ def test_official_files_become_questions_with_their_labels(name: str, tmp_path: 
 @pytest.mark.parametrize("name", FILES)
 def test_a_folder_without_the_files_is_told(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing; give the folder"):
-        read_official(name, place(tmp_path))
+        read_official(name, storage_path(tmp_path))
 
 
-def test_pope_joins_by_picture_and_question_although_files_differ_in_order_length_and_spelling(tmp_path: Path) -> None:
+def test_pope_joins_by_image_and_question_although_files_differ_in_order_length_and_spelling(tmp_path: Path) -> None:
     pope(tmp_path)
-    found = read_official("pope", place(tmp_path))
+    found = read_official("pope", storage_path(tmp_path))
     assert len(found) == 5, "the random label file has one more than there are questions, as published"
     assert [one.references[0] for one in found] == ["no", "yes", "no", "yes", "no"]
 
@@ -141,10 +141,10 @@ def test_a_label_without_its_question_is_named(category: str, told: str | None, 
     extra = {"question_id": 3, "image": "a.jpg", "text": "Is there a bird in the image?", "label": "no"}
     file.write_text(file.read_text() + json.dumps(extra) + "\n")
     if told is None:
-        read_official("pope", place(tmp_path))
+        read_official("pope", storage_path(tmp_path))
         return
     with pytest.raises(UserError, match=told):
-        read_official("pope", place(tmp_path))
+        read_official("pope", storage_path(tmp_path))
 
 
 def test_a_question_without_its_label_is_named(tmp_path: Path) -> None:
@@ -152,39 +152,39 @@ def test_a_question_without_its_label_is_named(tmp_path: Path) -> None:
     file = tmp_path / "coco" / "coco_pope_popular.json"
     file.write_text(file.read_text().splitlines()[0] + "\n")
     with pytest.raises(UserError, match=r"question 2 \(a.jpg: Is there a cat in the image\?\) has no label in popular"):
-        read_official("pope", place(tmp_path))
+        read_official("pope", storage_path(tmp_path))
     vqav2(tmp_path)
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
     with pytest.raises(UserError, match="question 42000 has no annotation"):
-        read_official("vqav2", place(tmp_path))
+        read_official("vqav2", storage_path(tmp_path))
 
 
 def test_pope_without_llavas_questions_asks_the_labels_own(tmp_path: Path) -> None:
     pope(tmp_path)
     (tmp_path / "llava_pope_test.jsonl").unlink()
-    found = read_official("pope", place(tmp_path))
+    found = read_official("pope", storage_path(tmp_path))
     assert [one.question_id for one in found][:2] == ["adversarial-1", "adversarial-2"]
     assert all(one.text.endswith(SHORT) for one in found)
 
 
-def test_pictures_lie_where_the_benchmark_puts_them(tmp_path: Path) -> None:
-    assert images_of("pope", place(tmp_path)) == place(tmp_path)
+def test_images_lie_where_the_benchmark_puts_them(tmp_path: Path) -> None:
+    assert images_of("pope", storage_path(tmp_path)) == storage_path(tmp_path)
     (tmp_path / "val2014").mkdir()
-    assert images_of("pope", place(tmp_path)) == place(tmp_path) / "val2014"
+    assert images_of("pope", storage_path(tmp_path)) == storage_path(tmp_path) / "val2014"
 
 
-@pytest.mark.parametrize("picture", ["count/7.png", "artwork/images/7.png", "artwork/7.jpg"])
-def test_llavas_answers_to_mme_are_told_apart_by_their_prompts(picture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", ["count/7.png", "artwork/images/7.png", "artwork/7.jpg"])
+def test_llavas_answers_to_mme_are_told_apart_by_their_prompts(image: str, tmp_path: Path) -> None:
     mme(tmp_path)
     prompt = "Are there {}?\nAnswer the question using a single word or phrase."
     lines(
         tmp_path / "said.jsonl",
-        {"question_id": picture, "prompt": prompt.format("three"), "text": "No"},
-        {"question_id": picture, "prompt": prompt.format("two"), "text": "Yes"},
+        {"question_id": image, "prompt": prompt.format("three"), "text": "No"},
+        {"question_id": image, "prompt": prompt.format("two"), "text": "Yes"},
     )
     found = score_file("mme", str(tmp_path), str(tmp_path / "said.jsonl"))
     assert (found.figures["perception"].value, found.figures["cognition"].value) == (200.0, 0.0)
-    assert found.by_category[picture.partition("/")[0]] == {"units": 1.0, "points": 200.0}
+    assert found.by_category[image.partition("/")[0]] == {"units": 1.0, "points": 200.0}
     assert (found.questions, len(found.missing)) == (28, 26)
 
 
@@ -192,7 +192,7 @@ def test_an_mme_release_without_a_task_is_told(tmp_path: Path) -> None:
     mme(tmp_path)
     shutil.rmtree(tmp_path / "OCR")
     with pytest.raises(UserError, match="MME's task OCR is missing"):
-        read_official("mme", place(tmp_path))
+        read_official("mme", storage_path(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_an_mme_release_without_a_task_is_told(tmp_path: Path) -> None:
 )
 def test_answers_are_read_in_every_official_form(content: str, said: str | None, tmp_path: Path) -> None:
     (tmp_path / "said").write_text(content)
-    (only,) = read_said(place(tmp_path / "said"))
+    (only,) = read_predictions(storage_path(tmp_path / "said"))
     assert (only.question_id, only.text) == ("201", said)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from raylava.config.recipe import Benchmark
 from raylava.errors import UserError
 from raylava.evaluate.questions import Question, identity, read_questions
-from raylava.recipe import Benchmark
-from raylava.storage import place
+from raylava.storage import storage_path
 
 BENCHMARK = Benchmark(name="b", questions="q", categories={"count": "^How many", "truth": "true"})
 
@@ -19,7 +19,7 @@ def test_jsonl_questions(tmp_path: Path) -> None:
         {"question_id": "x", "text": "Hello", "category": "talk", "answer": "Hi"},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    assert read_questions(place(tmp_path / "q.jsonl"), BENCHMARK) == [
+    assert read_questions(storage_path(tmp_path / "q.jsonl"), BENCHMARK) == [
         Question("1", "a.png", "How many?", "count", ("two",)),
         Question("x", None, "Hello", "talk", ("Hi",)),
     ]
@@ -35,11 +35,11 @@ def test_each_human_turn_of_llava_json_is_asked_with_what_came_before(tmp_path: 
     rows = [{"id": "r", "image": f"{split}/a.png", "conversations": talk} for split in "05"]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     held_out = BENCHMARK.model_copy(update={"include": ("5/*",)})
-    assert read_questions(place(tmp_path / "q.json"), held_out) == [
+    assert read_questions(storage_path(tmp_path / "q.json"), held_out) == [
         Question("r#1-0", "5/a.png", "Is it true?", "truth", ("yes",)),
         Question("r#1-1", "5/a.png", "How many cats?", "count", ("2",), (("Is it true?", "yes"),)),
     ]
-    assert len(read_questions(place(tmp_path / "q.json"), BENCHMARK.model_copy(update={"limit": 3}))) == 3
+    assert len(read_questions(storage_path(tmp_path / "q.json"), BENCHMARK.model_copy(update={"max_rows": 3}))) == 3
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_each_human_turn_of_llava_json_is_asked_with_what_came_before(tmp_path: 
 def test_a_file_that_cannot_be_asked_is_told_in_one_line(tmp_path: Path, name: str, text: str, told: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=told):
-        read_questions(place(tmp_path / name), BENCHMARK)
+        read_questions(storage_path(tmp_path / name), BENCHMARK)
 
 
 def test_a_missing_file_is_told_by_its_benchmark(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.b\.questions"):
-        read_questions(place(tmp_path / "none.jsonl"), BENCHMARK)
+        read_questions(storage_path(tmp_path / "none.jsonl"), BENCHMARK)
 
 
-def test_questions_are_identified_by_text_reference_and_picture() -> None:
+def test_questions_are_identified_by_text_reference_and_image() -> None:
     question = Question("1", "a.png", "How many?", "count", ("two",))
     same = identity([question], {"a.png": 10})
     assert same == identity([question], {"a.png": 10, "other.png": 5})
@@ -82,10 +82,10 @@ def test_questions_are_identified_by_text_reference_and_picture() -> None:
 def test_a_question_that_could_never_be_right_is_told(rule: str, answers: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "a", "answers": answers}))
     with pytest.raises(UserError, match=told):
-        read_questions(place(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"score": rule}))
+        read_questions(storage_path(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"metric": rule}))
 
 
 def test_labels_of_yes_and_no_are_taken_in_any_case(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "a", "answer": "Yes "}))
-    (only,) = read_questions(place(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"score": "yes_no"}))
+    (only,) = read_questions(storage_path(tmp_path / "q.jsonl"), BENCHMARK.model_copy(update={"metric": "yes_no"}))
     assert only.references == ("yes",)

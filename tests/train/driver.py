@@ -1,6 +1,6 @@
 """A training driver for test_failures.py, in a process of its own with a Ray cluster of its own.
 
-The one argument is JSON: job (a pickled TrainJob, hexadecimal), workers, min_workers, nodes (besides the head, a CPU
+The one argument is JSON: spec (a pickled TrainSpec, hexadecimal), workers, min_workers, nodes (besides the head, a CPU
 each), address (to join one instead), and `then`: what befalls the run once a checkpoint is there: nothing,
 kill_worker, remove_node or drain_node. Prints the run's figures as JSON.
 """
@@ -18,23 +18,23 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from raylava.console import Silent
-from raylava.recipe import Resources
-from raylava.session import ray_session
-from raylava.storage import place
-from raylava.train.job import CHECKPOINTS, SNAPSHOT, TrainJob
-from raylava.train.trainer import train
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Resources
+from raylava.console import NullProgressBar
+from raylava.storage import storage_path
+from raylava.train.ray_backend import train
+from raylava.train.spec import CHECKPOINTS, SNAPSHOT, TrainSpec
 
 
-def checkpoints(job: TrainJob) -> list[str]:
+def checkpoints(spec: TrainSpec) -> list[str]:
     """The checkpoints that Ray knows to be whole."""
-    snapshot = place(job.output) / CHECKPOINTS / SNAPSHOT
+    snapshot = storage_path(spec.output) / CHECKPOINTS / SNAPSHOT
     return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
 
 
-def befall(then: str, job: TrainJob, cluster: Cluster | None, nodes: list[Any]) -> None:
+def befall(then: str, spec: TrainSpec, cluster: Cluster | None, nodes: list[Any]) -> None:
     deadline = time.monotonic() + 120
-    while not checkpoints(job) and time.monotonic() < deadline:
+    while not checkpoints(spec) and time.monotonic() < deadline:
         time.sleep(0.02)
     if then == "kill_worker":
         workers = [one for one in psutil.process_iter(["cmdline"]) if _is_ours(one)]
@@ -66,7 +66,7 @@ def _drain(node: Any) -> None:
 
 
 def main(given: dict[str, Any]) -> None:
-    job: TrainJob = pickle.loads(bytes.fromhex(given["job"]))  # noqa: S301 (the test made it)
+    spec: TrainSpec = pickle.loads(bytes.fromhex(given["spec"]))  # noqa: S301 (the test made it)
     cluster, nodes = None, []
     if given.get("nodes"):
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # how long a lost node still counts as there
@@ -77,10 +77,10 @@ def main(given: dict[str, Any]) -> None:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(given["nodes"])]
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     if given.get("then"):
-        threading.Thread(target=befall, args=(given["then"], job, cluster, nodes), daemon=True).start()
+        threading.Thread(target=befall, args=(given["then"], spec, cluster, nodes), daemon=True).start()
     resources = Resources(workers=given["workers"], min_workers=given.get("min_workers"))
     with ray_session(resources):
-        sys.stdout.write(json.dumps(train(job, resources, Silent())) + "\n")
+        sys.stdout.write(json.dumps(train(spec, resources, NullProgressBar())) + "\n")
         sys.stdout.flush()
     ray.shutdown()
 

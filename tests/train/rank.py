@@ -2,9 +2,9 @@
 
 The one argument is JSON: rank, world_size, rendezvous, language, vision, blocks, and `runs`: for each name its training
 settings, and where wanted stage, epochs (of six steps; one by default), checkpoint (a folder written after step 3),
-resume (a folder to go on from), rehearse, poison (a step whose pictures hold NaN on the last rank), moments (a file for
-Adam's first moments after the first step), mixed (the first of three ranks gets text alone, the second pictures alone),
-starve (rehearse a huge pack with hardly any memory left; must be the last).
+resume (a folder to go on from), memory_dry_run, poison (a step whose images hold NaN on the last rank), moments (a file for
+Adam's first moments after the first step), mixed (the first of three ranks gets text alone, the second images alone),
+starve (memory_dry_run a huge pack with hardly any memory left; must be the last).
 """
 
 import hashlib
@@ -23,20 +23,20 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
+from raylava.config.recipe import Language, Model, Training, Vision
 from raylava.corpus.blocks import Blocks, Sample
-from raylava.cost.shapes import shape_of
 from raylava.errors import RunError
-from raylava.model.backbones import load_tokenizer, resolve_vision
-from raylava.model.llava import PackTensors, assemble
-from raylava.model.templates import IMAGE_TOKEN
-from raylava.recipe import Language, Model, Training, Vision
-from raylava.storage import place
-from raylava.train.engine import DTYPES, Engine, read_cursor
-from raylava.train.feed import Feed, Layout, StepWork
-from raylava.train.plan import EpochPlan
-from raylava.train.settle import Settler
+from raylava.models.llava import PackTensors, build_llava
+from raylava.models.registry import load_tokenizer, resolve_vision
+from raylava.models.templates import IMAGE_TOKEN
+from raylava.perf.shapes import shape_of
+from raylava.storage import storage_path
+from raylava.train.auto import AutoResolver
+from raylava.train.batch_plan import BatchPlan
+from raylava.train.data_loader import PackCollator, PackedDataLoader, StepBatch
+from raylava.train.engine import DTYPES, Engine, read_checkpoint_meta
 
-DEFAULTS = {"lr": 1e-3, "clip_norm": 1.0, "weight_decay": 0.01, "precision": "fp32"}
+DEFAULTS = {"lr": 1e-3, "max_grad_norm": 1.0, "weight_decay": 0.01, "precision": "fp32"}
 
 
 def main(given: dict[str, Any]) -> None:
@@ -58,54 +58,54 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     model = Model(language=Language(name=given["language"]), vision=Vision(name=given["vision"]))
     spec = resolve_vision(model.vision)
     corpus = Blocks(Path(given["blocks"]))
-    plan = EpochPlan(len(corpus), 8, epochs=run.get("epochs", 1), seed=0)
+    plan = BatchPlan(len(corpus), 8, epochs=run.get("epochs", 1), seed=0)
     training = Training.model_validate(DEFAULTS | run["training"])
-    llava = assemble(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attention)
+    llava = build_llava(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attn_implementation)
     stage, device = run.get("stage", "finetune"), torch.device("cpu")
-    kept = read_cursor(place(run["resume"])).zero_stage if "resume" in run else None
-    settled = Settler(stage, shape_of(llava.config), corpus.lengths, plan, device).settle(training, kept)
-    engine = Engine(llava, stage, settled.training, plan.steps, device)
+    kept = read_checkpoint_meta(storage_path(run["resume"])).zero_stage if "resume" in run else None
+    resolved = AutoResolver(stage, shape_of(llava.config), corpus.lengths, plan, device).resolve_auto(training, kept)
+    engine = Engine(llava, stage, resolved.training, plan.steps, device)
     first = engine.load(Path(run["resume"])) if "resume" in run else 0
-    layout = Layout(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
-    if run.get("rehearse"):
-        engine.rehearse([layout.tensors([corpus[0], corpus[1]])], "")
+    layout = PackCollator(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
+    if run.get("memory_dry_run"):
+        engine.memory_dry_run([layout.tensors([corpus[0], corpus[1]])], "")
     if run.get("starve"):
         yield {"told": _starved(engine, layout.tensors([corpus[n] for n in range(len(corpus))] * 20))}
         return
-    feed = Feed(corpus, plan, layout, rank, world_size, pack_tokens=384, first=first)
+    feed = PackedDataLoader(corpus, plan, layout, rank, world_size, max_tokens_per_pack=384, first=first)
     for work in _mixed(corpus, plan, layout, rank, world_size) if run.get("mixed") else feed:
         if work.step.number == run.get("poison") and rank == world_size - 1:
             work.packs[0].pixel_values.fill_(torch.nan)
-        result = engine.step(work.step.number, work.packs, work.supervised)
+        result = engine.step(work.step.number, work.packs, work.loss_tokens)
         if work.step.number == 2 and "checkpoint" in run:
             engine.save(Path(run["checkpoint"]), cursor=3)
-            engine.written()
+            engine.wait_for_save()
         if work.step.number == 0 and "moments" in run:
             _write_moments(engine, run["moments"])
-        line = {"step": work.step.number, **vars(result), "way": vars(settled.option.way), "advice": settled.advice}
+        line = {"step": work.step.number, **vars(result), "way": vars(resolved.option.way), "advice": resolved.advice}
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         yield line
 
 
-def _mixed(corpus: Blocks, plan: EpochPlan, layout: Layout, rank: int, world_size: int) -> Iterator[StepWork]:
-    """Steps of 12 samples: on three ranks one has text alone, one pictures alone, one both; on one rank all of them."""
+def _mixed(corpus: Blocks, plan: BatchPlan, layout: PackCollator, rank: int, world_size: int) -> Iterator[StepBatch]:
+    """Steps of 12 samples: on three ranks one has text alone, one images alone, one both; on one rank all of them."""
     for step in itertools.islice(plan.from_step(0), 4):
         first, second = (
             [corpus[(12 * step.number + n) % len(corpus)] for n in part] for part in (range(6), range(6, 12))
         )
-        text = [_without_picture(sample, layout.image_token_id) for sample in first]
+        text = [_without_image(sample, layout.image_token_id) for sample in first]
         groups = [text[:2], text[2:4]], [second[:2], second[2:4]], [[text[4], second[4]], [text[5], second[5]]]
         own = [groups[rank]] if world_size > 1 else groups
         packs = [layout.tensors(group) for part in own for group in part]
-        supervised = sum(sample.supervised_tokens for sample in [*text, *second])
-        yield StepWork(step, packs, supervised, tokens=0)
+        loss_tokens = sum(sample.loss_tokens for sample in [*text, *second])
+        yield StepBatch(step, packs, loss_tokens, tokens=0)
 
 
-def _without_picture(sample: Sample, image_token: int) -> Sample:
+def _without_image(sample: Sample, image_token: int) -> Sample:
     place = sample.input_ids.index(image_token)
     ids = [token for token in sample.input_ids if token != image_token]
-    spans = [(start - (start > place), stop - (stop > place)) for start, stop in sample.supervised]
+    spans = [(start - (start > place), stop - (stop > place)) for start, stop in sample.loss_spans]
     return Sample(sample.sample_id, ids, spans, [], len(ids))
 
 
@@ -128,7 +128,7 @@ def _starved(engine: Engine, pack: PackTensors) -> str:
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
     try:
-        engine.rehearse([pack], "use less")
+        engine.memory_dry_run([pack], "use less")
     except RunError as error:
         return str(error)
     return "nothing"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raylava.recipe import Checkpoints
-from raylava.storage import place
-from raylava.train.alone import superfluous
+from raylava.config.recipe import CheckpointConfig
+from raylava.storage import storage_path
+from raylava.train.torchrun_backend import expired_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,12 @@ def test_the_newest_checkpoints_are_kept_or_the_newest_and_the_best(
     for step, loss in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8)):
         (tmp_path / f"step-{step}").mkdir()
         (tmp_path / f"step-{step}" / "done-rank-0.json").write_text(json.dumps({"loss": loss}))
-    found = superfluous(place(tmp_path).children(), Checkpoints(keep=keep, keep_best=best))
+    found = expired_checkpoints(
+        storage_path(tmp_path).children(), CheckpointConfig(target_positions=keep, keep_best=best)
+    )
     assert sorted(one.name for one in found) == [f"step-{step}" for step in gone]
 
 
 def test_training_alone_needs_no_ray() -> None:
-    script = "import sys, raylava.train.alone; assert not [name for name in sys.modules if name.split('.')[0] == 'ray']"
+    script = "import sys, raylava.train.torchrun_backend; assert not [name for name in sys.modules if name.split('.')[0] == 'ray']"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -13,40 +13,40 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from raylava.config.recipe import Model, Training
 from raylava.corpus.blocks import Blocks
-from raylava.model.backbones import VisionSpec
-from raylava.model.llava import (
+from raylava.models.llava import (
     CONNECTOR,
     VISION_TOWER,
     PackLoss,
     PackTensors,
-    assemble,
-    choose_trainable,
+    build_llava,
+    set_trainable,
     trainable_names,
 )
-from raylava.recipe import Model, Training
-from raylava.train.engine import deepspeed_config, parameter_groups, schedule
-from raylava.train.feed import Layout
-from raylava.train.plan import EpochPlan
+from raylava.models.registry import VisionSpec
+from raylava.train.batch_plan import BatchPlan
+from raylava.train.data_loader import PackCollator
+from raylava.train.engine import deepspeed_config, lr_multiplier, parameter_groups
 
 
 @pytest.fixture(scope="module", params=["varlen", "sdpa", "eager"])
-def model(micro_model: Model, vision: VisionSpec, request: pytest.FixtureRequest) -> PackLoss:
-    return PackLoss(assemble(micro_model, vision, seed=0, dtype=torch.float32, attention=request.param)).eval()
+def model(toy_model: Model, vision: VisionSpec, request: pytest.FixtureRequest) -> PackLoss:
+    return PackLoss(build_llava(toy_model, vision, seed=0, dtype=torch.float32, attention=request.param)).eval()
 
 
 @pytest.fixture(scope="module")
-def plain_llava(micro_model: Model, vision: VisionSpec) -> LlavaForConditionalGeneration:
+def plain_llava(toy_model: Model, vision: VisionSpec) -> LlavaForConditionalGeneration:
     """The model of the `model` fixture as transformers computes it."""
-    return assemble(micro_model, vision, seed=0, dtype=torch.float32).eval()
+    return build_llava(toy_model, vision, seed=0, dtype=torch.float32).eval()
 
 
-def packs_of(blocks: Blocks, layout: Layout, groups: list[list[int]]) -> list[PackTensors]:
+def packs_of(blocks: Blocks, layout: PackCollator, groups: list[list[int]]) -> list[PackTensors]:
     return [layout.tensors([blocks[number] for number in group]) for group in groups]
 
 
 def gradients(model: PackLoss, packs: list[PackTensors]) -> tuple[float, dict[str, torch.Tensor]]:
-    choose_trainable(model.llava, "finetune")
+    set_trainable(model.llava, "finetune")
     model.zero_grad()
     total = torch.zeros(())
     for pack in packs:
@@ -58,37 +58,39 @@ def gradients(model: PackLoss, packs: list[PackTensors]) -> tuple[float, dict[st
 
 
 def test_packed_logits_equal_those_of_each_sample_alone(
-    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: Layout
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: PackCollator
 ) -> None:
     numbers = [0, 1, 2, 3]
     with torch.inference_mode():
         (packed,) = packs_of(prepared_blocks, blocks_layout, [numbers])
         together = model.logits(
-            packed.input_ids, packed.position_ids, packed.pixel_values, packed.keep, packed.boundaries
+            packed.input_ids, packed.position_ids, packed.pixel_values, packed.target_positions, packed.cu_seqlens
         )
         alone = [
-            plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.keep]
+            plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
             for pack in packs_of(prepared_blocks, blocks_layout, [[number] for number in numbers])
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_that_of_the_whole_rows_logits(
-    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: Layout
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, blocks_layout: PackCollator
 ) -> None:
     """Computing logits at supervised positions only changes nothing: compare with transformers' own forward and
     labels.
     """
     (pack,) = packs_of(prepared_blocks, blocks_layout, [[5]])
     labels = torch.full_like(pack.input_ids, -100)
-    labels[0, pack.keep + 1] = pack.labels
+    labels[0, pack.target_positions + 1] = pack.labels
     with torch.inference_mode():
         ours = model(**vars(pack)) / len(pack.labels)
         theirs = plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values, labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_do_not_depend_on_packing(model: PackLoss, prepared_blocks: Blocks, blocks_layout: Layout) -> None:
+def test_gradients_do_not_depend_on_packing(
+    model: PackLoss, prepared_blocks: Blocks, blocks_layout: PackCollator
+) -> None:
     one_a_row = [[number] for number in range(6)]
     loss, expected = gradients(model, packs_of(prepared_blocks, blocks_layout, one_a_row))
     for groups in ([[0, 1, 2, 3, 4, 5]], [[5, 0], [3, 2, 4], [1]], [*one_a_row, []]):
@@ -99,28 +101,28 @@ def test_gradients_do_not_depend_on_packing(model: PackLoss, prepared_blocks: Bl
 
 
 def test_pretraining_trains_the_connector_and_finetuning_also_the_language_model(model: PackLoss) -> None:
-    choose_trainable(model.llava, "pretrain")
+    set_trainable(model.llava, "pretrain")
     assert {name.startswith(CONNECTOR) for name in trainable_names(model.llava)} == {True}
     assert len(trainable_names(model.llava)) == 4
-    choose_trainable(model.llava, "finetune")
+    set_trainable(model.llava, "finetune")
     frozen = {name for name, _ in model.llava.named_parameters()} - trainable_names(model.llava)
     assert frozen == {name for name, _ in model.llava.named_parameters() if name.startswith(VISION_TOWER)}
 
 
-def test_a_connector_is_drawn_from_its_seed_alone(micro_model: Model, vision: VisionSpec) -> None:
+def test_a_connector_is_drawn_from_its_seed_alone(toy_model: Model, vision: VisionSpec) -> None:
     def drawn(seed: int) -> torch.Tensor:
         torch.manual_seed(len(os.urandom(1)) + seed * 31)  # the global state must not matter
-        return assemble(micro_model, vision, seed, torch.float32).model.multi_modal_projector.linear_1.weight
+        return build_llava(toy_model, vision, seed, torch.float32).model.multi_modal_projector.linear_1.weight
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
 
 
-SCHEDULE = Training(lr=1.0, warmup=0.1, schedule="cosine")
+SCHEDULE = Training(lr=1.0, warmup_ratio=0.1, lr_schedule="cosine")
 
 
 def test_the_rate_warms_up_and_then_falls_as_a_cosine_to_zero() -> None:
-    rates = [schedule(step, 100, SCHEDULE) for step in range(100)]
+    rates = [lr_multiplier(step, 100, SCHEDULE) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
@@ -130,13 +132,13 @@ def test_the_rate_warms_up_and_then_falls_as_a_cosine_to_zero() -> None:
 
 @pytest.mark.parametrize(("kind", "middle", "end"), [("linear", 0.5, 1 / 90), ("constant", 1.0, 1.0)])
 def test_other_schedules(kind: str, middle: float, end: float) -> None:
-    training = SCHEDULE.model_copy(update={"schedule": kind})
-    assert schedule(55, 100, training) == pytest.approx(middle)
-    assert schedule(99, 100, training) == pytest.approx(end)
+    training = SCHEDULE.model_copy(update={"lr_schedule": kind})
+    assert lr_multiplier(55, 100, training) == pytest.approx(middle)
+    assert lr_multiplier(99, 100, training) == pytest.approx(end)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
-    assert schedule(0, 10, SCHEDULE.model_copy(update={"warmup": 0.0})) == 1.0
+    assert lr_multiplier(0, 10, SCHEDULE.model_copy(update={"warmup_ratio": 0.0})) == 1.0
 
 
 # ZeRO, for real: processes of their own under torch.distributed, without Ray. Three launches serve all the tests below.
@@ -181,7 +183,7 @@ def zero(zero_stage: int, **others: Any) -> dict[str, Any]:
 
 
 def unclipped(zero_stage: int, **others: Any) -> dict[str, Any]:
-    return {"training": {"zero": {"stage": zero_stage}, "clip_norm": None}} | others
+    return {"training": {"zero": {"stage": zero_stage}, "max_grad_norm": None}} | others
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +192,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbones(micro_model: Model, prepared_blocks: Blocks) -> dict[str, str]:
+def backbones(toy_model: Model, prepared_blocks: Blocks) -> dict[str, str]:
     return {
-        "language": micro_model.language.name,
-        "vision": micro_model.vision.name,
+        "language": toy_model.language.name,
+        "vision": toy_model.vision.name,
         "blocks": str(prepared_blocks.folder),
     }
 
@@ -219,13 +221,13 @@ def on_one(backbones: dict[str, str], folder: Path, on_two: dict[str, Lines]) ->
     runs |= {f"plain-{stage}": zero(stage, checkpoint=str(folder / f"one-{stage}")) for stage in STAGES}
     runs |= {"long-0": zero(0, epochs=4), "long-1": zero(1, epochs=4), "mixed-1": zero(1, mixed=True)}
     runs |= {"moments-1": unclipped(1, moments=str(folder / "one.safetensors"))}
-    runs |= {f"rehearsed-{stage}": zero(stage, rehearse=True) for stage in STAGES}
+    runs |= {f"rehearsed-{stage}": zero(stage, memory_dry_run=True) for stage in STAGES}
     runs |= {f"from-two-{stage}": zero(stage, resume=str(folder / f"two-{stage}")) for stage in STAGES}
     runs |= {
         name: {"training": {"zero": {"stage": 1}, **settings}}
         for name, settings in {
             "recomputed": {"activation_checkpointing": True},
-            "auto": {"activation_checkpointing": "auto", "pack_tokens": "auto", "zero": {"stage": "auto"}},
+            "auto": {"activation_checkpointing": "auto", "max_tokens_per_pack": "auto", "zero": {"stage": "auto"}},
         }.items()
     }
     return run_ranks(1, backbones, runs, folder)
@@ -246,7 +248,7 @@ def losses(lines: Lines) -> list[float]:
 
 
 def norms(lines: Lines) -> list[float]:
-    return [line["gradient_norm"] for line in lines]
+    return [line["grad_norm"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -271,27 +273,27 @@ def test_the_gradient_that_two_ranks_apply_is_that_of_each_sample_by_itself(
     folder: Path,
     on_two: dict[str, Lines],
     on_one: dict[str, Lines],
-    micro_model: Model,
+    toy_model: Model,
     vision: VisionSpec,
     prepared_blocks: Blocks,
-    blocks_layout: Layout,
+    blocks_layout: PackCollator,
 ) -> None:
-    plain = PackLoss(assemble(micro_model, vision, seed=0, dtype=torch.float32)).eval()
-    first = next(EpochPlan(len(prepared_blocks), 8, epochs=1, seed=0).from_step(0)).samples
+    plain = PackLoss(build_llava(toy_model, vision, seed=0, dtype=torch.float32)).eval()
+    first = next(BatchPlan(len(prepared_blocks), 8, epochs=1, seed=0).from_step(0)).samples
     _, summed = gradients(plain, packs_of(prepared_blocks, blocks_layout, [[int(number)] for number in first]))
-    supervised = int(prepared_blocks.lengths.supervised[first].sum())
+    loss_tokens = int(prepared_blocks.lengths.loss_tokens[first].sum())
     for file in (f"two-{stage}.safetensors", "one.safetensors"):
         applied = load_file(folder / file)
         assert set(applied) == {name.removeprefix("llava.") for name in summed}
         for name, gradient in summed.items():
-            expected = 0.1 * gradient / supervised
+            expected = 0.1 * gradient / loss_tokens
             found = applied[name.removeprefix("llava.")]
             atol = 1e-5 * float(expected.abs().max())  # sums that cancel keep the rounding of their terms
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
-def test_ranks_with_text_alone_pictures_alone_and_both_stay_in_step(
+def test_ranks_with_text_alone_images_alone_and_both_stay_in_step(
     stage: int, on_one: dict[str, Lines], on_three: dict[str, Lines]
 ) -> None:
     mixed = on_three[f"mixed-{stage}"]
@@ -352,7 +354,7 @@ def test_what_is_advised_should_memory_not_do_names_every_setting_that_makes_it(
     for setting in ("stage", "offload_optimizer", "offload_parameters"):
         assert f"finetune.zero.{setting}=" in told
     assert "finetune.activation_checkpointing=" in told
-    assert "finetune.pack_tokens=" in told
+    assert "finetune.max_tokens_per_pack=" in told
 
 
 def test_a_run_that_chose_its_zero_stage_goes_on_with_it(again_on_two: dict[str, Lines]) -> None:
@@ -366,8 +368,8 @@ def test_memory_that_does_not_suffice_is_told_before_the_first_step_with_what_to
     backbones: dict[str, str], folder: Path
 ) -> None:
     (line,) = run_ranks(1, backbones, {"starved": zero(1, starve=True)}, folder)["starved"]
-    assert line["told"].startswith("out of memory in the rehearsal of the largest packs (up to ")
-    assert "pictures): use less (" in line["told"]
+    assert line["told"].startswith("out of memory in the memory dry run of the largest packs (up to ")
+    assert "images): use less (" in line["told"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -376,9 +378,9 @@ def test_bf16_follows_the_losses_of_fp32_within_its_rounding(stage: int, on_two:
 
 
 def test_a_connector_checkpoint_holds_the_connector_and_its_moments_only(
-    micro_model: Model, vision: VisionSpec, folder: Path, on_two: dict[str, Lines]
+    toy_model: Model, vision: VisionSpec, folder: Path, on_two: dict[str, Lines]
 ) -> None:
-    connector = assemble(micro_model, vision, seed=0, dtype=torch.float32).model.multi_modal_projector
+    connector = build_llava(toy_model, vision, seed=0, dtype=torch.float32).model.multi_modal_projector
     values = sum(weight.numel() for weight in connector.parameters())
     found = [_values(torch.load(file, weights_only=False)) for file in (folder / "connector").rglob("*.pt")]
     # The weights, ZeRO's own copy of them and Adam's two moments, with a little padding and counters.
@@ -387,7 +389,7 @@ def test_a_connector_checkpoint_holds_the_connector_and_its_moments_only(
 
 def test_the_connector_and_the_vision_tower_may_have_rates_of_their_own(model: PackLoss) -> None:
     training = Training(lr=2e-5, connector_lr=1e-4, vision_lr=2e-6, weight_decay=0.1)
-    choose_trainable(model.llava, "finetune", vision=True)
+    set_trainable(model.llava, "finetune", vision=True)
     groups = list(parameter_groups(model, training))
     assert {group["peak_lr"] for group in groups} == {2e-5, 1e-4, 2e-6}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

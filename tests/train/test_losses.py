@@ -7,7 +7,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from torch.distributed import DistBackendError, DistNetworkError
 
 from raylava.errors import RunError
-from raylava.train.trainer import lost_workers
+from raylava.train.ray_backend import lost_workers
 
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45456: Connection reset by peer. GLHF!")
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.4]:2211")

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 
 from raylava.corpus.blocks import Lengths
 from raylava.errors import UserError
-from raylava.train.plan import EpochPlan, Pack, Shelves, assign, cost, largest_packs, permutation, windowed_permutation
+from raylava.train.batch_plan import (
+    BatchPlan,
+    Pack,
+    ShuffleWindows,
+    cost,
+    pack_batch,
+    permutation,
+    windowed_permutation,
+    worst_case_packs,
+)
 
 PACK_TOKENS = 2048
 WORLD_SIZES = (1, 2, 3, 4, 8, 64)
 
 
 def llava_mix(count: int, seed: int = 0) -> np.ndarray:
-    """Lengths like LLaVA's instruction mix with 576 image tokens: most with a picture, some text alone, a long tail."""
+    """Lengths like LLaVA's instruction mix with 576 image tokens: most with a image, some text alone, a long tail."""
     rng = np.random.default_rng(seed)
     with_image = 576 + np.clip(rng.lognormal(5.0, 0.7, count), 20, 1400).astype(int)
     text_only = np.clip(rng.lognormal(6.0, 0.8, count), 20, 2048).astype(int)
@@ -46,16 +55,16 @@ def check_step(samples: Sequence[int], lengths: np.ndarray, ranks: list[list[Pac
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("global_batch", [1, 16, 128])
+@pytest.mark.parametrize("global_batch_size", [1, 16, 128])
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_an_epoch_computes_every_sample_once_and_ranks_stay_in_step(
-    kind: str, global_batch: int, world_size: int
+    kind: str, global_batch_size: int, world_size: int
 ) -> None:
     lengths = LENGTHS[kind]
-    plan = EpochPlan(len(lengths), global_batch, epochs=1, seed=3)
+    plan = BatchPlan(len(lengths), global_batch_size, epochs=1, seed=3)
     seen: list[int] = []
     for step in plan.from_step(0):
-        ranks = assign(step.samples, lengths, world_size, PACK_TOKENS)
+        ranks = pack_batch(step.samples, lengths, world_size, PACK_TOKENS)
         check_step(list(step.samples), lengths, ranks, world_size)
         seen += computed(ranks)
     assert sorted(seen) == list(range(len(lengths)))
@@ -69,21 +78,21 @@ def test_an_epoch_computes_every_sample_once_and_ranks_stay_in_step(
 def test_any_lengths_are_packed_within_bounds(lengths: list[int], world_size: int) -> None:
     array = np.array(lengths, dtype=np.int32)
     samples = range(len(lengths))
-    check_step(samples, array, assign(samples, array, world_size, PACK_TOKENS), world_size)
+    check_step(samples, array, pack_batch(samples, array, world_size, PACK_TOKENS), world_size)
 
 
 def test_ranks_of_a_llava_like_step_are_balanced_to_five_percent() -> None:
     worst = 0.0
     for seed in range(20):
         lengths = llava_mix(128, seed)
-        ranks = assign(range(128), lengths, 8, PACK_TOKENS)
+        ranks = pack_batch(range(128), lengths, 8, PACK_TOKENS)
         loads = [sum(cost(int(lengths[sample])) for pack in packs for sample in pack) for packs in ranks]
         worst = max(worst, max(loads) / (sum(loads) / len(loads)))
     assert worst <= 1.05
 
 
 def test_step_k_is_the_same_however_training_was_interrupted() -> None:
-    plan = EpochPlan(103, 10, epochs=3, seed=5)
+    plan = BatchPlan(103, 10, epochs=3, seed=5)
     whole = list(plan.from_step(0))
     assert len(whole) == plan.steps == 33
     for first in (0, 1, 10, 11, 12, 25, 32):
@@ -93,7 +102,7 @@ def test_step_k_is_the_same_however_training_was_interrupted() -> None:
 
 
 def test_each_epoch_has_an_order_of_its_own_and_a_short_last_step() -> None:
-    steps = list(EpochPlan(103, 10, epochs=2, seed=5).from_step(0))
+    steps = list(BatchPlan(103, 10, epochs=2, seed=5).from_step(0))
     assert len(steps[10].samples) == len(steps[21].samples) == 3
     orders = [np.concatenate([step.samples for step in steps if step.epoch == epoch]) for epoch in (0, 1)]
     assert not np.array_equal(*orders)
@@ -101,12 +110,12 @@ def test_each_epoch_has_an_order_of_its_own_and_a_short_last_step() -> None:
 
 
 def test_the_papers_batches_give_the_papers_steps() -> None:
-    assert EpochPlan(558_128, 256, epochs=1, seed=0).steps == 2_181
-    assert EpochPlan(665_298, 128, epochs=1, seed=0).steps == 5_198
+    assert BatchPlan(558_128, 256, epochs=1, seed=0).steps == 2_181
+    assert BatchPlan(665_298, 128, epochs=1, seed=0).steps == 5_198
 
 
 def test_a_run_can_be_cut_short() -> None:
-    assert [step.number for step in EpochPlan(100, 10, epochs=2, seed=0, max_steps=3).from_step(1)] == [1, 2]
+    assert [step.number for step in BatchPlan(100, 10, epochs=2, seed=0, max_steps=3).from_step(1)] == [1, 2]
 
 
 def test_a_seed_and_epoch_name_one_permutation() -> None:
@@ -116,11 +125,11 @@ def test_a_seed_and_epoch_name_one_permutation() -> None:
 
 
 def test_a_sample_that_fits_no_pack_is_told_with_the_fix() -> None:
-    with pytest.raises(UserError, match="raise pack_tokens"):
-        assign([0], np.array([3000], dtype=np.int32), 1, PACK_TOKENS)
+    with pytest.raises(UserError, match="raise max_tokens_per_pack"):
+        pack_batch([0], np.array([3000], dtype=np.int32), 1, PACK_TOKENS)
 
 
-SHELVES = Shelves(rows=(7, 3, 9, 1, 5, 5, 8, 2), bytes=(70, 30, 90, 10, 50, 50, 80, 20), window_bytes=120)
+SHELVES = ShuffleWindows(rows=(7, 3, 9, 1, 5, 5, 8, 2), bytes=(70, 30, 90, 10, 50, 50, 80, 20), window_bytes=120)
 
 
 def test_a_windowed_epoch_visits_every_sample_once_and_few_blocks_at_a_time() -> None:
@@ -138,10 +147,10 @@ def test_a_windowed_epoch_visits_every_sample_once_and_few_blocks_at_a_time() ->
 def test_a_windowed_epoch_differs_from_the_next_and_a_small_corpus_is_shuffled_whole() -> None:
     orders = {tuple(windowed_permutation(SHELVES, seed=1, epoch=epoch)) for epoch in range(5)}
     assert len(orders) == 5
-    roomy = Shelves(SHELVES.rows, SHELVES.bytes, window_bytes=400)
+    roomy = ShuffleWindows(SHELVES.rows, SHELVES.bytes, window_bytes=400)
     with_shelves, without = (
-        np.concatenate([step.samples for step in EpochPlan(40, 8, 1, 0, shelves=shelves).from_step(0)])
-        for shelves in (roomy, None)
+        np.concatenate([step.samples for step in BatchPlan(40, 8, 1, 0, windows=windows).from_step(0)])
+        for windows in (roomy, None)
     )
     assert np.array_equal(with_shelves, without)
 
@@ -150,8 +159,8 @@ def test_planning_an_epoch_of_llavas_mix_takes_little_memory() -> None:
     """Under 500 MB for 665,298 samples (issue 4); it takes seconds, which jobs/bench measures."""
     lengths = llava_mix(665_298)
     tracemalloc.start()
-    steps = sum(1 for _ in EpochPlan(665_298, 128, epochs=1, seed=0).from_step(0))
-    assign(range(128), lengths, 8, PACK_TOKENS)
+    steps = sum(1 for _ in BatchPlan(665_298, 128, epochs=1, seed=0).from_step(0))
+    pack_batch(range(128), lengths, 8, PACK_TOKENS)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert steps == 5_198
@@ -161,12 +170,12 @@ def test_planning_an_epoch_of_llavas_mix_takes_little_memory() -> None:
 def test_no_pack_of_any_step_exceeds_the_rehearsed_ones() -> None:
     lengths = llava_mix(640)
     images = (lengths > 576).astype(np.int32)
-    supervised = np.maximum(1, lengths // 3 - 200 * images)
-    largest = largest_packs(Lengths(lengths, images, supervised), PACK_TOKENS, samples=64)
-    most = [max(what[list(pack)].sum() for pack in largest) for what in (images, supervised)]
-    for step in EpochPlan(640, 64, epochs=1, seed=0).from_step(0):
-        for packs in assign(step.samples, lengths, 4, PACK_TOKENS):
+    loss_tokens = np.maximum(1, lengths // 3 - 200 * images)
+    largest = worst_case_packs(Lengths(lengths, images, loss_tokens), PACK_TOKENS, samples=64)
+    most = [max(what[list(pack)].sum() for pack in largest) for what in (images, loss_tokens)]
+    for step in BatchPlan(640, 64, epochs=1, seed=0).from_step(0):
+        for packs in pack_batch(step.samples, lengths, 4, PACK_TOKENS):
             for pack in packs:
                 assert images[list(pack)].sum() <= most[0]
-                assert supervised[list(pack)].sum() <= most[1]
+                assert loss_tokens[list(pack)].sum() <= most[1]
                 assert lengths[list(pack)].sum() <= max(lengths[list(largest[0])].sum(), PACK_TOKENS)

@@ -7,33 +7,33 @@ import numpy as np
 import pytest
 import torch
 
+from raylava.config.recipe import Tracking, Training
 from raylava.corpus.blocks import Lengths
-from raylava.cost.shapes import LanguageShape, LlavaShape, VisionShape
-from raylava.recipe import Tracking, Training
-from raylava.storage import place
+from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape
+from raylava.storage import storage_path
+from raylava.train.batch_plan import Step
+from raylava.train.data_loader import StepBatch
 from raylava.train.engine import StepResult
-from raylava.train.feed import StepWork
-from raylava.train.figures import Meter
-from raylava.train.plan import Step
-from raylava.train.telemetry import METRICS, Telemetry
+from raylava.train.metrics import ThroughputMeter
+from raylava.train.metrics_logger import METRICS, MetricsLogger
 from raylava.train.trackers import TENSORBOARD
 
 SHAPE = LlavaShape(LanguageShape(16, 32, 2, 2, 1, 8, 100), VisionShape(16, 32, 2, 14, 4, 5, True, False, 48))
 LENGTHS = Lengths(*(np.array(values, dtype=np.int32) for values in ([10, 20, 30, 40], [1, 1, 0, 1], [2, 3, 4, 5])))
 
 
-def telemetry(output: str, first: int = 0, tracking: Tracking | None = None) -> Telemetry:
-    meter = Meter(SHAPE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
-    return Telemetry(place(output), first, meter, tracking or Tracking(), {"lr": 1e-3, "stage": "finetune"})
+def telemetry(output: str, first: int = 0, tracking: Tracking | None = None) -> MetricsLogger:
+    meter = ThroughputMeter(SHAPE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
+    return MetricsLogger(storage_path(output), first, meter, tracking or Tracking(), {"lr": 1e-3, "stage": "finetune"})
 
 
-def add(to: Telemetry, number: int, loss: float) -> None:
-    work = StepWork(Step(number, 0, np.array([0, 1])), [], supervised=5, tokens=30)
+def add(to: MetricsLogger, number: int, loss: float) -> None:
+    work = StepBatch(Step(number, 0, np.array([0, 1])), [], loss_tokens=5, tokens=30)
     to.add(work, StepResult(loss, None, 1e-3, seconds=1.5, skipped=False), waited=0.5, saving=0.25)
 
 
 def metrics(output: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (place(output) / METRICS).read_bytes().splitlines()]
+    return [json.loads(line) for line in (storage_path(output) / METRICS).read_bytes().splitlines()]
 
 
 def test_rates_count_the_whole_step_with_its_waiting(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_rates_count_the_whole_step_with_its_waiting(tmp_path: Path) -> None:
     add(seen, 0, loss=2.0)
     seen.close()
     (line,) = metrics(str(tmp_path))
-    rates = ("samples_per_second", "tokens_per_second", "supervised_tokens_per_second", "waiting_share")
+    rates = ("samples_per_second", "tokens_per_second", "loss_tokens_per_second", "data_wait_fraction")
     assert [line[name] for name in rates] == [1.0, 15.0, 2.5, 0.25]
-    assert line["saving_seconds"] == 0.25
+    assert line["checkpoint_stall_s"] == 0.25
     assert list((tmp_path / TENSORBOARD).glob("events*"))
 
 
@@ -91,4 +91,4 @@ def test_weights_and_biases_gets_each_step(tmp_path: Path, monkeypatch: pytest.M
     add(seen, 0, loss=2.0)
     seen.close()
     (kept,) = (tmp_path / "raylava" / "wandb").rglob("*.wandb")
-    assert b"supervised_tokens_per_second" in kept.read_bytes()
+    assert b"loss_tokens_per_second" in kept.read_bytes()

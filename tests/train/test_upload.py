@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raylava.errors import RunError
-from raylava.storage import place
+from raylava.storage import storage_path
 from raylava.train.upload import upload
 from tests.flaky import FlakyProxy
 
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 def test_it_is_tried_again_until_storage_is_back(
     mode: str, proxy: FlakyProxy, folder: Path, s3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target = place(f"{s3}/upload-{mode}")
+    target = storage_path(f"{s3}/upload-{mode}")
     proxy.mode = mode
     uploading = threading.Thread(target=upload, args=(folder, target, 120.0, lambda: "none"))
     uploading.start()
@@ -37,4 +37,4 @@ def test_it_is_tried_again_until_storage_is_back(
 def test_when_it_never_comes_back_the_last_good_checkpoint_is_named(proxy: FlakyProxy, folder: Path, s3: str) -> None:
     proxy.mode = "refusing"
     with pytest.raises(RunError, match="the last good checkpoint is step-00000010"):
-        upload(folder, place(f"{s3}/upload-never"), 0.0, lambda: "step-00000010")
+        upload(folder, storage_path(f"{s3}/upload-never"), 0.0, lambda: "step-00000010")

@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raylava.console import Console
-from raylava.storage import place
+from raylava.storage import storage_path
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
 
@@ -37,7 +37,7 @@ def main(given: dict[str, Any]) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     storage = Path(given["storage"])
     threading.Thread(target=lose_a_node, args=(storage, cluster, nodes[-1]), daemon=True).start()
-    ended = SweepRun(load_sweep(given["sweep"]), [], place(storage)).run(Console(sys.stderr))
+    ended = SweepRun(load_sweep(given["sweep"]), [], storage_path(storage)).run(Console(sys.stderr))
     sys.stdout.write(json.dumps([[one.how, one.failure] for one in ended]) + "\n")
     sys.stdout.flush()
     ray.shutdown()

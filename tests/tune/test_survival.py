@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.demo import micro_recipe
-from raylava.storage import place
-from raylava.train.telemetry import METRICS
-from raylava.tune.outcome import Tried
+from raylava.storage import storage_path
+from raylava.toy.demo import toy_recipe
+from raylava.train.metrics_logger import METRICS
+from raylava.tune.records import TrialRecord
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
 from raylava.tune.variants import variants
@@ -25,22 +25,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_looks_as_always")]
 
 SMALL = [
     "pretrain.enabled=false",
-    "finetune.global_batch=6",
+    "finetune.global_batch_size=6",
     "finetune.epochs=4",
-    "finetune.checkpoints.every_steps=5",
+    "finetune.checkpoint.interval_steps=5",
     "resources.workers=1",
     "evaluate=[]",
 ]
 SEARCH = {
-    "space": {"finetune.lr": {"loguniform": [1e-4, 1e-2]}, "finetune.warmup": {"uniform": [0.0, 0.3]}},
+    "space": {"finetune.lr": {"loguniform": [1e-4, 1e-2]}, "finetune.warmup_ratio": {"uniform": [0.0, 0.3]}},
     "objective": {"loss": "min"},
     "trials": 3,
 }
 
 
 @pytest.fixture
-def sweep_file(lab: Artifact, tmp_path: Path) -> Path:
-    (tmp_path / "base.yaml").write_text(json.dumps(micro_recipe(lab.place, SMALL).model_dump(mode="json")))
+def sweep_file(toy_assets: Artifact, tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(json.dumps(toy_recipe(toy_assets.path, SMALL).model_dump(mode="json")))
     sweep = {"name": "rates", "recipe": "base.yaml", "search": SEARCH, "max_concurrent_trials": 1}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     return tmp_path / "sweep.yaml"
@@ -65,15 +65,15 @@ def wait_for(run: "subprocess.Popen[str]", once: Callable[[], bool]) -> None:
         time.sleep(0.5)  # what is asked here reads recipe and study: not more often, beside a run on two cores
 
 
-def tried(sweep_file: Path) -> list[Tried]:
+def tried(sweep_file: Path) -> list[TrialRecord]:
     sweep = load_sweep(str(sweep_file))
     assert sweep.search
-    run = SweepRun(sweep, [], place(sweep_file.parent / "storage"))
+    run = SweepRun(sweep, [], storage_path(sweep_file.parent / "storage"))
     return run._studies(sweep.search).look(variants(sweep, [])[0])
 
 
 def under_way(sweep_file: Path, trial: int) -> Path | None:
-    """The finetuning draft of the trial that runs, once it has a checkpoint."""
+    """The finetuning spec of the trial that runs, once it has a checkpoint."""
     known = tried(sweep_file)
     if len(known) <= trial or known[trial].ended:
         return None
@@ -81,8 +81,8 @@ def under_way(sweep_file: Path, trial: int) -> Path | None:
     return next((one.parent.parent for one in found if b"step-" in one.read_bytes()), None)
 
 
-def lines_before_the_first_checkpoint(draft: Path) -> list[str]:
-    return (draft / METRICS).read_text().splitlines()[:5]
+def lines_before_the_first_checkpoint(spec: Path) -> list[str]:
+    return (spec / METRICS).read_text().splitlines()[:5]
 
 
 def trial_process(run: "subprocess.Popen[str]") -> psutil.Process | None:
@@ -93,15 +93,15 @@ def trial_process(run: "subprocess.Popen[str]") -> psutil.Process | None:
 def test_a_search_whose_driver_and_then_whose_trial_is_killed_ends_as_if_neither_had_been(sweep_file: Path) -> None:
     run = start(sweep_file)
     wait_for(run, lambda: under_way(sweep_file, 1) is not None)
-    before, draft = tried(sweep_file), under_way(sweep_file, 1)
-    assert draft is not None
+    before, spec = tried(sweep_file), under_way(sweep_file, 1)
+    assert spec is not None
     kill_with_children(run)  # driver and cluster alike
     finished = {file: file.stat().st_mtime_ns for file in sweep_file.parent.glob("storage/*/*/artifact.json")}
-    steps = lines_before_the_first_checkpoint(draft)
+    steps = lines_before_the_first_checkpoint(spec)
 
     again = start(sweep_file)
-    wait_for(again, lambda: (sweep_file.parent / f"storage/finetune/{draft.name}/artifact.json").exists())
-    assert lines_before_the_first_checkpoint(draft) == steps, "it went on from its checkpoint"
+    wait_for(again, lambda: (sweep_file.parent / f"storage/finetune/{spec.name}/artifact.json").exists())
+    assert lines_before_the_first_checkpoint(spec) == steps, "it went on from its checkpoint"
     wait_for(again, lambda: under_way(sweep_file, 2) is not None)
     last = under_way(sweep_file, 2)
     assert last is not None
@@ -121,8 +121,8 @@ def test_a_search_whose_driver_and_then_whose_trial_is_killed_ends_as_if_neither
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
 
 
-def test_a_sweep_survives_the_loss_of_a_node(lab: Artifact, tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text(json.dumps(micro_recipe(lab.place, SMALL).model_dump(mode="json")))
+def test_a_sweep_survives_the_loss_of_a_node(toy_assets: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(json.dumps(toy_recipe(toy_assets.path, SMALL).model_dump(mode="json")))
     axes = {"rate": {"low": {"finetune.lr": 1e-4}, "high": {"finetune.lr": 1e-2}}}
     sweep = {"name": "rates", "recipe": "base.yaml", "axes": axes}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.demo import recipes_folder
+from raylava.config.load import load_recipe
 from raylava.errors import UserError
-from raylava.recipe_file import load_recipe
+from raylava.toy.demo import recipes_folder
 from raylava.tune.sweep import Sweep, load_sweep
 from raylava.tune.variants import variants
 
@@ -47,7 +47,7 @@ def test_the_papers_ablations_are_its_eight_recipes_with_three_seeds_each() -> N
         parts = ["llava-gemma", one.levels["language"], *(["dinov2"] if one.levels["vision"] == "dinov2" else [])]
         name = "-".join([*parts, *(["no-pretrain"] if one.levels["connector"] == "random" else [])])
         row = load_recipe(str(recipes_folder() / f"{name}.yaml"), [f"seed={one.seed}"])
-        assert one.recipe.content() == row.content(), one.name
+        assert one.recipe.fingerprint_fields() == row.fingerprint_fields(), one.name
 
 
 def test_overrides_of_the_command_line_come_last(tmp_path: Path) -> None:

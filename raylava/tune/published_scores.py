@@ -1,0 +1,25 @@
+"""The table that the paper published (Hinck et al. 2024, LLaVA-Gemma, arXiv:2404.01331): one run a cell, no intervals.
+
+By benchmark, as raylava's headlines: fractions; points for mme (perception) and mm-vet. `None` where no source that we
+could read confirmed the figure.
+"""
+
+from raylava.config.recipe import Recipe
+
+SOURCE = "Hinck et al. 2024, arXiv:2404.01331"
+
+_COLUMNS = ("gqa", "mme-cognition", "mme", "mm-vet", "pope", "pope-f1", "vqav2", "mmvp", "scienceqa")
+_CLIP, _DINOV2 = "openai/clip-vit-large-patch14-336", "facebook/dinov2-large"
+_TABLE: dict[tuple[str, str, bool], tuple[float | None, ...]] = {
+    ("google/gemma-2b-it", _CLIP, True): (0.531, 236, 1130, 17.7, 0.850, 0.839, 0.7065, 0.287, 0.564),
+    ("google/gemma-2b-it", _CLIP, False): (0.481, 248, 935, 13.1, 0.784, 0.762, 0.6174, 0.180, 0.549),
+    ("google/gemma-2b-it", _DINOV2, True): (0.587, 307, 1133, 19.1, 0.853, 0.838, None, None, None),
+    ("google/gemma-7b-it", _CLIP, True): (0.472, 254, 895, 18.2, 0.848, 0.829, 0.687, 0.327, 0.625),
+    ("google/gemma-7b-it", _CLIP, False): (0.472, 278, 857, 19.1, 0.782, 0.734, 0.6509, 0.240, 0.636),
+}
+
+
+def published(recipe: Recipe) -> dict[str, float]:
+    """The paper's scores by benchmark, of the cell with the recipe's backbones and connector pretraining, if any."""
+    cell = (recipe.model.language.name, recipe.model.vision.name, recipe.pretrain.enabled)
+    return {name: value for name, value in zip(_COLUMNS, _TABLE.get(cell, ()), strict=False) if value is not None}
