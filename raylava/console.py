@@ -103,7 +103,7 @@ class Console:
             bar.finish()
 
     @contextmanager
-    def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
+    def live_nodes(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
         """A table that is drawn anew with each call of what this yields; without a terminal, now and then."""
         if self._rich.is_terminal:
             with Live(render(), console=self._rich, auto_refresh=False) as live:

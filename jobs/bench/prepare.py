@@ -73,7 +73,7 @@ def _photo(rng: np.random.Generator, width: int = 640, height: int = 480) -> Ima
     total = np.zeros((height, width, 3))
     for octave in (4, 8, 16, 32, 64, 128, 256, 640):
         noise = rng.integers(0, 256, (height * octave // 640 + 2, width * octave // 640 + 2, 3), dtype=np.uint8)
-        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        layer = Image.fromarray(synthetic_pack).resize((width, height), Image.Resampling.BICUBIC)
         total += np.asarray(layer, dtype=float) / octave**0.7
     low, high = total.min(), total.max()
     return Image.fromarray(((total - low) / (high - low) * 255).astype(np.uint8))

@@ -51,13 +51,13 @@ class ExecutionConfig:
 
     name: str
     packs: bool = True
-    recompute: bool = False
+    activation_checkpointing: bool = False
     loss_only_logits: bool = True
     attention: str = VARLEN
 
 
 REFERENCES = (
-    ExecutionConfig("LLaVA recipe, recomputing", packs=False, recompute=True),
+    ExecutionConfig("LLaVA recipe, recomputing", packs=False, activation_checkpointing=True),
     ExecutionConfig("LLaVA recipe", packs=False),
 )
 RUNGS = (
@@ -166,7 +166,7 @@ class Bench:
             precision=shape.precision,
             max_tokens_per_pack=shape.max_tokens_per_pack,
             zero=ZeroConfig(stage=2),
-            activation_checkpointing=way.recompute,
+            activation_checkpointing=way.activation_checkpointing,
             attention=way.attention,
         )
 
@@ -216,7 +216,7 @@ class Bench:
         stage = self._stage
         set_trainable(llava, stage)
         llava.train()
-        if self._way.recompute:
+        if self._way.activation_checkpointing:
             llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             llava.enable_input_require_grads()
         batch, micro_batch = BATCH[stage], MICRO_BATCH[stage]

@@ -58,23 +58,23 @@ def _check_cluster(arguments: argparse.Namespace, recipe: "Recipe", console: Con
     from dataclasses import asdict
 
     from raylava.cli.tables import needs_table
-    from raylava.cluster.nodes import NodeType, described, live, startable
-    from raylava.cluster.placement import needs, provisions
+    from raylava.cluster.nodes import NodeType, live_nodes, read_node_types, startable_node_types
+    from raylava.cluster.placement import placements, resource_requests
     from raylava.cluster.roles import has_roles
     from raylava.cluster.session import ray_session
 
     types: list[NodeType] | None
     if arguments.cluster:
-        types, there, roles = described(Path(arguments.cluster)), [], True
+        types, there, roles = read_node_types(Path(arguments.cluster)), [], True
     else:
         with ray_session(recipe.resources):
-            types, there, roles = startable(), live(), has_roles()
-    found = provisions(needs(recipe, roles), there, types)
+            types, there, roles = startable_node_types(), live_nodes(), has_roles()
+    found = placements(resource_requests(recipe, roles), there, types)
     console.show(needs_table(recipe, found, arguments.storage))
     never = [one for one in found if one.is_impossible]
     if never:
-        stages = " and ".join(never[0].need.stages)
-        raise UserError(f"{stages} can never start there: {never[0].need.told}: {never[0].reason}")
+        stages = " and ".join(never[0].request.stages)
+        raise UserError(f"{stages} can never start there: {never[0].request.description}: {never[0].reason}")
     told = "the cluster can run it" if types is not None else "what the autoscaler may start is not known there"
     return Outcome({"provisions": [asdict(one) for one in found]}, f"{arguments.recipe}: {told}")
 

@@ -187,9 +187,9 @@ def _clusters(arguments: argparse.Namespace, recipe: "Recipe") -> list["Cluster"
 
 
 def _speed(cluster: "Cluster", mfu: float | None) -> Any:
-    from raylava.perf.step_time import STATED_MFU, stated
+    from raylava.perf.step_time import STATED_MFU, nominal_speed
 
-    return stated(cluster.device, mfu or STATED_MFU)
+    return nominal_speed(cluster.device, mfu or STATED_MFU)
 
 
 def _calibrate(recipe: "Recipe", given: "KnownCorpora", console: Console) -> None:
@@ -215,11 +215,11 @@ def _at_scale(target: "Target") -> list[tuple[str, Any]]:
 def _simulate(
     cluster: "Cluster", arguments: argparse.Namespace, recipe: "Recipe", given: "KnownCorpora", console: Console
 ) -> dict[str, Any]:
-    from raylava.estimate.scaling import data, played, scale_table
+    from raylava.estimate.scaling import data, scale_table, simulate_scaling
     from raylava.estimate.simulate import FailureModel
 
     world = FailureModel(reclaims_per_node_hour=arguments.spot or 0.0, elastic=recipe.resources.min_workers is not None)
-    found = played(recipe, cluster, _speed(cluster, arguments.mfu), given, world)
+    found = simulate_scaling(recipe, cluster, _speed(cluster, arguments.mfu), given, world)
     console.show(scale_table(recipe.name, found))
     return data(found)
 
@@ -238,13 +238,13 @@ def sweep_hours(
     name: str, recipes: "Sequence[Recipe]", arguments: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
     """Show what the variants come to, what they share counted once. Raises UserError as a forecast does."""
-    from raylava.estimate.sweep_cost import pieces, pieces_table
+    from raylava.estimate.sweep_cost import shared_stages, shared_stages_table
 
-    found = pieces(
+    found = shared_stages(
         recipes,
         lambda recipe, given: _targets(arguments, recipe, given)[0],
         lambda recipe: _given(arguments, recipe),
     )
-    console.show(pieces_table(name, len(recipes), found))
+    console.show(shared_stages_table(name, len(recipes), found))
     hours = sum(one.worker_hours for one in found)
     return {"trials": len(recipes), "pieces": [asdict(one) for one in found], "worker_hours": hours}

@@ -149,8 +149,14 @@ def needs_table(recipe: "Recipe", found: "Sequence[Placement]", storage: str) ->
     for heading in ("fit now", "fit in time", "nodes"):
         table.add_column(heading, justify="right")
     for one in found:
-        later = "not known" if one.later is None else f"{one.later:,}"
-        row = (", ".join(one.need.stages), one.need.told, f"{one.now:,}", later, f"{one.nodes or '':}")
+        later = "not known" if one.fits_eventually is None else f"{one.fits_eventually:,}"
+        row = (
+            ", ".join(one.request.stages),
+            one.request.description,
+            f"{one.fits_now:,}",
+            later,
+            f"{one.nodes or '':}",
+        )
         table.add_row(*row, style="red" if one.is_impossible else None)
     shared = "a bucket, reached by every node" if "://" in storage else "a folder: every node must mount it"
     table.caption = f"storage: {storage} ({shared}); up to {recipe.resources.cache_gb:g} GB of cache on a training node"

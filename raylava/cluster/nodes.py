@@ -22,18 +22,18 @@ class NodeType:
     count: int
 
 
-def live() -> list[NodeType]:
+def live_nodes() -> list[NodeType]:
     """The nodes that live now, each by itself. Ray is joined."""
     return [NodeType(node["NodeID"], node["Resources"], node["Labels"], 1) for node in ray.nodes() if node["Alive"]]
 
 
-def startable() -> list[NodeType] | None:
+def startable_node_types() -> list[NodeType] | None:
     """The worker types that this cluster's autoscaler may start; None where no file says."""
     file = cluster_file()
-    return None if file is None else described(file)
+    return None if file is None else read_node_types(file)
 
 
-def described(file: Path) -> list[NodeType]:
+def read_node_types(file: Path) -> list[NodeType]:
     """The worker types in a `ray up` file or a KubeRay manifest. Raises UserError for a file that is neither."""
     try:
         documents = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one]
@@ -84,17 +84,17 @@ def _cores(quantity: str) -> float:
     return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
 
 
-def resources_at(labels: Mapping[str, str], types: list[NodeType] | None = None) -> dict[str, float]:
+def matching_resources(labels: Mapping[str, str], types: list[NodeType] | None = None) -> dict[str, float]:
     """What the nodes that a label selector picks have in all, by resource: of `types`, else of those that live."""
     found: dict[str, float] = {}
-    for one in live() if types is None else types:
+    for one in live_nodes() if types is None else types:
         if matches(one.labels, labels):
             for name, amount in one.resources.items():
                 found[name] = found.get(name, 0.0) + amount * one.count
     return found
 
 
-def resources_in_time(labels: Mapping[str, str]) -> dict[str, float]:
+def eventual_resources(labels: Mapping[str, str]) -> dict[str, float]:
     """What there is, or will be once the autoscaler has started all that it may."""
-    now, later = resources_at(labels), resources_at(labels, startable() or [])
+    now, later = matching_resources(labels), matching_resources(labels, startable_node_types() or [])
     return {name: max(now.get(name, 0.0), later.get(name, 0.0)) for name in now.keys() | later.keys()}

@@ -18,12 +18,12 @@ class ResourceRequest:
 
     stages: tuple[str, ...]
     workers: int
-    at_least: int
+    min_workers: int
     bundle: Mapping[str, float]
     labels: Mapping[str, str]
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """2 × {CPU: 1, GPU: 1} on raylava.io/role=train"""
         bundle = ", ".join(f"{name}: {amount:g}" for name, amount in self.bundle.items())
         labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
@@ -34,9 +34,9 @@ class ResourceRequest:
 class Placement:
     """How a need is met: bundles that fit on the nodes there are, and on those there may be (None: not known)."""
 
-    need: ResourceRequest
-    now: int
-    later: int | None
+    request: ResourceRequest
+    fits_now: int
+    fits_eventually: int | None
     nodes: int | None  # of the type that holds most bundles, how many all workers take
     reason: str = ""  # why it never can be met
 
@@ -46,7 +46,7 @@ class Placement:
         return bool(self.reason)
 
 
-def needs(recipe: Recipe, roles: bool) -> list[ResourceRequest]:
+def resource_requests(recipe: Recipe, roles: bool) -> list[ResourceRequest]:
     """What the recipe's stages want. `roles` says whether the cluster's nodes carry raylava.io/role."""
     resources = recipe.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
@@ -64,7 +64,7 @@ def needs(recipe: Recipe, roles: bool) -> list[ResourceRequest]:
     return found
 
 
-def provisions(
+def placements(
     wanted: Sequence[ResourceRequest], there: Sequence[NodeType], types: Sequence[NodeType] | None
 ) -> list[Placement]:
     """How each need is met by the nodes `there` are and the types that may be started (None: nobody knows)."""
@@ -75,7 +75,9 @@ def _provision(need: ResourceRequest, there: Sequence[NodeType], types: Sequence
     now = _fitting(need, there)
     later = None if types is None else max(now, _fitting(need, types))
     best = max((_on_one(need, one) for one in [*there, *(types or [])] if matches(one.labels, need.labels)), default=0)
-    reason = "" if types is None or later is None or later >= need.at_least else _reason(need, [*there, *types], later)
+    reason = (
+        "" if types is None or later is None or later >= need.min_workers else _reason(need, [*there, *types], later)
+    )
     return Placement(need, now, later, math.ceil(need.workers / best) if best else None, reason)
 
 
@@ -96,4 +98,4 @@ def _reason(need: ResourceRequest, types: Sequence[NodeType], later: int) -> str
         largest = max(labelled, key=lambda one: one.resources.get("GPU", 0.0) + one.resources.get("CPU", 0.0) / 1000)
         has = ", ".join(f"{name}: {largest.resources.get(name, 0.0):g}" for name in need.bundle)
         return f"one worker does not fit on one node; the largest, {largest.name}, has {{{has}}}"
-    return f"at most {later} of at least {need.at_least} workers fit; raise max_workers, or lower resources.workers"
+    return f"at most {later} of at least {need.min_workers} workers fit; raise max_workers, or lower resources.workers"

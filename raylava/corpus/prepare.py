@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raylava.cluster.gauges import Gauges
-from raylava.cluster.nodes import resources_at, resources_in_time, startable
+from raylava.cluster.nodes import eventual_resources, matching_resources, startable_node_types
 from raylava.cluster.session import told
 from raylava.config.recipe import Corpus, Language
 from raylava.console import ProgressBar
@@ -141,8 +141,8 @@ def _run(spec: PrepareSpec, pending: list[int], labels: dict[str, str]) -> Itera
         [{"shard": shard} for shard in pending], override_num_blocks=len(pending)
     )
     # Actors and not tasks: a second shard waits in each, so that none idles while Ray Data looks round (0.2 s a shard).
-    workers = max(1, min(len(pending), int(resources_at(labels).get("CPU", 0))))
-    most = None if startable() is None else max(workers, int(resources_in_time(labels).get("CPU", 0)))
+    workers = max(1, min(len(pending), int(matching_resources(labels).get("CPU", 0))))
+    most = None if startable_node_types() is None else max(workers, int(eventual_resources(labels).get("CPU", 0)))
     pool = ray.data.ActorPoolStrategy(  # without `most`, Ray Data asks the autoscaler for nodes of any kind
         min_size=1, initial_size=workers, max_size=most, max_tasks_in_flight_per_actor=2
     )

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from raylava.config.recipe import ImageEncoding, Model, Recipe
 from raylava.corpus.images import decode_stored, encode
 from raylava.errors import RunError, UserError
-from raylava.estimate.synthetic import noise
+from raylava.estimate.synthetic import synthetic_pack
 from raylava.estimate.workload import Workload
 from raylava.models.llava import PackTensors
 from raylava.models.registry import is_folder
@@ -80,18 +80,18 @@ def calibrate(recipe: Recipe, stage: str, workload: Workload, folder: Path) -> C
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise RunError(f"timing {stage} on this machine failed; the log has why") from error
     found = _kept(json.loads((folder / "timed.json").read_text()))
-    keep(recipe, stage, workload, found)
+    save_calibration(recipe, stage, workload, found)
     return found
 
 
-def keep(recipe: Recipe, stage: str, workload: Workload, found: Calibration) -> None:
+def save_calibration(recipe: Recipe, stage: str, workload: Workload, found: Calibration) -> None:
     """For the next estimate."""
     file = _file(recipe, stage, workload)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(found)))
 
 
-def kept(recipe: Recipe, stage: str, workload: Workload) -> Calibration | None:
+def load_calibration(recipe: Recipe, stage: str, workload: Workload) -> Calibration | None:
     """What was measured of such a stage on this machine, if it was."""
     file = _file(recipe, stage, workload)
     return _kept(json.loads(file.read_text())) if file.exists() else None
@@ -187,10 +187,10 @@ class _Bench:
         for samples in workload.sampled.steps[: _STEPS + 1]:
             ranks = pack_batch(samples, workload.corpus.lengths.length, world_size, self._way.max_tokens_per_pack)
             _, flops, forward = workload.sampled.slowest(ranks)
-            yield [self._pack(pack) for pack in ranks[self._rank]], flops + forward * self._way.recompute
+            yield [self._pack(pack) for pack in ranks[self._rank]], flops + forward * self._way.activation_checkpointing
 
     def _tiny(self) -> PackTensors:
-        return noise([(2 + self._shape.vision.patches, 1, 1)], self._shape, self._image_token)
+        return synthetic_pack([(2 + self._shape.vision.patches, 1, 1)], self._shape, self._image_token)
 
     @property
     def _shape(self) -> LlavaShape:
@@ -202,7 +202,7 @@ class _Bench:
             (int(lengths.length[number]), int(lengths.images[number]), int(lengths.loss_tokens[number]))
             for number in pack
         ]
-        return noise(samples, self._shape, self._image_token)
+        return synthetic_pack(samples, self._shape, self._image_token)
 
     def _image_seconds(self) -> float:
         """To decode one as blocks hold it, on the core that computes as well."""

@@ -23,8 +23,8 @@ from raylava.perf.search import (
     fastest_feasible,
     rank_candidates,
     recipe_candidates,
-    taken,
-    usable,
+    select,
+    usable_memory,
 )
 from raylava.perf.shapes import LlavaShape
 from raylava.perf.step_time import Speed
@@ -66,7 +66,7 @@ def on_gpus(cluster: Cluster, speed: Speed) -> Target:
     device = cluster.device
     return Target(
         label=f"{cluster.nodes} × {cluster.gpus} {device.name}",
-        room=DeviceBudget(usable(device.memory), None, cluster.world_size, cluster.bandwidth),
+        room=DeviceBudget(usable_memory(device.memory), None, cluster.world_size, cluster.bandwidth),
         speed=speed,
         start=_START,
         save=_HOST_COPY,
@@ -232,7 +232,7 @@ def _stage(
     work, longest = workload.sampled.work(room.world_size), max(workload.longest, _corpus(recipe, stage).max_length)
     asked = rank_candidates(recipe_candidates(training, longest), model, work, speed, room)
     every = rank_candidates(all_execution_configs(training, longest), model, work, speed, room) if weighs_all else asked
-    return StageForecast(stage, workload, target, taken(asked), fastest_feasible(every), tuple(every))
+    return StageForecast(stage, workload, target, select(asked), fastest_feasible(every), tuple(every))
 
 
 def _corpus(recipe: Recipe, stage: StageName) -> Corpus:

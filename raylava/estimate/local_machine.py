@@ -6,12 +6,12 @@ import psutil
 import torch
 
 from raylava.config.recipe import Recipe
-from raylava.estimate.calibrate import kept
+from raylava.estimate.calibrate import load_calibration
 from raylava.estimate.forecast import CORPUS_OF, KnownCorpora, StageName, Target, sizes, training_stages
 from raylava.estimate.workload import Workload
 from raylava.models.shapes import shape_of_model
 from raylava.perf.memory import TrainableModel
-from raylava.perf.search import DeviceBudget, usable
+from raylava.perf.search import DeviceBudget, usable_memory
 from raylava.train.auto import CPU_SPEED, MEMORY_SHARE
 
 _START = 20.0  # seconds from a stage's start to its first step: Ray's workers, imports, DeepSpeed
@@ -38,8 +38,8 @@ def on_this_machine(recipe: Recipe, given: KnownCorpora) -> Target:
     workers = recipe.resources.workers
     has_gpu = recipe.resources.gpus_per_worker > 0 and torch.cuda.is_available()
     host = psutil.virtual_memory().available * MEMORY_SHARE / workers
-    memory = usable(torch.cuda.mem_get_info()[1]) if has_gpu else host
-    found = {stage: kept(recipe, stage, workload) for stage, workload in workloads(recipe, given).items()}
+    memory = usable_memory(torch.cuda.mem_get_info()[1]) if has_gpu else host
+    found = {stage: load_calibration(recipe, stage, workload) for stage, workload in workloads(recipe, given).items()}
     measured = {stage: one.speed for stage, one in found.items() if one is not None}
     return Target(
         label=f"this machine, {workers} workers",

@@ -17,8 +17,8 @@ from raylava.estimate.simulate import (
     between_failures,
     daly,
     goodput,
-    pays,
     scaling,
+    worthwhile_size,
     young,
 )
 from raylava.perf.hardware import Cluster
@@ -36,7 +36,7 @@ class ScalingReport:
 
     world: FailureModel
     scaled: list[Scaled]
-    pays: int
+    worthwhile_size: int
     run: Run
     best: float
     young: float
@@ -44,7 +44,7 @@ class ScalingReport:
     goodput: float
 
 
-def played(
+def simulate_scaling(
     recipe: Recipe, cluster: Cluster, speed: Speed, given: KnownCorpora, world: FailureModel, nodes: Sequence[int] = ()
 ) -> ScalingReport:
     """Play the recipe's finetuning on so many of the cluster's nodes (1, 2, 4, … by default), and on its own number.
@@ -67,7 +67,7 @@ def played(
     return ScalingReport(
         world,
         scaled,
-        pays(scaled),
+        worthwhile_size(scaled),
         run,
         best,
         young(save, mean),
@@ -110,11 +110,11 @@ def scale_table(name: str, found: ScalingReport) -> Table:
             f"{outcome.lost / 60:.1f}",
             f"{outcome.failures}",
             one.bound,
-            style="green" if one.workers == found.pays else None if outcome.finished else "red",
+            style="green" if one.workers == found.worthwhile_size else None if outcome.finished else "red",
         )
     world = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in asdict(found.world).items())
     table.caption = (
-        f"up to {found.pays:,} GPUs a doubling brings at least half of what it costs\n"
+        f"up to {found.worthwhile_size:,} GPUs a doubling brings at least half of what it costs\n"
         f"checkpoints at {found.run.workers:,} GPUs: best every {found.best / 60:.1f} min, goodput {found.goodput:.1%} "
         f"(Young {found.young / 60:.1f}, Daly {found.daly / 60:.1f})\nassumed: {world} (seconds, rates as named)"
     )

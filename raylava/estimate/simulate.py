@@ -77,9 +77,9 @@ def straggling(jitter: float, workers: int) -> float:
     return math.exp(jitter * NormalDist().inv_cdf(workers / (workers + 1)))
 
 
-def play(run: Run, world: FailureModel, seed: int, most_days: float = 365.0) -> Outcome:
+def simulate_run(run: Run, world: FailureModel, seed: int, most_days: float = 365.0) -> Outcome:
     """One run, to its end or to so many days."""
-    return _Player(run, world, seed).play(most_days * _DAY)
+    return _Player(run, world, seed).simulate_run(most_days * _DAY)
 
 
 class _Player:
@@ -99,7 +99,7 @@ class _Player:
         self._uploads: list[tuple[float, float]] = []  # (when it is safe, the work that it holds)
         self._absent: list[float] = []  # when replacements come
 
-    def play(self, most: float) -> Outcome:
+    def simulate_run(self, most: float) -> Outcome:
         total = self._run.steps * self._step
         self._wait(self._world.restart)
         while self._done < total and self._now < most:
@@ -173,7 +173,7 @@ class _Player:
 
 def goodput(run: Run, world: FailureModel, seeds: Sequence[int] = range(16)) -> float:
     """The mean over runs."""
-    return float(np.mean([play(run, world, seed).goodput for seed in seeds]))
+    return float(np.mean([simulate_run(run, world, seed).goodput for seed in seeds]))
 
 
 def young(save: float, between_failures: float) -> float:
@@ -227,7 +227,7 @@ def scaling(
     found: list[Scaled] = []
     for workers in sizes:
         run, terms = run_at(workers)
-        outcome = play(run, world, seed)
+        outcome = simulate_run(run, world, seed)
         first = found[0] if found else None
         speed = 1 / outcome.seconds
         base = first.workers * first.outcome.seconds if first else workers * outcome.seconds
@@ -248,7 +248,7 @@ def _stops(outcome: Outcome, run: Run) -> dict[str, float]:
     }
 
 
-def pays(scaled: Sequence[Scaled], share: float = 0.5) -> int:
+def worthwhile_size(scaled: Sequence[Scaled], share: float = 0.5) -> int:
     """The largest number of workers to which scaling pays: each doubling brings at least `share` of what it costs."""
     last = scaled[0].workers
     for before, after in itertools.pairwise(one for one in scaled if one.outcome.finished):

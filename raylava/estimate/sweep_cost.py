@@ -24,7 +24,7 @@ class SharedStage:
     cost: float | None
 
 
-def pieces(
+def shared_stages(
     recipes: Sequence[Recipe],
     target_of: Callable[[Recipe, KnownCorpora], Target],
     given_of: Callable[[Recipe], KnownCorpora],
@@ -78,7 +78,7 @@ def _prepare_key(recipe: Recipe, name: str, one: Forecast) -> str:
     return json.dumps(["prepare", recipe.data, *decides], sort_keys=True, default=str)
 
 
-def pieces_table(name: str, trials: int, found: Sequence[SharedStage]) -> Table:
+def shared_stages_table(name: str, trials: int, found: Sequence[SharedStage]) -> Table:
     """By kind of stage: how many, what they come to, and what sharing spares."""
     table = Table("stage", title=f"{name}: {trials} trials", title_justify="left")
     for heading in ("needed", "distinct", "hours", "worker-hours", "unshared worker-hours", "cost"):

@@ -11,7 +11,7 @@ from raylava.perf.shapes import LlavaShape
 Sizes = tuple[int, int, int]  # of a sample: tokens, images, supervised tokens
 
 
-def noise(samples: Sequence[Sizes], shape: LlavaShape, image_token: int) -> PackTensors:
+def synthetic_pack(samples: Sequence[Sizes], shape: LlavaShape, image_token: int) -> PackTensors:
     """Samples of such sizes in one row: random ids, random pixels, each sample's last tokens supervised.
 
     A pack without a image gets a blank sample that has one, as in training.

@@ -105,7 +105,7 @@ def _against(option: Candidate) -> str:
     """What speaks against it, beside its peak; all of it is in the data."""
     if option.infeasible:
         return f"too much ({option.memory.at})"
-    return "bf16 sums" if option.caution else ""
+    return "bf16 sums" if option.warning else ""
 
 
 def totals_table(forecasts: Sequence[Forecast]) -> Table:

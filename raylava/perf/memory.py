@@ -31,7 +31,7 @@ class ExecutionConfig:
     zero_stage: int
     offload_optimizer: bool
     offload_parameters: bool
-    recompute: bool
+    activation_checkpointing: bool
     max_tokens_per_pack: int
 
     @property
@@ -45,7 +45,7 @@ class ExecutionConfig:
         kept = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
         offloaded = " and ".join(name for name, is_so in kept if is_so)
         words = [str(self.zero_stage)] + [f"host: {offloaded}"] * bool(offloaded)
-        return ", ".join(words + ["recomputed"] * self.recompute)
+        return ", ".join(words + ["recomputed"] * self.activation_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _activations(model: TrainableModel, way: ExecutionConfig, load: PackShape) -
     inner = load.tokens * language.intermediate * model.value
     embedding = language.embedding * model.value * model.language
     vision = _vision_saved(model, load)
-    if not way.recompute:
+    if not way.activation_checkpointing:
         return float(vision + language.layers * layer + norm), float(embedding + 2 * inner)
     inputs = load.tokens * language.layers * language.width * model.value
     # ZeRO-3's most is reached when a layer's weights are gathered anew, before its last product is there.

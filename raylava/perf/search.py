@@ -34,17 +34,17 @@ class DeviceBudget:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way, and what comes of it. `infeasible` is empty where it fits; `caution` where nothing speaks against it."""
+    """A way, and what comes of it. `infeasible` is empty where it fits; `warning` where nothing speaks against it."""
 
     way: ExecutionConfig
     memory: Memory
     seconds: StepSeconds
     traffic: Traffic
     infeasible: str
-    caution: str
+    warning: str
 
 
-def usable(memory: float) -> float:
+def usable_memory(memory: float) -> float:
     """Of a GPU's memory, what tensors may take: the rest is the context's, or lost to fragmentation."""
     return memory * (1 - _FRAGMENTS) - _CONTEXT
 
@@ -54,10 +54,10 @@ def recipe_candidates(training: Training, longest: int) -> Iterator[ExecutionCon
     automatic = [stage for stage in range(4) if not (training.compile and stage == 3)]
     zero = training.zero
     stages = automatic if zero.stage == "auto" else [zero.stage]
-    recompute = training.activation_checkpointing
+    activation_checkpointing = training.activation_checkpointing
     for stage, again, tokens in itertools.product(
         stages,
-        [False, True] if recompute == "auto" else [recompute],
+        [False, True] if activation_checkpointing == "auto" else [activation_checkpointing],
         _pack_sizes(training.max_tokens_per_pack, longest),
     ):
         if (zero.offload_parameters and stage < 3) or (zero.offload_optimizer and stage == 0):
@@ -98,8 +98,8 @@ def _weighed(way: ExecutionConfig, model: TrainableModel, work: JobSpec, speed: 
     sent = traffic(model, way, work.packs, room.world_size)
     seconds = step_seconds(speed, work, sent, model, way, room.world_size, room.bandwidth)
     coarse = model.value == 2 and way.zero_stage < 2 and work.most_packs > 1
-    caution = "sums the gradients of packs in bf16" if coarse else ""
-    return Candidate(way, held, seconds, sent, _why_not(held, room), caution)
+    warning = "sums the gradients of packs in bf16" if coarse else ""
+    return Candidate(way, held, seconds, sent, _why_not(held, room), warning)
 
 
 def _why_not(held: Memory, room: DeviceBudget) -> str:
@@ -110,7 +110,7 @@ def _why_not(held: Memory, room: DeviceBudget) -> str:
     return ""
 
 
-def taken(options: Sequence[Candidate]) -> Candidate:
+def select(options: Sequence[Candidate]) -> Candidate:
     """The cheapest; else the fastest that fits, in spite of a caution; else the one that holds least.
 
     Raises UserError where the settings leave none.
@@ -124,5 +124,5 @@ def taken(options: Sequence[Candidate]) -> Candidate:
 
 def fastest_feasible(options: Iterable[Candidate]) -> Candidate | None:
     """Of those that fit and need no caution, the fastest; of equals what holds least. None where there is none."""
-    fitting = [one for one in options if not one.infeasible and not one.caution]
+    fitting = [one for one in options if not one.infeasible and not one.warning]
     return min(fitting, key=lambda one: (round(one.seconds.total, 6), one.memory.peak), default=None)

@@ -65,7 +65,7 @@ class StepSeconds:
         return self.compute + self.packs + self.decoding + self.network + self.update
 
 
-def stated(device: Device, mfu: float = STATED_MFU) -> Speed:
+def nominal_speed(device: Device, mfu: float = STATED_MFU) -> Speed:
     """A device at a share of its peak."""
     told = f"{mfu:.0%} of {device.name}'s peak, stated"
     return Speed(device.flops * mfu, _PACK, 0.0, _UPDATE_BYTES / _UPDATE_RATE, _LATENCY, told, device.flops)
@@ -82,7 +82,7 @@ def step_seconds(
 ) -> StepSeconds:
     """Of the work of the slowest rank; `bandwidth` in bytes/s."""
     shards = world_size if way.zero_stage else 1
-    flops = work.flops + work.body_forward * way.recompute
+    flops = work.flops + work.body_forward * way.activation_checkpointing
     waiting = sent.collectives * speed.latency * (world_size - 1)
     return StepSeconds(
         compute=flops / speed.flops,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylava.artifacts import Artifact, ArtifactSpec, lock
-from raylava.cluster.nodes import live, startable
-from raylava.cluster.placement import needs, provisions
+from raylava.cluster.nodes import live_nodes, startable_node_types
+from raylava.cluster.placement import placements, resource_requests
 from raylava.cluster.roles import PREPARE, has_roles, labels_for
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Corpus, Recipe
@@ -114,14 +114,14 @@ def check_capacity(recipe: Recipe, kinds: set[str], console: Console) -> None:
 
     Raises UserError where it never will; says what waits for nodes that are to be started.
     """
-    types = startable() if os.environ.get("RAY_ADDRESS") else []
-    wanted = [need for need in needs(recipe, has_roles()) if kinds & set(need.stages)]
-    for one in provisions(wanted, live(), types):
-        stages = " and ".join(one.need.stages)
+    types = startable_node_types() if os.environ.get("RAY_ADDRESS") else []
+    wanted = [need for need in resource_requests(recipe, has_roles()) if kinds & set(need.stages)]
+    for one in placements(wanted, live_nodes(), types):
+        stages = " and ".join(one.request.stages)
         if one.is_impossible:
-            raise UserError(f"{stages} can never start on this cluster: {one.need.told}: {one.reason}")
-        if one.now < one.need.at_least:
-            console.say(f"[dim]{stages} will wait for nodes: {one.need.told}, {one.now} fit now[/]")
+            raise UserError(f"{stages} can never start on this cluster: {one.request.description}: {one.reason}")
+        if one.fits_now < one.request.min_workers:
+            console.say(f"[dim]{stages} will wait for nodes: {one.request.description}, {one.fits_now} fit now[/]")
 
 
 def train_standalone(recipe: Recipe, storage: StoragePath, label: str, console: Console) -> Artifact | None:

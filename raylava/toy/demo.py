@@ -66,7 +66,7 @@ def toy_recipe(toy_assets: StoragePath, overrides: list[str]) -> Recipe:
 
 def recipes_folder() -> Path:
     """Where the shipped recipes lie: in the wheel, or in the checkout that raylava is installed from."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "recipes", package.parent / "jobs" / "recipes"):
         if folder.is_dir():
             return folder

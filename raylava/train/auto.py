@@ -24,11 +24,11 @@ from raylava.perf.search import (
     fastest_feasible,
     rank_candidates,
     recipe_candidates,
-    taken,
-    usable,
+    select,
+    usable_memory,
 )
 from raylava.perf.shapes import LlavaShape
-from raylava.perf.step_time import Speed, stated
+from raylava.perf.step_time import Speed, nominal_speed
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.sampled_steps import SampledSteps, sample_steps
 
@@ -77,14 +77,14 @@ class AutoResolver:
         )
         way = chosen.way
         return ResolvedTraining(
-            _with(training, way.zero_stage, way.recompute, way.max_tokens_per_pack),
+            _with(training, way.zero_stage, way.activation_checkpointing, way.max_tokens_per_pack),
             chosen,
             self._advice(fastest_feasible(smaller)),
         )
 
     def _agreed(self, options: list[Candidate]) -> Candidate:
         """What rank 0 takes: ranks may sit on unlike nodes, and must not part."""
-        shared = [taken(options).way]
+        shared = [select(options).way]
         dist.broadcast_object_list(shared, device=self._device)
         return next(one for one in options if one.way == shared[0])
 
@@ -92,7 +92,7 @@ class AutoResolver:
         model, known = TrainableModel.of(self._shape, self._stage, training), _known(self._device)
         steps = SampledSteps(model, self._lengths, sample_steps(self._plan, _STEPS), training.global_batch_size)
         return rank_candidates(
-            ways, model, steps.work(self._room.world_size), stated(known) if known else CPU_SPEED, self._room
+            ways, model, steps.work(self._room.world_size), nominal_speed(known) if known else CPU_SPEED, self._room
         )
 
     def _gigabytes(self, option: Candidate) -> str:
@@ -106,17 +106,23 @@ class AutoResolver:
             "zero.stage": way.zero_stage,
             "zero.offload_optimizer": str(way.offload_optimizer).lower(),
             "zero.offload_parameters": str(way.offload_parameters).lower(),
-            "activation_checkpointing": str(way.recompute).lower(),
+            "activation_checkpointing": str(way.activation_checkpointing).lower(),
             "max_tokens_per_pack": way.max_tokens_per_pack,
         }
         told = " ".join(f"{self._stage}.{key}={value}" for key, value in settings.items())
         return f"{told} should fit ({self._gigabytes(other)} by the estimate)"
 
 
-def _with(training: Training, stage: int | str, recompute: bool | str, max_tokens_per_pack: int | str) -> Training:
+def _with(
+    training: Training, stage: int | str, activation_checkpointing: bool | str, max_tokens_per_pack: int | str
+) -> Training:
     zero = training.zero.model_copy(update={"stage": stage})
     return training.model_copy(
-        update={"zero": zero, "activation_checkpointing": recompute, "max_tokens_per_pack": max_tokens_per_pack}
+        update={
+            "zero": zero,
+            "activation_checkpointing": activation_checkpointing,
+            "max_tokens_per_pack": max_tokens_per_pack,
+        }
     )
 
 
@@ -129,7 +135,7 @@ def _room(device: torch.device) -> DeviceBudget:
     world_size, found = dist.get_world_size(), _known(device)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun and Ray Train say it
     host = psutil.virtual_memory().available * MEMORY_SHARE / neighbours
-    own = usable(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host
+    own = usable_memory(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host
     least = torch.tensor([own, host], dtype=torch.float64, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     nodes = -(-world_size // neighbours)

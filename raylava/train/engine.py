@@ -100,7 +100,7 @@ class Engine:
         self.llava = llava.to(device)
         assert "auto" not in (training.zero.stage, training.activation_checkpointing), "settle.py decides first"
         if training.activation_checkpointing:
-            recompute(llava)
+            activation_checkpointing(llava)
         loss = PackLoss(llava)
         if training.compile:
             loss.compile(dynamic=True)  # in place: names stay those of the plain module
@@ -241,7 +241,7 @@ class Engine:
         return collected if dist.get_rank() == 0 else None
 
 
-def recompute(llava: "LlavaForConditionalGeneration") -> None:
+def activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:
     """Keep each layer's input alone for the backward pass, and compute the rest again.
 
     transformers then has all embeddings require gradients, which only the reentrant kind needs: a frozen tower would

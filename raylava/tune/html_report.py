@@ -44,13 +44,13 @@ class _Plots:
     def __init__(self) -> None:
         self._script = True
 
-    def html(self, caption: str, figure: go.Metric) -> str:
+    def html(self, caption: str, figure: go.Figure) -> str:
         plot = figure.to_html(full_html=False, include_plotlyjs=self._script, config={"displayModeBar": False})
         self._script = False
         return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _figures(findings: SweepResults, section: str) -> Iterator[tuple[str, go.Metric]]:
+def _figures(findings: SweepResults, section: str) -> Iterator[tuple[str, go.Figure]]:
     """(caption, figure) for a section of the report; those that have nothing to show are left out."""
     if section in findings.benchmarks:
         found = findings.effects(section)
@@ -69,10 +69,10 @@ def _figures(findings: SweepResults, section: str) -> Iterator[tuple[str, go.Met
         yield from _searched(findings, findings.sweep.search)
 
 
-def _forest(found: list[Effect]) -> go.Metric:
+def _forest(found: list[Effect]) -> go.Figure:
     """Differences and their intervals, a line each."""
     names = [f"{one.axis}: {one.level} instead of {one.against}" for one in found]
-    figure = go.Metric(
+    figure = go.Figure(
         go.Scatter(
             x=[one.difference for one in found],
             y=names,
@@ -93,10 +93,10 @@ def _forest(found: list[Effect]) -> go.Metric:
     return _styled(figure, "difference in the share of right answers", "", height=120 + 50 * len(found))
 
 
-def _runs(findings: SweepResults, benchmark: str) -> go.Metric:
+def _runs(findings: SweepResults, benchmark: str) -> go.Figure:
     """A point a run."""
     rows = [row for row in findings.chosen if benchmark in row.scores]
-    figure = go.Metric(
+    figure = go.Figure(
         go.Scatter(
             x=[row.scores[benchmark] for row in rows],
             y=[" · ".join(row.levels) or "the only cell" for row in rows],
@@ -109,9 +109,9 @@ def _runs(findings: SweepResults, benchmark: str) -> go.Metric:
     return _styled(figure, findings.headline(benchmark), "", height=120 + 34 * len({row.levels for row in rows}))
 
 
-def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Metric:
+def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Figure:
     """A colour a cell, or a trial's when there are no cells."""
-    figure = go.Metric()
+    figure = go.Figure()
     cells = list(dict.fromkeys(row.levels or (row.ended.variant.name,) for row, _ in curves))
     for row, points in curves:
         cell = row.levels or (row.ended.variant.name,)
@@ -130,7 +130,7 @@ def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Metric:
     return _styled(figure, "step", "loss", height=_HEIGHT + 60)
 
 
-def _searched(findings: SweepResults, search: Search) -> Iterator[tuple[str, go.Metric]]:
+def _searched(findings: SweepResults, search: Search) -> Iterator[tuple[str, go.Figure]]:
     """Optuna's own plots of each variant's study, for each objective."""
     studies: dict[str, list[TrialRecord]] = defaultdict(list)
     for row in findings.rows:
@@ -156,7 +156,7 @@ def _weighed(search: Search, tried: list[TrialRecord]) -> Iterator[tuple[str, We
         yield caption, [(one, one.losses[first]) for one in tried if first in one.losses]
 
 
-def _plots_of(search: Search, caption: str, weighed: Weighed) -> Iterator[tuple[str, go.Metric]]:
+def _plots_of(search: Search, caption: str, weighed: Weighed) -> Iterator[tuple[str, go.Figure]]:
     study = optuna.create_study()
     space = {key: distribution(one) for key, one in search.space.items()}
     for one, value in weighed:
@@ -171,7 +171,7 @@ def _plots_of(search: Search, caption: str, weighed: Weighed) -> Iterator[tuple[
         )
 
 
-def _styled(figure: go.Metric, across: str | None = None, up: str | None = None, height: int = _HEIGHT) -> go.Metric:
+def _styled(figure: go.Figure, across: str | None = None, up: str | None = None, height: int = _HEIGHT) -> go.Figure:
     figure.update_layout(
         template="simple_white",
         height=height,

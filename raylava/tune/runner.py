@@ -19,7 +19,7 @@ from ray import tune
 from rich.table import Table
 
 from raylava.artifacts import lock
-from raylava.cluster.nodes import resources_in_time
+from raylava.cluster.nodes import eventual_resources
 from raylava.cluster.roles import TRAIN, labels_for
 from raylava.cluster.session import here, ray_session
 from raylava.config.recipe import Resources
@@ -77,7 +77,7 @@ class SweepRun:
             self._check_room(console)
             sources = self._sources()
             clock = self._clock()
-            at_once = concurrent_trials(resources, resources_in_time(labels_for(TRAIN, largest)))
+            at_once = concurrent_trials(resources, eventual_resources(labels_for(TRAIN, largest)))
             self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
             return [one for source in sources for one in self._ended(source)]
 
@@ -216,5 +216,5 @@ def _shown(board: Any, expected: int | None, clock: "SearchBudget", console: Con
         clock.keep()
         return progress_table(ray.get(board.look.remote()), time.time(), expected)
 
-    with console.live(render) as refresh, poll_in_background(refresh):
+    with console.live_nodes(render) as refresh, poll_in_background(refresh):
         yield

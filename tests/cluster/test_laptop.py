@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.cluster import laptop
+from raylava.cluster import local_cluster
 from raylava.cluster.local_cluster import LocalCluster
 from raylava.config.recipe import Recipe
 from raylava.console import Console
@@ -61,7 +61,7 @@ def peaceful(recipe: Recipe, ray_cluster: None, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
-    started = laptop.start(CLUSTER)
+    started = local_cluster.start(CLUSTER)
     yield started
     started.stop()
     assert not list(started.processes()), "it leaves nothing behind"
@@ -215,7 +215,7 @@ def test_after_the_head_is_lost_the_recipe_submitted_anew_goes_on_from_its_last_
     file: Path, peaceful: StoragePath, tmp_path: Path
 ) -> None:
     storage = storage_path(tmp_path)
-    first = laptop.start(CLUSTER)
+    first = local_cluster.start(CLUSTER)
     try:
         started = raylava(first, "submit", str(file), "--storage", str(tmp_path))
         wait_for(lambda: checkpoints(storage) > 0, started)
@@ -226,7 +226,7 @@ def test_after_the_head_is_lost_the_recipe_submitted_anew_goes_on_from_its_last_
         assert started.returncode != 0
     finally:
         first.stop()
-    second = laptop.start(CLUSTER)
+    second = local_cluster.start(CLUSTER)
     try:
         finish(raylava(second, "submit", str(file), "--storage", str(tmp_path)))
     finally:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from raylava.cli import main
-from raylava.cluster.nodes import NodeType, described
-from raylava.cluster.placement import ResourceRequest, needs, provisions
+from raylava.cluster.nodes import NodeType, read_node_types
+from raylava.cluster.placement import ResourceRequest, placements, resource_requests
 from raylava.cluster.roles import ROLE, labels_for, matches
 from raylava.config.load import load_recipe
 from raylava.config.recipe import Recipe, Resources
@@ -43,13 +43,13 @@ def test_a_selector_means_nodes_as_ray_reads_it(selector: dict[str, str], meant:
 
 
 def test_preparing_goes_to_cpu_nodes_and_training_to_gpu_nodes_where_the_cluster_has_roles() -> None:
-    found = needs(recipe(workers=16, cpus_per_worker=4, gpus_per_worker=1), roles=True)
+    found = resource_requests(recipe(workers=16, cpus_per_worker=4, gpus_per_worker=1), roles=True)
     assert [(one.stages, one.workers, dict(one.bundle), dict(one.labels)) for one in found] == [
         (("prepare",), 1, {"CPU": 1}, {ROLE: "prepare"}),
         (("pretrain", "finetune"), 16, {"CPU": 4, "GPU": 1}, {ROLE: "train"}),
         (("evaluate",), 16, {"CPU": 4, "GPU": 1}, {ROLE: "train"}),
     ][: len(found)]
-    assert all(not one.labels for one in needs(recipe(workers=16), roles=False))
+    assert all(not one.labels for one in resource_requests(recipe(workers=16), roles=False))
 
 
 def test_a_recipes_own_labels_come_before_the_clusters_roles() -> None:
@@ -62,15 +62,15 @@ WANTED = ResourceRequest(("finetune",), 16, 16, {"CPU": 4, "GPU": 1}, {ROLE: "tr
 
 
 def test_what_does_not_fit_now_but_will_is_possible() -> None:
-    (one,) = provisions([WANTED], [], [CPUS, GPUS])
-    assert (one.now, one.later, one.nodes, one.is_impossible) == (0, 16, 2, False)
-    (one,) = provisions([WANTED], [NodeType("n1", GPUS.resources, GPUS.labels, 1)], [CPUS, GPUS])
-    assert (one.now, one.later) == (8, 16)
+    (one,) = placements([WANTED], [], [CPUS, GPUS])
+    assert (one.fits_now, one.fits_eventually, one.nodes, one.is_impossible) == (0, 16, 2, False)
+    (one,) = placements([WANTED], [NodeType("n1", GPUS.resources, GPUS.labels, 1)], [CPUS, GPUS])
+    assert (one.fits_now, one.fits_eventually) == (8, 16)
 
 
 def test_nothing_is_called_impossible_where_nobody_knows_the_autoscaler() -> None:
-    (one,) = provisions([WANTED], [], None)
-    assert (one.now, one.later, one.is_impossible) == (0, None, False)
+    (one,) = placements([WANTED], [], None)
+    assert (one.fits_now, one.fits_eventually, one.is_impossible) == (0, None, False)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_nothing_is_called_impossible_where_nobody_knows_the_autoscaler() -> Non
     ],
 )
 def test_what_never_can_be_is_told_with_its_reason(types: list[NodeType], reason: str) -> None:
-    (one,) = provisions([WANTED], [], types)
+    (one,) = placements([WANTED], [], types)
     assert one.is_impossible
     assert re.search(reason, one.reason)
 
@@ -91,7 +91,7 @@ def test_what_never_can_be_is_told_with_its_reason(types: list[NodeType], reason
     "file", ["aws.yaml", "gcp.yaml", "laptop.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
 )
 def test_the_shipped_clusters_prepare_on_cpus_and_train_on_gpus(file: str) -> None:
-    types = described(ROOT / "cluster" / file)
+    types = read_node_types(ROOT / "cluster" / file)
     cpus = [one for one in types if matches(one.labels, {ROLE: "prepare"})]
     gpus = [one for one in types if matches(one.labels, {ROLE: "train"})]
     assert cpus
@@ -104,9 +104,9 @@ def test_the_shipped_clusters_prepare_on_cpus_and_train_on_gpus(file: str) -> No
 def test_a_file_that_describes_no_cluster_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("kind: Pod\n")
     with pytest.raises(UserError, match="neither a `ray up` file nor a RayCluster"):
-        described(tmp_path / "a.yaml")
+        read_node_types(tmp_path / "a.yaml")
     with pytest.raises(UserError, match="not a cluster's file"):
-        described(tmp_path / "none.yaml")
+        read_node_types(tmp_path / "none.yaml")
 
 
 def test_check_says_before_anything_starts_what_a_cluster_never_will_have(capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from raylava.config.recipe import Source
 from raylava.console import NullProgressBar
-from raylava.corpus import cache as cache_module
+from raylava.corpus import block_cache as cache_module
 from raylava.corpus.block_cache import BlockCache, cached_blocks
 from raylava.corpus.blocks import Blocks
 from raylava.corpus.prepare import PrepareSpec, prepare

@@ -13,10 +13,10 @@ from raylava.artifacts import Artifact
 from raylava.cli.entry import main
 from raylava.config.recipe import Language, Model, Recipe, Vision
 from raylava.errors import RunError
-from raylava.estimate.calibrate import Calibration, calibrate, kept, random_llava
+from raylava.estimate.calibrate import Calibration, calibrate, load_calibration, random_llava
 from raylava.estimate.forecast import KnownCorpora, forecast
 from raylava.estimate.local_machine import on_this_machine, workloads
-from raylava.estimate.synthetic import noise
+from raylava.estimate.synthetic import synthetic_pack
 from raylava.estimate.workload import prepared
 from raylava.models.llava import PackLoss, build_llava
 from raylava.models.registry import resolve_vision
@@ -63,7 +63,7 @@ def test_what_was_timed_is_there_for_the_next_estimate(
     recipe: Recipe, given: KnownCorpora, calibration: Calibration
 ) -> None:
     (workload,) = workloads(recipe, given).values()
-    assert kept(recipe, "finetune", workload) == calibration
+    assert load_calibration(recipe, "finetune", workload) == calibration
     speed = on_this_machine(recipe, given).speed_of("finetune")
     assert speed == calibration.speed
     assert "measured here: 8 steps, 1 workers on cpu" in speed.source
@@ -72,7 +72,7 @@ def test_what_was_timed_is_there_for_the_next_estimate(
 def test_other_settings_were_not_timed(recipe: Recipe, given: KnownCorpora, calibration: Calibration) -> None:
     changed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"precision": "bf16"})})
     (workload,) = workloads(changed, given).values()
-    assert kept(changed, "finetune", workload) is None
+    assert load_calibration(changed, "finetune", workload) is None
 
 
 def test_a_run_takes_about_as_long_as_predicted(
@@ -109,11 +109,11 @@ def test_noise_is_a_pack_that_the_model_takes(recipe: Recipe, toy_assets: Artifa
     llava = build_llava(recipe.model, resolve_vision(recipe.model.vision), 0, torch.float32, "varlen")
     shape, token = shape_of(llava.config), llava.config.image_token_index
     patches = shape.vision.patches
-    pack = noise([(patches + 10, 1, 5), (7, 0, 3)], shape, token)
+    pack = synthetic_pack([(patches + 10, 1, 5), (7, 0, 3)], shape, token)
     assert pack.input_ids.shape == (1, patches + 17)
     assert len(pack.labels) == 8
     assert torch.equal(pack.input_ids[0, pack.target_positions + 1], pack.labels)
     assert torch.isfinite(PackLoss(llava)(**vars(pack)))
-    blank = noise([(7, 0, 3)], shape, token)
+    blank = synthetic_pack([(7, 0, 3)], shape, token)
     assert blank.pixel_values.shape[0] == 1
     assert (blank.input_ids == token).sum() == patches

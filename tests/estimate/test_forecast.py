@@ -14,14 +14,14 @@ from raylava.config.recipe import Recipe
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
 from raylava.estimate.forecast import Forecast, KnownCorpora, Target, forecast, on_gpus
-from raylava.estimate.scaling import played
+from raylava.estimate.scaling import simulate_scaling
 from raylava.estimate.simulate import FailureModel
-from raylava.estimate.sweep_cost import pieces
+from raylava.estimate.sweep_cost import shared_stages
 from raylava.estimate.workload import assumed, prepared
 from raylava.models.registry import KNOWN_LANGUAGE, KNOWN_VISION
 from raylava.models.shapes import LANGUAGE, VISION, shape_of_model
 from raylava.perf.hardware import DEVICES, cluster
-from raylava.perf.step_time import stated
+from raylava.perf.step_time import nominal_speed
 from raylava.storage import storage_path
 from raylava.toy.demo import recipes_folder
 from raylava.tune.sweep import load_sweep
@@ -36,7 +36,7 @@ def recipe(name: str = "llava-gemma-2b", *overrides: str) -> Recipe:
 
 def eight(gpu: str = "h100", price: float | None = None) -> Target:
     prices = {} if price is None else {f"{gpu}x8": price}
-    return on_gpus(cluster(1, 8, gpu, prices), stated(DEVICES[gpu]))
+    return on_gpus(cluster(1, 8, gpu, prices), nominal_speed(DEVICES[gpu]))
 
 
 def on_eight(name: str = "llava-gemma-2b", *overrides: str, gpu: str = "h100") -> Forecast:
@@ -64,7 +64,7 @@ def test_the_papers_recipes_fit_eight_h100_within_a_day(path: Path) -> None:
     assert 0.3 < found.hours < 12
     for stage in found.stages:
         assert stage.best is not None
-        assert stage.best.seconds.total <= stage.asked.seconds.total + 1e-9 or stage.asked.caution
+        assert stage.best.seconds.total <= stage.asked.seconds.total + 1e-9 or stage.asked.warning
 
 
 def test_gemma_7b_takes_three_to_five_times_as_long_as_2b() -> None:
@@ -115,7 +115,9 @@ def test_settings_left_open_are_the_best_there_is() -> None:
 
 def test_twice_the_nodes_take_more_than_half_the_time_and_cost_no_less() -> None:
     one, two = (
-        forecast(recipe(), on_gpus(cluster(nodes, 8, "h100", {"h100x8": 60.0}), stated(DEVICES["h100"])), NOTHING)
+        forecast(
+            recipe(), on_gpus(cluster(nodes, 8, "h100", {"h100x8": 60.0}), nominal_speed(DEVICES["h100"])), NOTHING
+        )
         for nodes in (1, 2)
     )
     assert one.cost is not None
@@ -169,7 +171,7 @@ def test_packs_that_the_longest_sample_does_not_fit_are_told(prepared_blocks: Bl
 def test_a_sweep_counts_what_its_variants_share_once() -> None:
     """2 language models × 2 towers × 3 seeds; half of the variants skip pretraining; one tokenizer for both models."""
     found = [one.recipe for one in variants(load_sweep(str(recipes_folder() / "ablations.yaml")), [])]
-    counted = pieces(found, lambda *_: eight(), lambda _: NOTHING)
+    counted = shared_stages(found, lambda *_: eight(), lambda _: NOTHING)
     kinds = {kind: [one for one in counted if one.stage == kind] for kind in {one.stage for one in counted}}
     assert {kind: len(own) for kind, own in kinds.items()} == {
         "prepare alignment": 2,
@@ -182,8 +184,10 @@ def test_a_sweep_counts_what_its_variants_share_once() -> None:
 
 
 def test_scaling_a_recipe_stops_paying_at_its_global_batch() -> None:
-    found = played(recipe(), cluster(1, 8, "h100"), stated(DEVICES["h100"]), NOTHING, FailureModel(), nodes=(1, 8, 64))
-    assert found.pays in (8, 64)
+    found = simulate_scaling(
+        recipe(), cluster(1, 8, "h100"), nominal_speed(DEVICES["h100"]), NOTHING, FailureModel(), nodes=(1, 8, 64)
+    )
+    assert found.worthwhile_size in (8, 64)
     assert found.scaled[-1].efficiency < found.scaled[0].efficiency
     assert 0.9 < found.goodput <= 1
 

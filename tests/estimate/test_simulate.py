@@ -14,10 +14,10 @@ from raylava.estimate.simulate import (
     between_failures,
     daly,
     goodput,
-    pays,
-    play,
     scaling,
+    simulate_run,
     straggling,
+    worthwhile_size,
     young,
 )
 from raylava.perf.hardware import DEVICES
@@ -28,7 +28,7 @@ RUN = Run(nodes=8, workers=64, step=1.0, steps=20_000, save=2.0, upload=0.0, int
 
 
 def test_without_failures_a_run_takes_its_steps_and_its_checkpoints() -> None:
-    found = play(RUN, PEACE, seed=0)
+    found = simulate_run(RUN, PEACE, seed=0)
     assert found.finished
     assert found.failures == 0
     assert found.seconds == pytest.approx(20_000 + 33 * 2.0)
@@ -36,8 +36,8 @@ def test_without_failures_a_run_takes_its_steps_and_its_checkpoints() -> None:
 
 
 def test_the_same_seed_plays_the_same_run() -> None:
-    assert play(RUN, HARD, seed=3) == play(RUN, HARD, seed=3)
-    assert play(RUN, HARD, seed=3) != play(RUN, HARD, seed=4)
+    assert simulate_run(RUN, HARD, seed=3) == simulate_run(RUN, HARD, seed=3)
+    assert simulate_run(RUN, HARD, seed=3) != simulate_run(RUN, HARD, seed=4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -47,7 +47,7 @@ def test_time_is_spent_on_steps_that_count_or_is_accounted_for(
 ) -> None:
     world = replace(FailureModel(failures_per_node_day=failures, jitter=0), elastic=elastic)
     run = replace(RUN, interval=interval, upload=20.0)
-    found = play(run, world, seed)
+    found = simulate_run(run, world, seed)
     assert found.finished
     counted = found.seconds - found.lost - found.saving - found.waiting
     assert counted >= 20_000 * (1 - 1e-9)
@@ -63,7 +63,7 @@ def test_more_failures_lower_the_goodput() -> None:
 def test_going_on_with_the_nodes_that_are_left_beats_waiting_for_new_ones() -> None:
     world = FailureModel(failures_per_node_day=2.0, replaced=7200.0)
     waiting, elastic = (
-        sum(play(RUN, replace(world, elastic=one), seed).seconds for seed in range(8)) for one in (False, True)
+        sum(simulate_run(RUN, replace(world, elastic=one), seed).seconds for seed in range(8)) for one in (False, True)
     )
     assert elastic < waiting
 
@@ -95,7 +95,7 @@ def test_the_expected_loss_is_that_of_theory() -> None:
 def test_a_node_that_comes_back_costs_a_start_and_the_work_since_the_last_checkpoint() -> None:
     world = FailureModel(failures_per_node_day=0.5, elastic=True, replaced=500.0, restart=0.0, noticed=0.0, jitter=0.0)
     for seed in range(8):
-        found = play(replace(RUN, interval=1e9, save=0.0), world, seed)
+        found = simulate_run(replace(RUN, interval=1e9, save=0.0), world, seed)
         if found.failures:
             assert found.lost > 0
             return
@@ -106,7 +106,7 @@ def test_a_run_on_one_node_waits_for_another() -> None:
     world = FailureModel(
         failures_per_node_day=20.0, elastic=True, replaced=3600.0, restart=0.0, noticed=0.0, jitter=0.0
     )
-    found = play(replace(RUN, nodes=1), world, seed=0)
+    found = simulate_run(replace(RUN, nodes=1), world, seed=0)
     assert found.failures > 0
     assert found.waiting == pytest.approx(3600.0 * found.failures)
 
@@ -126,7 +126,7 @@ def test_llama_3_405b_kept_over_ninety_percent_of_its_time() -> None:
         failures_per_node_day=466 / 54 / 2048, elastic=False, replaced=0.0, restart=480.0, noticed=60.0
     )
     run = Run(2048, 16_384, 6.0, int(54 * 86_400 / 6.0), save=1.0, upload=405e9 * 14 / 2e12, interval=600.0)
-    found = [play(run, world, seed) for seed in range(4)]
+    found = [simulate_run(run, world, seed) for seed in range(4)]
     assert 0.90 < sum(one.goodput for one in found) / 4 < 0.97
     assert sum(one.failures for one in found) / 4 == pytest.approx(466, rel=0.15)
 
@@ -154,8 +154,8 @@ def test_published_runs_scale_as_said_where_communication_is_overlapped(key: tup
 
 def test_the_stated_share_of_the_peak_is_what_such_runs_reach() -> None:
     """40 % is said of an H100: MPT-1B reached 42 and 13B 40 %, without recomputation."""
-    for (name, parameters, _, recompute), measured in MPT.items():
-        if name == "h100" and not recompute:
+    for (name, parameters, _, activation_checkpointing), measured in MPT.items():
+        if name == "h100" and not activation_checkpointing:
             reached = 6 * parameters * max(measured.values()) / DEVICES[name].flops
             assert reached == pytest.approx(0.40, abs=0.06)
 
@@ -181,7 +181,7 @@ def test_scaling_stops_paying_where_a_rank_has_nothing_left_to_compute() -> None
         return Run(workers // 8, workers, compute + network + 0.01, 2000, 0.1, 1.0, 600.0), terms
 
     found = scaling([8, 16, 32, 64, 128, 256, 512], run_at, FailureModel(failures_per_node_day=0.004))
-    assert pays(found) == 128
+    assert worthwhile_size(found) == 128
     assert found[0].efficiency == 1.0
     assert [one.efficiency for one in found] == sorted((one.efficiency for one in found), reverse=True)
     assert "compute" not in {one.bound for one in found}

@@ -63,14 +63,14 @@ def main(given: dict[str, Any]) -> None:
 def weighed(given: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     training = Training.model_validate(run["training"])
     llava = model(given["model"], DTYPES[training.precision])
-    shape, before = shape_of(llava.config), live()
+    shape, before = shape_of(llava.config), live_nodes()
     before -= sum(weight.numel() * weight.element_size() for weight in llava.parameters())
     engine = Engine(llava, run["stage"], training, 10, torch.device("cpu"))
     packs = [noise(given["samples"], shape, llava.config.image_token_index) for _ in range(2)]
     loss_tokens = 2 * given["world_size"] * len(packs[0].labels)
     engine.step(0, packs, loss_tokens)
     gc.collect()
-    rest = live() - before
+    rest = live_nodes() - before
     peak = most(lambda: engine.step(1, packs, loss_tokens))
     sent = []
     for number in (1, 2):
@@ -93,7 +93,7 @@ def model(sizes: dict[str, Any], dtype: torch.dtype) -> LlavaForConditionalGener
     return llava
 
 
-def live() -> int:
+def live_nodes() -> int:
     """Bytes of all tensors that Python knows, each storage once."""
     gc.collect()
     found = {}

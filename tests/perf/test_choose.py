@@ -18,10 +18,10 @@ from raylava.perf.search import (
     fastest_feasible,
     rank_candidates,
     recipe_candidates,
-    taken,
-    usable,
+    select,
+    usable_memory,
 )
-from raylava.perf.step_time import JobSpec, stated, step_seconds
+from raylava.perf.step_time import JobSpec, nominal_speed, step_seconds
 from raylava.perf.traffic import Traffic
 
 GEMMA_2B = Model(language=Language(name="google/gemma-2b-it"), vision=Vision(name="openai/clip-vit-large-patch14-336"))
@@ -49,13 +49,13 @@ def work(max_tokens_per_pack: int) -> JobSpec:
 
 def options(gigabytes: float, training: Training = AUTO, model: TrainableModel | None = None) -> list[Candidate]:
     room = DeviceBudget(gigabytes * 1e9, None, 8, 450e9)
-    return rank_candidates(recipe_candidates(training, 2048), model or trained(), work, stated(H100), room)
+    return rank_candidates(recipe_candidates(training, 2048), model or trained(), work, nominal_speed(H100), room)
 
 
 def test_with_room_to_spare_nothing_is_computed_twice() -> None:
     chosen = fastest_feasible(options(75))
     assert chosen is not None
-    assert not chosen.way.recompute
+    assert not chosen.way.activation_checkpointing
 
 
 def test_with_less_room_more_is_sharded_or_computed_twice() -> None:
@@ -64,7 +64,7 @@ def test_with_less_room_more_is_sharded_or_computed_twice() -> None:
     assert tight
     assert tight.memory.peak <= 16e9
     assert tight.seconds.total > roomy.seconds.total
-    assert tight.way.zero_stage == 3 or tight.way.recompute
+    assert tight.way.zero_stage == 3 or tight.way.activation_checkpointing
 
 
 def test_where_nothing_fits_nothing_is_chosen_and_all_say_why() -> None:
@@ -77,7 +77,7 @@ def test_where_nothing_fits_nothing_is_chosen_and_all_say_why() -> None:
 def test_what_is_chosen_fits_and_is_the_fastest_that_does(gigabytes: float) -> None:
     found = options(gigabytes)
     chosen = fastest_feasible(found)
-    fitting = [one for one in found if one.memory.peak <= gigabytes * 1e9 and not one.caution]
+    fitting = [one for one in found if one.memory.peak <= gigabytes * 1e9 and not one.warning]
     assert (chosen is None) == (not fitting)
     if chosen is not None:
         assert chosen in fitting
@@ -87,11 +87,11 @@ def test_what_is_chosen_fits_and_is_the_fastest_that_does(gigabytes: float) -> N
 def test_packs_whose_gradients_would_be_summed_in_bf16_are_not_chosen() -> None:
     """DeepSpeed's stages 0 and 1 sum in the weights' own precision."""
     for one in options(200):
-        assert bool(one.caution) == (one.way.zero_stage < 2 and work(one.way.max_tokens_per_pack).packs > 1)
+        assert bool(one.warning) == (one.way.zero_stage < 2 and work(one.way.max_tokens_per_pack).packs > 1)
     exact = options(
         200, AUTO.model_copy(update={"precision": "fp32"}), TrainableModel(trained().shape, True, False, value=4)
     )
-    assert not any(one.caution for one in exact)
+    assert not any(one.warning for one in exact)
 
 
 def test_what_the_recipe_says_is_not_left_open() -> None:
@@ -99,7 +99,12 @@ def test_what_the_recipe_says_is_not_left_open() -> None:
         zero=ZeroConfig(stage=3, offload_optimizer=True), max_tokens_per_pack=4096, activation_checkpointing=True
     )
     (way,) = recipe_candidates(said, 2048)
-    assert (way.zero_stage, way.offload_optimizer, way.recompute, way.max_tokens_per_pack) == (3, True, True, 4096)
+    assert (way.zero_stage, way.offload_optimizer, way.activation_checkpointing, way.max_tokens_per_pack) == (
+        3,
+        True,
+        True,
+        4096,
+    )
 
 
 def test_no_way_has_packs_that_its_longest_sample_does_not_fit() -> None:
@@ -111,15 +116,15 @@ def test_where_all_that_fit_want_caution_the_fastest_of_them_is_taken() -> None:
     """A run that began with stage 1 in bf16 goes on with it, on fewer workers too."""
     found = options(200, Training(zero=ZeroConfig(stage=1), activation_checkpointing="auto"))
     assert fastest_feasible(found) is None
-    assert not taken(found).way.recompute
-    assert not taken(found).infeasible
+    assert not select(found).way.activation_checkpointing
+    assert not select(found).infeasible
 
 
 def test_where_nothing_fits_what_holds_least_is_tried() -> None:
     found = options(4)
-    assert taken(found).memory.peak == min(one.memory.peak for one in found)
+    assert select(found).memory.peak == min(one.memory.peak for one in found)
     with pytest.raises(UserError, match="fits no ZeRO stage that is left"):
-        taken([])
+        select([])
 
 
 def test_compiled_code_leaves_stage_3_out() -> None:
@@ -131,7 +136,7 @@ def test_compiled_code_leaves_stage_3_out() -> None:
 def test_a_host_without_memory_takes_no_optimizer() -> None:
     said = Training(zero=ZeroConfig(stage=2, offload_optimizer=True))
     (found,) = rank_candidates(
-        recipe_candidates(said, 2048), trained(), work, stated(H100), DeviceBudget(75e9, 1e9, 8, 450e9)
+        recipe_candidates(said, 2048), trained(), work, nominal_speed(H100), DeviceBudget(75e9, 1e9, 8, 450e9)
     )
     assert "on the host" in found.infeasible
 
@@ -146,7 +151,9 @@ def test_offloading_costs_time() -> None:
 def test_a_slower_network_costs_only_what_goes_over_it() -> None:
     way = next(recipe_candidates(Training(), 2048))
     sent = Traffic(1e9, 1e9, 0, 2)
-    fast, slow = (step_seconds(stated(H100), work(2048), sent, trained(), way, 8, rate) for rate in (450e9, 45e9))
+    fast, slow = (
+        step_seconds(nominal_speed(H100), work(2048), sent, trained(), way, 8, rate) for rate in (450e9, 45e9)
+    )
     assert slow.compute == fast.compute
     assert slow.network == pytest.approx(10 * fast.network, rel=0.1)
 
@@ -157,13 +164,13 @@ def test_a_7b_does_not_finetune_on_one_h100_but_on_eight() -> None:
         recipe_candidates(AUTO, 2048),
         trained(GEMMA_7B),
         work,
-        stated(H100),
-        DeviceBudget(usable(H100.memory), None, 1, 1),
+        nominal_speed(H100),
+        DeviceBudget(usable_memory(H100.memory), None, 1, 1),
     )
     assert fastest_feasible(alone) is None
-    eight = DeviceBudget(usable(H100.memory), None, 8, 450e9)
+    eight = DeviceBudget(usable_memory(H100.memory), None, 8, 450e9)
     assert fastest_feasible(
-        rank_candidates(recipe_candidates(AUTO, 2048), trained(GEMMA_7B), work, stated(H100), eight)
+        rank_candidates(recipe_candidates(AUTO, 2048), trained(GEMMA_7B), work, nominal_speed(H100), eight)
     )
 
 

@@ -42,8 +42,13 @@ LOAD, WORLD = PackShape(tokens=1024, loss_tokens=200, images=4), 2
 # By name: stage, precision, ZeRO stage, whether activations are recomputed. Stage 3 last: what DeepSpeed does to torch
 # for it stays with the process.
 RUNS: dict[str, tuple[str, str, int, bool]] = {
-    f"{stage}-{precision}-{zero}{'-recomputed' if recompute else ''}": (stage, precision, zero, recompute)
-    for stage, precision, zero, recompute in (
+    f"{stage}-{precision}-{zero}{'-recomputed' if activation_checkpointing else ''}": (
+        stage,
+        precision,
+        zero,
+        activation_checkpointing,
+    )
+    for stage, precision, zero, activation_checkpointing in (
         ("finetune", "bf16", 0, False),
         ("finetune", "bf16", 0, True),
         ("finetune", "bf16", 1, False),
@@ -87,8 +92,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {line["run"]: line for line in lines}
 
 
-def training(precision: str, zero: int, recompute: bool) -> dict[str, Any]:
-    return {"precision": precision, "zero": {"stage": zero}, "activation_checkpointing": recompute}
+def training(precision: str, zero: int, activation_checkpointing: bool) -> dict[str, Any]:
+    return {"precision": precision, "zero": {"stage": zero}, "activation_checkpointing": activation_checkpointing}
 
 
 def model_of(run: tuple[str, str, int, bool]) -> TrainableModel:
@@ -99,7 +104,11 @@ def model_of(run: tuple[str, str, int, bool]) -> TrainableModel:
 
 def way_of(run: tuple[str, str, int, bool]) -> ExecutionConfig:
     return ExecutionConfig(
-        run[2], offload_optimizer=False, offload_parameters=False, recompute=run[3], max_tokens_per_pack=1024
+        run[2],
+        offload_optimizer=False,
+        offload_parameters=False,
+        activation_checkpointing=run[3],
+        max_tokens_per_pack=1024,
     )
 
 
@@ -141,9 +150,9 @@ LOADS = st.builds(lambda tokens: PackShape(tokens, tokens // 5, tokens // 700 + 
 
 @given(MODELS, LOADS, st.integers(1, 3), st.sampled_from([2, 8, 64]), st.booleans())
 def test_more_workers_never_need_more_of_each(
-    model: TrainableModel, load: PackShape, zero: int, workers: int, recompute: bool
+    model: TrainableModel, load: PackShape, zero: int, workers: int, activation_checkpointing: bool
 ) -> None:
-    way = ExecutionConfig(zero, False, False, recompute, load.tokens)
+    way = ExecutionConfig(zero, False, False, activation_checkpointing, load.tokens)
     assert memory(model, way, load, 2 * workers).peak <= memory(model, way, load, workers).peak
 
 
@@ -152,8 +161,8 @@ def test_recomputing_keeps_less_from_the_forward_pass_and_longer_packs_more(
     model: TrainableModel, load: PackShape, zero: int, workers: int
 ) -> None:
     plain, again = (
-        memory(model, ExecutionConfig(zero, False, False, recompute, load.tokens), load, workers)
-        for recompute in (False, True)
+        memory(model, ExecutionConfig(zero, False, False, activation_checkpointing, load.tokens), load, workers)
+        for activation_checkpointing in (False, True)
     )
     assert again.peak <= plain.peak
     longer = PackShape(2 * load.tokens, 2 * load.loss_tokens, 2 * load.images)

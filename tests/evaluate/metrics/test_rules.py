@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylava.errors import UserError
-from raylava.evaluate.metrics import exact, letters, mme, vqav2, yesno
+from raylava.evaluate.metrics import exact_match, mme, multiple_choice, vqa_accuracy, yes_no
 from raylava.evaluate.metrics.registry import judged, score
 from raylava.evaluate.metrics.score_table import Result
 from raylava.evaluate.questions import Question
@@ -30,7 +30,7 @@ def values(result: Result) -> dict[str, float]:
     [("Yes.", "yes"), (" two ", "two"), ("A cat..", "a cat"), ("", ""), ("3.5", "3.5"), ("No .", "no")],
 )
 def test_gqa_compares_without_case_and_final_stops(said: str, normal: str) -> None:
-    assert exact.normalise(said) == normal
+    assert exact_match.normalise(said) == normal
 
 
 def test_a_missing_answer_is_wrong_and_named() -> None:
@@ -54,7 +54,7 @@ def test_the_best_constant_answer_is_told_by_category() -> None:
         asked(3, "one", "count"),
         asked(4, "red", "colour"),
     ]
-    assert exact.majority(questions) == {"count": pytest.approx(2 / 3), "colour": 1.0, "all": 0.75}
+    assert exact_match.majority(questions) == {"count": pytest.approx(2 / 3), "colour": 1.0, "all": 0.75}
 
 
 # POPE
@@ -76,7 +76,7 @@ def test_the_best_constant_answer_is_told_by_category() -> None:
     ],
 )
 def test_pope_by_llava_is_no_where_a_word_of_the_first_sentence_says_so(said: str, read: str) -> None:
-    assert yesno.llava(said) == read
+    assert yes_no.llava(said) == read
 
 
 def test_pope_by_lmms_eval_wants_the_very_word() -> None:
@@ -129,20 +129,20 @@ def test_pope_takes_the_mean_of_categories_of_any_size() -> None:
     ],
 )
 def test_vqa_normalises_as_officially(said: str, normal: str) -> None:
-    assert vqav2.normalise(said) == normal
+    assert vqa_accuracy.normalise(said) == normal
 
 
 def test_vqa_leaves_each_reference_out_in_turn() -> None:
     references = ["cat"] * 3 + ["dog"] * 7
-    assert vqav2.accuracy("Cat", references) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
-    assert vqav2.accuracy("the dog", references) == 1.0
-    assert vqav2.accuracy("bird", references) == 0.0
-    assert vqav2.accuracy("one cat", ["1 cat", *["x"] * 9]) == pytest.approx(0.9 / 3)
+    assert vqa_accuracy.accuracy("Cat", references) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
+    assert vqa_accuracy.accuracy("the dog", references) == 1.0
+    assert vqa_accuracy.accuracy("bird", references) == 0.0
+    assert vqa_accuracy.accuracy("one cat", ["1 cat", *["x"] * 9]) == pytest.approx(0.9 / 3)
 
 
 def test_vqa_normalises_nothing_where_all_references_agree() -> None:
-    assert vqav2.accuracy("the cat", ["cat"] * 10) == 0.0
-    assert vqav2.accuracy("cat ", ["cat"] * 10) == 1.0
+    assert vqa_accuracy.accuracy("the cat", ["cat"] * 10) == 0.0
+    assert vqa_accuracy.accuracy("cat ", ["cat"] * 10) == 1.0
 
 
 WORDS = st.text(alphabet=string.ascii_letters + string.digits + " ,.'-/!?", max_size=20)
@@ -150,9 +150,9 @@ WORDS = st.text(alphabet=string.ascii_letters + string.digits + " ,.'-/!?", max_
 
 @given(WORDS, st.lists(WORDS, min_size=10, max_size=10))
 def test_vqa_credit_is_a_share_and_grows_with_agreement(said: str, references: list[str]) -> None:
-    credit = vqav2.accuracy(said, references)
+    credit = vqa_accuracy.accuracy(said, references)
     assert 0.0 <= credit <= 1.0
-    assert vqav2.accuracy(said, [*references, said]) >= credit - 1e-9 or len(set(references)) == 1
+    assert vqa_accuracy.accuracy(said, [*references, said]) >= credit - 1e-9 or len(set(references)) == 1
 
 
 # MME
@@ -199,7 +199,7 @@ def test_mme_adds_accuracy_and_images_of_which_both_are_right() -> None:
     ],
 )
 def test_science_qa_takes_a_letter_in_three_forms_only(said: str, read: str | None) -> None:
-    assert letters.letter(said) == read
+    assert multiple_choice.letter(said) == read
 
 
 def test_science_qa_tells_images_apart() -> None:
@@ -226,11 +226,11 @@ def test_science_qa_tells_images_apart() -> None:
     ],
 )
 def test_mmvp_takes_the_letter_or_the_very_words(said: str, read: str | None) -> None:
-    assert letters.option(said, ["Open", "Closed"]) == read
+    assert multiple_choice.option(said, ["Open", "Closed"]) == read
 
 
 def test_mmvp_takes_an_options_words_before_a_letter() -> None:
-    assert letters.option("A square", ["a circle", "A square"]) == "(b)"
+    assert multiple_choice.option("A square", ["a circle", "A square"]) == "(b)"
 
 
 def test_mmvp_counts_pairs_of_which_both_are_right() -> None:
