@@ -1,10 +1,10 @@
-"""Every missing artifact of a recipe, as a job: `ray job submit --working-dir . -- python jobs/train.py
+"""Build all missing artifacts of a recipe as a Ray job: `ray job submit --working-dir . -- python jobs/train.py
 --recipe jobs/recipes/llava-gemma-2b.yaml --storage s3://BUCKET/raylava [key=value ...]`.
 """
 
 import sys
 
-from raylava.cli import job
+from raylava.cli import run_job
 
 if __name__ == "__main__":
-    sys.exit(job("run", "--recipe"))
+    sys.exit(run_job("run", "--recipe"))

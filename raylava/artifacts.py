@@ -1,7 +1,8 @@
-"""An artifact: a folder whose name is the fingerprint of what decides its content.
+"""Artifacts: folders named by the fingerprint of what determines their content.
 
-`<storage>/<stage>/<fingerprint>/` is complete when its artifact.json, written last, is there; until then nobody reads
-it. Here: fingerprint, find, lock, commit. What a stage puts in the folder is the stage's business.
+`<storage>/<stage>/<fingerprint>/` is complete once its artifact.json, which is written last, exists; no reader uses the
+folder before that. This module computes fingerprints, finds, locks and commits artifacts; each stage decides what its
+folder contains.
 """
 
 import hashlib
@@ -24,26 +25,27 @@ from raylava.storage import StoragePath, storage_path
 
 logger = logging.getLogger(__name__)
 
-RECORD = "artifact.json"
-LOCK = "lock.json"
-FORMAT_VERSION = 1  # raise it when the bytes a stage writes change their meaning: every fingerprint changes with it
+RECORD_FILE = "artifact.json"
+LOCK_FILE = "lock.json"
+FORMAT_VERSION = 2  # increase it when the bytes that a stage writes change their meaning; it changes every fingerprint
 
-HEARTBEAT_SECONDS = 10.0
-STALE_AFTER_SECONDS = 60.0  # a holder on another host that has not been heard of for so long is gone
+HEARTBEAT_INTERVAL_S = 10.0
+LOCK_TIMEOUT_S = 60.0  # a lock holder on another host without a heartbeat for this long is considered dead
+_LOCK_POLL_INTERVAL_S = 0.5
 
 
-def fingerprint(stage: str, content: Mapping[str, Any]) -> str:
-    """SHA-256 (16 of its 64 hexadecimal digits) over stage, format and all that decides the result.
+def fingerprint(stage: str, fields: Mapping[str, Any]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 over stage, format version and `fields`.
 
-    `content` is JSON-able; key order does not matter. Nothing that leaves the result as it is may be in it.
+    `fields` is JSON-serializable; key order does not matter. It must hold nothing that cannot change the result.
     """
-    text = json.dumps({"stage": stage, "format": FORMAT_VERSION, "content": content}, sort_keys=True, allow_nan=False)
+    text = json.dumps({"stage": stage, "format": FORMAT_VERSION, "fields": fields}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact. `record` is what artifact.json holds."""
+    """A complete artifact. `record` is the content of its artifact.json."""
 
     stage: str
     fingerprint: str
@@ -57,72 +59,75 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ArtifactSpec:
-    """An artifact that may not be complete yet: where it will be and what decides it."""
+    """An artifact that may not exist yet: `fingerprint_fields` determine its content, `root` is the storage."""
 
     stage: str
-    content: dict[str, Any] = field(repr=False)
+    fingerprint_fields: dict[str, Any] = field(repr=False)
     root: StoragePath
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.stage, self.content)
+        return fingerprint(self.stage, self.fingerprint_fields)
 
     @property
     def path(self) -> StoragePath:
         return self.root / self.stage / self.fingerprint
 
     def find(self) -> Artifact | None:
-        """The finished artifact, or None while it has no artifact.json."""
+        """Return the complete artifact, or None while it has no artifact.json."""
         try:
-            record = json.loads((self.path / RECORD).read_bytes())
+            record = json.loads((self.path / RECORD_FILE).read_bytes())
         except FileNotFoundError:
             return None
         return Artifact(self.stage, self.fingerprint, self.path, record)
 
     def commit(self, metrics: Mapping[str, Any], inputs: Mapping[str, str], seconds: float) -> Artifact:
-        """Declare the folder complete. `inputs` maps a role to the fingerprint of the artifact that played it."""
+        """Mark the folder as complete. `inputs` maps a role (blocks, connector) to an input artifact's fingerprint."""
         record = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "format": FORMAT_VERSION,
             "raylava": __version__,
-            "content": self.content,
+            "fingerprint_fields": self.fingerprint_fields,
             "inputs": dict(inputs),
             "metrics": dict(metrics),
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        (self.path / RECORD).write_bytes(json.dumps(record, indent=2, ensure_ascii=False).encode())
+        (self.path / RECORD_FILE).write_bytes(json.dumps(record, indent=2, ensure_ascii=False).encode())
         return Artifact(self.stage, self.fingerprint, self.path, record)
 
 
-def load(path: str) -> Artifact:
-    """The artifact in a folder, for `raylava show`. Raises UserError when the folder holds none."""
+def load_artifact(path: str) -> Artifact:
+    """Load the artifact in a folder. Raises UserError when there is none."""
     folder = storage_path(path)
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = json.loads((folder / RECORD_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no finished artifact there (no {RECORD}); `raylava run` prints the paths") from error
+        raise UserError(
+            f"{path}: not a complete artifact (no {RECORD_FILE}); `raylava run` prints the paths"
+        ) from error
     return Artifact(record["stage"], record["fingerprint"], folder, record)
 
 
 @contextmanager
-def lock(folder: StoragePath, announce: str) -> Iterator[None]:
-    """Hold `folder` for one builder at a time: waits while another builds, takes over when that one is gone.
+def lock(folder: StoragePath, label: str) -> Iterator[None]:
+    """Hold the exclusive lock of `folder`; wait while another run holds it, take it over when that run is dead.
 
-    A holder proves that it lives by its process on the same host, or by a heart-beat every HEARTBEAT_SECONDS elsewhere.
-    Raises RunError when a lost lock is noticed (the holder was paused for longer than STALE_AFTER_SECONDS).
+    A holder on this host is alive while its process is; one on another host while its heartbeat, written every
+    HEARTBEAT_INTERVAL_S seconds, is recent. `label` names the artifact in the log. Raises RunError when the lock was
+    taken over meanwhile, which happens after a pause of more than LOCK_TIMEOUT_S seconds.
     """
-    file = folder / LOCK
-    holder = _Holder(file)
-    waited = False
-    while not file.create_exclusively(holder.ticket()):
+    file = folder / LOCK_FILE
+    holder = _LockHolder(file)
+    waiting = False
+    while not file.create_exclusively(holder.content()):
         if _take_over(file):
             continue
-        if not waited:
-            logger.warning("%s is being built by another run; waiting for it", announce)
-            waited = True
-        time.sleep(0.5)
+        if not waiting:
+            logger.warning("%s is being built by another run; waiting for it", label)
+            waiting = True
+        time.sleep(_LOCK_POLL_INTERVAL_S)
     holder.start()
     try:
         yield
@@ -130,70 +135,73 @@ def lock(folder: StoragePath, announce: str) -> Iterator[None]:
         holder.stop()
 
 
-class _Holder:
-    """Keeps one lock file fresh from a thread, and removes it at the end."""
+class _LockHolder:
+    """Refreshes the heartbeat of one lock file from a thread, and removes the file at the end."""
 
     def __init__(self, file: StoragePath) -> None:
         self._file = file
         self._process = psutil.Process()
         self._identity = f"{socket.gethostname()}:{os.getpid()}:{self._process.create_time()}:{threading.get_ident()}"
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="artifact-lock", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="artifact-lock", daemon=True)
 
-    def ticket(self) -> bytes:
-        about = {
+    def content(self) -> bytes:
+        """Return the lock file's content with a heartbeat of now."""
+        holder = {
             "identity": self._identity,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": self._process.create_time(),
             "heartbeat": time.time(),
         }
-        return json.dumps(about).encode()
+        return json.dumps(holder).encode()
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopping.set()
+        self._stop.set()
         self._thread.join()
-        if not self._is_mine():
-            raise RunError(f"{self._file}: another run took this lock over; run the command again")
+        if not self._holds_lock():
+            raise RunError(f"{self._file}: another run took over this lock; re-run the same command")
         self._file.delete()
 
-    def _is_mine(self) -> bool:
+    def _holds_lock(self) -> bool:
         try:
             return json.loads(self._file.read_bytes())["identity"] == self._identity
         except FileNotFoundError:
             return False
 
-    def _beat(self) -> None:
-        while not self._stopping.wait(HEARTBEAT_SECONDS):
-            if self._is_mine():
-                self._file.write_bytes(self.ticket())
+    def _refresh(self) -> None:
+        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
+            if self._holds_lock():
+                self._file.write_bytes(self.content())
 
 
 def _take_over(file: StoragePath) -> bool:
-    """Remove an abandoned lock; True when it is gone. Of several that wait, one creates the marker and removes it."""
+    """Remove an abandoned lock; return True once it is gone. Of several waiting runs, one creates the marker and
+    removes the lock.
+    """
     try:
-        about = json.loads(file.read_bytes())
+        holder = json.loads(file.read_bytes())
     except FileNotFoundError:
         return True  # released just now
-    if not _abandoned(about):
+    if not _is_abandoned(holder):
         return False
-    identity = hashlib.sha256(about["identity"].encode()).hexdigest()[:16]
+    identity = hashlib.sha256(holder["identity"].encode()).hexdigest()[:16]
     marker = StoragePath(file.filesystem, f"{file.path}.{identity}", f"{file.uri}.{identity}")
     if marker.create_exclusively(b"taken over"):
         file.delete()
     return True
 
 
-def _abandoned(about: dict[str, Any]) -> bool:
-    if about["host"] == socket.gethostname():
-        return not _alive(about["pid"], about["started"])
-    return time.time() - about["heartbeat"] > STALE_AFTER_SECONDS
+def _is_abandoned(holder: dict[str, Any]) -> bool:
+    if holder["host"] == socket.gethostname():
+        return not _is_alive(holder["pid"], holder["started"])
+    return time.time() - holder["heartbeat"] > LOCK_TIMEOUT_S
 
 
-def _alive(pid: int, started: float) -> bool:
+def _is_alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1.0

@@ -1,19 +1,18 @@
-"""What a person sees: progress with rate and ETA on standard error, tables, one-line errors.
+"""Terminal output: progress bars with rate and ETA on standard error, tables, one-line errors.
 
-Ray's and DeepSpeed's chatter goes to a log file: both write to the process's own descriptors 1 and 2, so these are
-pointed at the file and the person gets copies of the originals.
+Ray and DeepSpeed write to file descriptors 1 and 2 directly, so both are redirected to a log file and the console
+writes to duplicates of the originals.
 """
 
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol, TextIO
+from typing import IO, TextIO
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -21,120 +20,80 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raylava.progress import ProgressBar
+
 logger = logging.getLogger("raylava")
 
-_TABLE_EVERY_SECONDS = 30.0
-_LINE_EVERY_SECONDS = 10.0  # without a terminal, progress is a line now and then
-
-
-class ProgressBar(Protocol):
-    """TrialStatus a stage reports how far it is."""
-
-    def update(self, done: float, total: float, **figures: float) -> None:
-        """`done` of `total` units; `figures` are shown by name (loss=0.31)."""
-
-
-class NullProgressBar:
-    """A bar that shows nothing, for callers without a person."""
-
-    def update(self, done: float, total: float, **figures: float) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def poll_in_background(show: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
-    """Call `show` now and then, from a thread, while the body blocks; and once after it."""
-    stopping = threading.Event()
-
-    def keep_showing() -> None:
-        while not stopping.wait(seconds):
-            show()
-
-    thread = threading.Thread(target=keep_showing, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-        show()
-
-
-class ProgressReporter(Protocol):
-    """Where a stage that is made shows itself: a person's console, or a trial of a sweep."""
-
-    def say(self, text: str) -> None:
-        """A line (rich markup)."""
-
-    def stage(self, title: str, unit: str) -> AbstractContextManager[ProgressBar]:
-        """A bar for as long as the stage lasts."""
+_TABLE_INTERVAL_S = 30.0
+_LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
+_WIDTH_WITHOUT_TERMINAL = 110
 
 
 class Console:
-    """One person's view of one command."""
+    """The output of one command. `stream` is standard error of the terminal, `log` the file with all other output."""
 
     def __init__(self, stream: TextIO, log: Path | None = None) -> None:
-        width = None if stream.isatty() else 110
+        width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._rich = RichConsole(file=stream, width=width, highlight=False)
         self.log = log
 
     def say(self, text: str) -> None:
-        """A line (rich markup)."""
-        self._rich.print(text, soft_wrap=True)  # paths stay whole, to be copied
+        """Print one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
+        self._rich.print(text, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table."""
+        """Print a table."""
         self._rich.print(table)
 
     def error(self, text: str) -> None:
-        """The one line of an error."""
+        """Print an error as one line."""
         self._rich.print(f"[bold red]error[/]: {escape(text)}", soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
-        """A live bar on a terminal; elsewhere a line at the start, every ten seconds and at the end."""
+        """Display a live bar on a terminal; elsewhere print a line at the start, every 10 seconds and at the end."""
         if self._rich.is_terminal:
-            with _live(self._rich) as progress:
-                yield _LiveBar(progress, progress.add_task(f"{title:<20}", total=None, figures=""), unit)
+            with _rich_progress(self._rich) as progress:
+                yield _LiveBar(progress, progress.add_task(f"{title:<20}", total=None, metrics=""), unit)
         else:
             bar = _LineBar(self._rich, title, unit)
             yield bar
             bar.finish()
 
     @contextmanager
-    def live_nodes(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
-        """A table that is drawn anew with each call of what this yields; without a terminal, now and then."""
+    def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
+        """Yield a function that redraws the table; without a terminal it prints the table every 30 seconds."""
         if self._rich.is_terminal:
             with Live(render(), console=self._rich, auto_refresh=False) as live:
                 yield lambda: live.update(render(), refresh=True)
                 live.update(render(), refresh=True)
             return
-        shown_at = time.monotonic()
+        printed_at = time.monotonic()
 
-        def now_and_then() -> None:
-            nonlocal shown_at
-            if time.monotonic() - shown_at >= _TABLE_EVERY_SECONDS:
-                shown_at = time.monotonic()
+        def print_periodically() -> None:
+            nonlocal printed_at
+            if time.monotonic() - printed_at >= _TABLE_INTERVAL_S:
+                printed_at = time.monotonic()
                 self._rich.print(render())
 
-        yield now_and_then
+        yield print_periodically
         self._rich.print(render())
 
 
-def _live(console: RichConsole) -> Progress:
+def _rich_progress(console: RichConsole) -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=30),
         TaskProgressColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
         console=console,
     )
 
 
-class _Meter:
-    """Units a second since the first report, so that work found done from an earlier run does not count."""
+class _RateMeter:
+    """Units per second since the first update, so that work restored from an earlier run does not count."""
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = None
@@ -143,51 +102,56 @@ class _Meter:
         now = time.monotonic()
         if self._start is None:
             self._start = (now, done)
-        since, first = self._start
-        return (done - first) / (now - since) if now > since else 0.0
+        started_at, first = self._start
+        return (done - first) / (now - started_at) if now > started_at else 0.0
 
 
-def _figures(rate: float, unit: str, figures: dict[str, float]) -> str:
-    shown = [f"{rate:.1f} {unit}/s"] if rate else []
-    return "  ".join(shown + [f"{name} {value:.4g}" for name, value in figures.items()])
+def _format_metrics(rate: float, unit: str, metrics: dict[str, float]) -> str:
+    parts = [f"{rate:.1f} {unit}/s"] if rate else []
+    return "  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()])
 
 
 class _LiveBar:
-    def __init__(self, progress: Progress, task: TaskID, unit: str) -> None:
-        self._progress, self._task, self._unit, self._meter = progress, task, unit, _Meter()
+    """A rich progress bar on a terminal."""
 
-    def update(self, done: float, total: float, **figures: float) -> None:
-        text = _figures(self._meter.rate(done), self._unit, figures)
-        self._progress.update(self._task, completed=done, total=total, figures=text)
+    def __init__(self, progress: Progress, task: TaskID, unit: str) -> None:
+        self._progress, self._task, self._unit, self._meter = progress, task, unit, _RateMeter()
+
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        text = _format_metrics(self._meter.rate(done), self._unit, metrics)
+        self._progress.update(self._task, completed=done, total=total, metrics=text)
 
 
 class _LineBar:
-    def __init__(self, console: RichConsole, title: str, unit: str) -> None:
-        self._console, self._title, self._unit, self._meter = console, title, unit, _Meter()
-        self._shown_at = -_LINE_EVERY_SECONDS
-        self._last = ""
-        self._hidden = False
+    """Progress as lines, for output that is not a terminal."""
 
-    def update(self, done: float, total: float, **figures: float) -> None:
+    def __init__(self, console: RichConsole, title: str, unit: str) -> None:
+        self._console, self._title, self._unit, self._meter = console, title, unit, _RateMeter()
+        self._printed_at = -_LINE_INTERVAL_S
+        self._line = ""
+        self._pending = False
+
+    def update(self, done: float, total: float, **metrics: float) -> None:
         rate = self._meter.rate(done)
         eta = f"  ETA {(total - done) / rate:.0f} s" if rate and done < total else ""
-        self._last = f"{self._title}: {done:g}/{total:g} {self._unit}  {_figures(rate, self._unit, figures)}{eta}"
-        self._hidden = True
-        if time.monotonic() - self._shown_at >= _LINE_EVERY_SECONDS:
-            self._show()
+        text = _format_metrics(rate, self._unit, metrics)
+        self._line = f"{self._title}: {done:g}/{total:g} {self._unit}  {text}{eta}"
+        self._pending = True
+        if time.monotonic() - self._printed_at >= _LINE_INTERVAL_S:
+            self._print()
 
     def finish(self) -> None:
-        if self._hidden:
-            self._show()
+        if self._pending:
+            self._print()
 
-    def _show(self) -> None:
-        self._console.print(escape(self._last), soft_wrap=True)
-        self._shown_at = time.monotonic()
-        self._hidden = False
+    def _print(self) -> None:
+        self._console.print(escape(self._line), soft_wrap=True)
+        self._printed_at = time.monotonic()
+        self._pending = False
 
 
 class ConsoleLogHandler(logging.Handler):
-    """Our own warnings go to the person; other libraries' stay in the log file."""
+    """Shows raylava's own warnings on the console; records of other libraries stay in the log file."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
@@ -198,40 +162,40 @@ class ConsoleLogHandler(logging.Handler):
 
 
 @contextmanager
-def quiet(log: Path) -> Iterator[tuple[IO[str], Console]]:
-    """(standard output, a console on standard error) for the person; all else that is written goes to `log`."""
+def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
+    """Redirect file descriptors 1 and 2 to `log`; yield (standard output, a console on standard error)."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    out, err = (os.fdopen(os.dup(descriptor), "w", encoding="utf-8", buffering=1) for descriptor in kept)
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    originals = [os.dup(1), os.dup(2)]
+    out, err = (os.fdopen(os.dup(descriptor), "w", encoding="utf-8", buffering=1) for descriptor in originals)
+    log_descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
-        os.dup2(sink, descriptor)
-    os.close(sink)
+        os.dup2(log_descriptor, descriptor)
+    os.close(log_descriptor)
     console = Console(err, log)
-    handlers = _listen(console, log)
+    console_handler, file_handler = _attach_log_handlers(console, log)
     try:
         with warnings.catch_warnings():
             yield out, console
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for descriptor, original in zip((1, 2), kept, strict=True):
+        for descriptor, original in zip((1, 2), originals, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
         out.close()
         err.close()
-        logger.removeHandler(handlers[0])
-        logging.getLogger().removeHandler(handlers[1])
-        handlers[1].close()
+        logger.removeHandler(console_handler)
+        logging.getLogger().removeHandler(file_handler)
+        file_handler.close()
 
 
-def _listen(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
-    to_person = ConsoleLogHandler(console)
-    to_file = logging.FileHandler(log)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(to_person)
+def _attach_log_handlers(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
+    console_handler = ConsoleLogHandler(console)
+    file_handler = logging.FileHandler(log)
+    file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(console_handler)
     logger.setLevel(logging.INFO)
-    logging.getLogger().addHandler(to_file)
-    return to_person, to_file
+    logging.getLogger().addHandler(file_handler)
+    return console_handler, file_handler

@@ -1,16 +1,16 @@
-"""The errors that a person reads: one line each, with what to do about it."""
+"""The exceptions whose message is shown to the user as one line, and the one-line form of any other exception."""
 
 
 class UserError(Exception):
-    """A mistake in what raylava was given: the message names the key or path, the value and the fix. Exit status 2."""
+    """A mistake in the input. The message names the key or path, the value and the fix. Exit status 2."""
 
 
 class RunError(Exception):
-    """A run that failed for a reason that is not the user's input. Exit status 1."""
+    """A run that failed for a reason other than the user's input. Exit status 1."""
 
 
 def first_line(error: BaseException) -> str:
-    """The error in one line of at most 300 characters, with its type when the message alone says too little."""
+    """Return the error in one line of at most 300 characters, prefixed with its type unless it is raylava's own."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     if isinstance(error, (UserError, RunError)):

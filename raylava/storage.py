@@ -1,6 +1,6 @@
-"""A URI (a path, s3://, gs://, any pyarrow filesystem) as a place to read from and publish to.
+"""Storage paths: local paths and URIs (s3://, gs://, any pyarrow filesystem) behind one interface.
 
-Writes are atomic: a reader sees a whole file or none. What the files mean is artifacts.py's business.
+Writes are atomic: a reader sees a complete file or none.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from raylava.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-_FIRST_WAIT_SECONDS = 1.0
-_LONGEST_WAIT_SECONDS = 60.0
+_FIRST_BACKOFF_S = 1.0
+_MAX_BACKOFF_S = 60.0
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StoragePath:
-    """A file or folder on some filesystem: `filesystem` is pyarrow's, `path` is the path within it."""
+    """A file or folder: `path` is its path within the pyarrow `filesystem`, `uri` its full name."""
 
     filesystem: pafs.FileSystem
     path: str
@@ -61,13 +61,13 @@ class StoragePath:
         return self.filesystem.get_file_info([self.path])[0]
 
     def read_bytes(self) -> bytes:
-        """The file's content. Raises FileNotFoundError when it is not there."""
+        """Return the file's content. Raises FileNotFoundError when it does not exist."""
         with self.filesystem.open_input_stream(self.path) as stream:
             return stream.read()
 
     def write_bytes(self, content: bytes) -> None:
-        """Write the whole file at once; a reader sees the old file or the new one, never a part."""
-        if not self.is_local:  # an object store shows an object only when it is whole
+        """Replace the file atomically; a reader sees the old content or the new, never a part."""
+        if not self.is_local:  # an object store makes an object visible only once it is complete
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(content)
             return
@@ -84,15 +84,15 @@ class StoragePath:
             part.unlink(missing_ok=True)
 
     def remove_partial_files(self) -> None:
-        """Remove what writers killed within this folder have left of files; for when nobody writes there any more."""
+        """Remove temporary files left by killed writers. Call it only when no writer is active in this folder."""
         if self.is_local:
             for part in Path(self.path).rglob(".*.part"):
                 part.unlink(missing_ok=True)
 
     def create_exclusively(self, content: bytes) -> bool:
-        """Write the file unless it exists; False when it does.
+        """Write the file unless it exists; return whether it was written.
 
-        Exclusive on local filesystems. Elsewhere the last of two simultaneous writers wins: read back to know who did.
+        Exclusive on local filesystems. Elsewhere the last of two simultaneous writers wins: the content is read back.
         """
         if not self.is_local:
             if self.exists():
@@ -104,7 +104,7 @@ class StoragePath:
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
         part.write_bytes(content)
         try:
-            os.link(part, target)  # whole or not at all: nobody reads a half-written lock
+            os.link(part, target)  # atomic: a reader never sees a half-written lock
         except FileExistsError:
             return False
         finally:
@@ -115,7 +115,7 @@ class StoragePath:
         self.filesystem.create_dir(self.path, recursive=True)
 
     def delete(self) -> None:
-        """Remove the file or the folder with all it holds; nothing happens when it is not there."""
+        """Remove the file, or the folder with its content; do nothing when it does not exist."""
         kind = self.info().type
         if kind == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
@@ -123,20 +123,20 @@ class StoragePath:
             self.filesystem.delete_file(self.path)
 
     def children(self) -> list["StoragePath"]:
-        """What lies directly in this folder, by name; empty when there is no such folder."""
+        """List the entries of this folder by name; empty when the folder does not exist."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
         return [self / name for name in names]
 
     def walk_files(self) -> Iterator[tuple[str, int]]:
-        """(path relative to this folder, size in bytes) of every file below, sorted by path."""
+        """Yield (path relative to this folder, size in bytes) of every file below it, sorted by path."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         base = self.path.rstrip("/") + "/"
-        found = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
-        yield from sorted((info.path.removeprefix(base), info.size) for info in found)
+        files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+        yield from sorted((info.path.removeprefix(base), info.size) for info in files)
 
     def sha256(self) -> str:
-        """The hexadecimal SHA-256 of the file, read as a stream."""
+        """Return the hexadecimal SHA-256 of the file, read as a stream."""
         digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path) as stream:
             while chunk := stream.read(1 << 20):
@@ -144,7 +144,7 @@ class StoragePath:
         return digest.hexdigest()
 
     def upload_folder(self, folder: Path) -> None:
-        """Copy everything in a local folder into this one."""
+        """Copy the content of a local folder into this one."""
         self.make_folder()
         pafs.copy_files(
             str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
@@ -156,9 +156,9 @@ class StoragePath:
         pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
 
     def local_copy(self) -> Path:
-        """The file or folder as a local path: itself when local, else a copy in this user's cache, made once.
+        """Return a local path: this one when it is local, else a copy in the user's cache, downloaded once.
 
-        Only for what never changes once written (artifacts, models): the cache is keyed by the URI.
+        Use it only for immutable content (artifacts, models): the cache is keyed by the URI.
         """
         if self.is_local:
             return Path(self.path)
@@ -174,12 +174,12 @@ class StoragePath:
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files are kept on this node (XDG_CACHE_HOME decides, as for other programs)."""
+    """Return the folder for cached files on this node, below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "raylava"
 
 
 def storage_path(uri: str | Path) -> StoragePath:
-    """The place that a path or URI names. Raises UserError for a scheme that no filesystem serves."""
+    """Return the storage path for a local path or URI. Raises UserError for an unsupported scheme."""
     text = str(uri)
     if "://" not in text:
         local = str(Path(text).expanduser().absolute())
@@ -187,64 +187,66 @@ def storage_path(uri: str | Path) -> StoragePath:
     try:
         filesystem, path = _s3(text) if text.startswith("s3://") else pafs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
-        raise UserError(f"cannot use {text!r} as a place: {error}; give a path, s3://…, gs://… or file://…") from error
+        raise UserError(
+            f"cannot use {text!r} as a storage location: {error}; give a path, s3://…, gs://… or file://…"
+        ) from error
     if isinstance(filesystem, pafs.LocalFileSystem):
         return storage_path(path)
     return StoragePath(filesystem, path, text)
 
 
 def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
-    """S3 as boto3's ordinary chain knows it: credentials, region and endpoint from environment, profile or role.
+    """Return an S3 filesystem and path, with credentials, region and endpoint from boto3's default chain.
 
-    Static credentials are handed over; those that expire (roles) are left to Arrow's own chain, which renews them.
+    Static credentials are passed on; expiring ones (roles) are left to Arrow's own chain, which renews them.
     """
     session = boto3.Session()
-    found = session.get_credentials()
-    given: dict[str, str] = {}
-    if found is not None and found.method in ("env", "shared-credentials-file", "config-file"):
-        frozen = found.get_frozen_credentials()
-        given = {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
+    credentials = session.get_credentials()
+    options: dict[str, str] = {}
+    if credentials is not None and credentials.method in ("env", "shared-credentials-file", "config-file"):
+        frozen = credentials.get_frozen_credentials()
+        options = {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
         if frozen.token:
-            given["session_token"] = frozen.token
+            options["session_token"] = frozen.token
     client = session.client("s3", region_name=session.region_name or "us-east-1")
     endpoint = urlsplit(client.meta.endpoint_url)
     if not endpoint.netloc.endswith("amazonaws.com"):
-        given |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+        options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
     filesystem = pafs.S3FileSystem(
-        region=client.meta.region_name, allow_bucket_creation=False, connect_timeout=10, request_timeout=60, **given
+        region=client.meta.region_name, allow_bucket_creation=False, connect_timeout=10, request_timeout=60, **options
     )
     return filesystem, uri.removeprefix("s3://").rstrip("/")
 
 
-def retry(action: Callable[[], T], retry_seconds: float, about: str) -> T:
-    """What `action` returns, tried again while storage fails, waiting longer each time. `about` names it in the log.
+def retry(action: Callable[[], T], timeout_s: float, description: str) -> T:
+    """Call `action` until it succeeds, with exponential backoff between failures. `description` names it in the log.
 
-    Raises the last OSError once `retry_seconds` are over, and FileNotFoundError at once: waiting can't mend that.
+    Raises the last OSError after `timeout_s` seconds, and FileNotFoundError at once, which a retry cannot fix.
     """
-    give_up = time.monotonic() + retry_seconds
-    wait = _FIRST_WAIT_SECONDS
+    deadline = time.monotonic() + timeout_s
+    wait = _FIRST_BACKOFF_S
     while True:
         try:
             return action()
         except FileNotFoundError:
             raise
         except OSError as error:
-            if time.monotonic() + wait > give_up:
+            if time.monotonic() + wait > deadline:
                 raise
-            logger.warning("%s failed, trying again in %.0f s: %s", about, wait, first_line(error)[:200])
+            logger.warning("%s failed, retrying in %.0f s: %s", description, wait, first_line(error)[:200])
             time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+            wait = min(2 * wait, _MAX_BACKOFF_S)
 
 
 def join(root: str, name: str) -> str:
-    """`name` seen from the folder `root`; an absolute path or a URI stays what it is."""
+    """Join `name` to the folder `root`; an absolute path or a URI is returned unchanged."""
     if "://" in name or name.startswith(("/", "~")):
         return name
     return f"{root.rstrip('/')}/{name}" if root else name
 
 
 def writable(uri: str) -> StoragePath:
-    """The place, after proving that it can be written. Raises UserError with the reason when it cannot."""
+    """Return the storage path after a test write. Raises UserError with the reason when it is not writable."""
     root = storage_path(uri)
     probe = root / f".raylava-write-test-{uuid.uuid4().hex[:8]}"
     try:

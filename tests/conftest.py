@@ -1,4 +1,4 @@
-"""What all tests share: one Ray for the session, and a toy assets so small that it is made in seconds."""
+"""Fixtures of all tiers. Those that start Ray or an S3 server must be requested; nothing is started otherwise."""
 
 import logging
 import os
@@ -6,25 +6,21 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from raylava.artifacts import Artifact
-from raylava.cluster.session import ray_session
 from raylava.config.recipe import Corpus, ImageEncoding, Language, Model, Resources, Source, Vision
-from raylava.console import Console, NullProgressBar
+from raylava.console import Console
 from raylava.corpus.blocks import Blocks
-from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.corpus.prepare import PrepareSpec, make_block, publish_corpus, stage_rows
 from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer, resolve_language, resolve_vision
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.pipeline.stage import run_stage
 from raylava.storage import storage_path
-from raylava.toy.assets import ToySize, toy_assets_stage
+from raylava.toy.assets import ToyAssetsStage, ToySize, build_toy_assets
 from raylava.toy.language import LanguageSize
 from raylava.toy.vision import VisionSize
 from raylava.train.data_loader import PackCollator
-from tests.flaky import FlakyProxy
+from tests.support.flaky_proxy import FlakyProxy
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 
@@ -37,48 +33,48 @@ TINY = ToySize(
     vision=VisionSize(width=16, layers=2, heads=2, steps=2, batch=4),
 )
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-LOOKS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+HEALTH_CHECK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ray_looks_often() -> Iterator[None]:
-    """Stages of tests last seconds: Ray Train's look at its workers every two would be a fifth of all tests' time."""
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LOOKS, "0.3")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_health_check_interval() -> Iterator[None]:
+    """Ray Train polls its workers every 2 s by default, which would be a fifth of the test time of short stages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HEALTH_CHECK_INTERVAL, "0.3")
         yield
 
 
 @pytest.fixture(scope="module")
-def ray_looks_as_always() -> Iterator[None]:
-    """For runs that something is to befall on their way: a checkpoint waits for the look at the one before it."""
+def default_health_check_interval() -> Iterator[None]:
+    """For runs in which a failure is injected: a checkpoint counts only after the poll that follows it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(LOOKS)
+        patch.delenv(HEALTH_CHECK_INTERVAL)
         yield
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: str) -> Iterator[None]:
-    """One Ray on this machine for all tests that need it; it ends with the session."""
+    """One local Ray cluster for the session. It starts after the S3 server, whose environment its workers inherit."""
+    from raylava.cluster.session import ray_session
+
     with ray_session(Resources(workers=2)):
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """A bucket on moto's server over HTTP; credentials and endpoint come by boto3's ordinary chain.
+    """A bucket on moto's server over HTTP; credentials and endpoint come from boto3's default chain."""
+    import boto3
+    from moto.server import ThreadedMotoServer
 
-    For every session from its start: Ray's workers inherit the environment when Ray starts.
-    """
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it logs a line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -93,8 +89,8 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture
-def proxy() -> Iterator[FlakyProxy]:
-    """A proxy between what this test opens and the bucket's server, to make storage fail."""
+def proxy(s3: str) -> Iterator[FlakyProxy]:
+    """A proxy in front of the S3 server that can be made to fail."""
     proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -109,11 +105,11 @@ def console(tmp_path: Path) -> Iterator[Console]:
 
 
 @pytest.fixture(scope="session")
-def toy_assets(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Corpus and hardly trained backbones of transformers' own classes."""
-    root = tmp_path_factory.mktemp("toy-assets")
-    with (root / "console.txt").open("w") as stream:
-        return run_stage(toy_assets_stage(storage_path(root), TINY, seed=0), Console(stream))
+def toy_assets(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tiny corpus and barely trained backbones of transformers' own classes, built once per session without Ray."""
+    spec = ToyAssetsStage(storage_path(tmp_path_factory.mktemp("toy-assets")), TINY, seed=0).spec()
+    build_toy_assets(spec.path, TINY, seed=0)
+    return spec.commit({}, {}, seconds=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -134,18 +130,18 @@ def language(toy_model: Model) -> LanguageSpec:
 
 @pytest.fixture
 def corpus_copy(toy_assets: Artifact, tmp_path: Path) -> Path:
-    """The toy assets's corpus in a folder that a test may damage."""
+    """A copy of the toy corpus that a test may damage."""
     return Path(shutil.copytree((toy_assets.path / "corpus").path, tmp_path / "corpus"))
 
 
 @pytest.fixture(scope="session")
 def prepared_blocks(
     toy_assets: Artifact,
-    toy_model: Model,
     vision: VisionSpec,
     language: LanguageSpec,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Blocks:
+    """The toy instruction corpus as blocks, prepared without Ray by the functions that Ray Data's workers call."""
     folder = toy_assets.path / "corpus"
     output = tmp_path_factory.mktemp("blocks")
     source = Source(annotations="instruction.json", images="images")
@@ -153,16 +149,18 @@ def prepared_blocks(
         "instruction",
         Corpus(sources=(source,), max_length=256, image_encoding=ImageEncoding(format="png")),
         ((str(folder / "instruction.json"), str(folder / "images")),),
-        toy_model.language,
-        language.template,
+        language,
         vision,
         str(output),
     )
-    prepare(spec, "tokenizer", NullProgressBar())
+    rows, shards = stage_rows(spec, storage_path(output))
+    for shard in range(shards):
+        make_block(spec, shard)
+    publish_corpus(spec, storage_path(output), shards, rows, "tokenizer")
     return Blocks(output)
 
 
 @pytest.fixture(scope="session")
-def blocks_layout(toy_model: Model, vision: VisionSpec) -> PackCollator:
-    tokenizer = load_tokenizer(toy_model.language)
+def pack_collator(vision: VisionSpec, language: LanguageSpec) -> PackCollator:
+    tokenizer = load_tokenizer(language)
     return PackCollator(vision, *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.artifacts import LOCK, ArtifactSpec, fingerprint, load, lock
+from raylava.artifacts import LOCK_FILE, ArtifactSpec, fingerprint, load_artifact, lock
 from raylava.errors import UserError
 from raylava.storage import storage_path
 
@@ -47,22 +47,22 @@ def test_an_artifact_is_found_only_once_it_is_committed(tmp_path: Path) -> None:
     found = spec.find()
     assert found is not None
     assert found.metrics == {"rows": 3}
-    assert load(str(spec.path)).record["content"] == {"seed": 1}
+    assert load_artifact(str(spec.path)).record["fingerprint_fields"] == {"seed": 1}
 
 
 def test_showing_a_folder_that_is_no_artifact_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished artifact"):
-        load(str(tmp_path))
+        load_artifact(str(tmp_path))
 
 
 def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     child = multiprocessing.get_context("spawn").Process(target=_hold_and_die, args=(tmp_path,))
     child.start()
     child.join()
-    assert (tmp_path / LOCK).exists(), "the child died holding the lock"
+    assert (tmp_path / LOCK_FILE).exists(), "the child died holding the lock"
     with lock(storage_path(tmp_path), "the stage"):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / LOCK).exists()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_silent_holder_on_another_host_loses_the_lock_and_a_lively_one_keeps_it(tmp_path: Path) -> None:

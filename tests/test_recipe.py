@@ -8,7 +8,7 @@ import yaml
 from raylava.config.load import load_recipe
 from raylava.config.recipe import Recipe
 from raylava.errors import UserError
-from raylava.models.registry import check_known
+from raylava.models.registry import validate_backbones
 from raylava.toy.demo import recipes_folder
 
 SHIPPED = sorted(
@@ -37,7 +37,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("llava-gemma")])
 def test_the_papers_recipes_name_known_backbones_and_the_papers_settings(name: str) -> None:
     recipe = load_recipe(str(recipes_folder() / name))
-    check_known(recipe.model.language, recipe.model.vision)
+    validate_backbones(recipe.model.language, recipe.model.vision)
     assert (recipe.pretrain.global_batch_size, recipe.pretrain.lr) == (256, 1e-3)
     assert (recipe.finetune.global_batch_size, recipe.finetune.lr, recipe.finetune.warmup_ratio) == (128, 2e-5, 0.03)
     assert recipe.pretrain.enabled != name.endswith("-no-pretrain.yaml")

@@ -21,10 +21,10 @@ from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.pipeline.stages import run
 from raylava.storage import storage_path
-from raylava.toy.demo import SHEET, toy_recipe, write_sheet
+from raylava.toy.demo import ANSWER_SHEET, toy_recipe, write_answer_sheet
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.step_log import STEP_LOG
-from tests.evaluate.test_official import mm_vet, pope
+from tests.support.official_files import write_mm_vet, write_pope
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Ar
         hashlib.sha256(order.tobytes()).hexdigest()[:16] for order in orders
     ]
     assert {line["world_size"] for line in lines} == {2}
-    lengths = Blocks.at(artifacts["prepare instruction"].path).lengths
+    lengths = Blocks.open(artifacts["prepare instruction"].path).lengths
     assert [line["loss_tokens"] for line in lines] == [int(lengths.loss_tokens[order].sum()) for order in orders]
 
 
@@ -146,13 +146,13 @@ def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
 ) -> None:
     with (tmp_path / "shown.txt").open("w") as stream:
         console = Console(stream)
-        sheet = write_sheet(artifacts["evaluate heldout"], toy_assets.path / "corpus" / "images", console)
+        sheet = write_answer_sheet(artifacts["evaluate heldout"], toy_assets.path / "corpus" / "images", console)
         closing(artifacts, console)
     text = (tmp_path / "shown.txt").read_text()
     for word in ("blank images", "before training", "majority answer", "colour", "raylava chat"):
         assert word in text
     page = sheet.read_bytes().decode()
-    assert sheet.name == SHEET
+    assert sheet.name == ANSWER_SHEET
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page, "the page is self-contained"
 
@@ -168,10 +168,10 @@ def test_official_benchmarks_in_a_bucket_are_stages_of_a_recipe(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], s3: str, tmp_path: Path
 ) -> None:
     image = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
-    for maker, file in ((pope, "val2014/a.jpg"), (mm_vet, "images/v1_0.png")):
-        (tmp_path / maker.__name__ / file).parent.mkdir(parents=True)
-        image.save(tmp_path / maker.__name__ / file)
-        maker(tmp_path / maker.__name__)
+    for maker, file in ((write_pope, "val2014/a.jpg"), (write_mm_vet, "images/v1_0.png")):
+        (tmp_path / maker.__name__.removeprefix("write_") / file).parent.mkdir(parents=True)
+        image.save(tmp_path / maker.__name__.removeprefix("write_") / file)
+        maker(tmp_path / maker.__name__.removeprefix("write_"))
     given = [
         Benchmark(name="pope", benchmark="pope", questions=in_the_bucket(tmp_path / "pope", f"{s3}/official/pope")),
         Benchmark(

@@ -103,7 +103,12 @@ def scaled(folder: Path, steps: int, storage: Path, table: Table) -> None:
         changes = overrides("middle", folder, steps, workers)
         share = min(1.0, (os.cpu_count() or 1) / workers)
         one = target.speed_of("finetune")
-        speed = replace(one, flops=one.flops * share, pack=one.pack / share, step=one.step / share)
+        speed = replace(
+            one,
+            flops_per_s=one.flops_per_s * share,
+            s_per_pack=one.s_per_pack / share,
+            s_per_step=one.s_per_step / share,
+        )
         room = DeviceBudget(target.room.device, None, workers, LOOPBACK)
         there = replace(target, room=room, speeds={"finetune": speed, "pretrain": speed})
         predicted = forecast(load_recipe(str(RECIPE), changes), there, given, weighs_all=False).stages[-1]

@@ -1,11 +1,11 @@
-"""How fast a model answers: raylava's batches beside the usual loop, one question at a time as in LLaVA's scripts.
+"""Generation throughput: raylava's batches compared with a loop over single questions, as in LLaVA's scripts.
 
     python jobs/bench/evaluate.py [--questions N] [--workers W] [--model FOLDER --data FILE --images DIR]
 
-Both ask the same model, in fp32, the same questions on the same cores and must say the same. Without a model, the
-demo's toy_assets is made (or found) and its untrained LLaVA is asked, which answers at full length. `steady` leaves out
-what raylava needs to start (Ray's actors, loading the model); the loop's model is loaded before its clock starts.
-Padding is the share of prompt positions that hold none of a question's tokens.
+Both run the same model in fp32 on the same questions and cores, and must give the same answers. Without --model, the
+toy assets are built or reused, and their LLaVA is evaluated before training, so that answers have full length. The
+`steady` rate leaves out raylava's startup (Ray's actors, loading the model); the loop loads its model before its clock
+starts. Padding is the fraction of prompt positions that hold no token of a question.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.table import Table
 
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
-from raylava.console import Console as Told
+from raylava.console import Console
 from raylava.evaluate.engines import TransformersEngine
-from raylava.evaluate.generation import ActorPool, GenerationConfig, answer
+from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
 from raylava.evaluate.questions import Question, read_questions
-from raylava.models.registry import resolve_language, resolve_vision
-from raylava.models.untrained import export_untrained
+from raylava.models.export import export_untrained
+from raylava.models.registry import resolve_model
 from raylava.storage import storage_path
 from raylava.toy.demo import make_toy_assets, toy_recipe
 
@@ -36,42 +36,46 @@ MAX_NEW_TOKENS = 8
 PRECISION = "fp32"
 
 
-class SearchBudget:
-    """A bar that notes when the first answers came, and how many they were."""
+class FirstUpdateTimer:
+    """A progress bar that records when the first answers arrived, and their number."""
 
     def __init__(self) -> None:
         self.first: tuple[float, float] | None = None
 
-    def update(self, done: float, total: float, **figures: float) -> None:
-        """See console.ProgressBar."""
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        """See progress.ProgressBar."""
         self.first = self.first or (time.monotonic(), done)
 
 
 def main() -> None:
-    given = arguments()
+    """Measure both and print the rates."""
+    arguments = parse_arguments()
     logging.getLogger().setLevel(logging.ERROR)
-    resources = Resources(workers=given.workers)
-    model, data, images = given.model, given.data, given.images
+    resources = Resources(workers=arguments.workers)
+    model, data, images = arguments.model, arguments.data, arguments.images
     if model is None:
         with ray_session(resources):
-            model, data, images = toy_assets_stage(given.storage)
-    asked = repeated(read_questions(storage_path(data), Benchmark(name="bench", questions=data)), given.questions)
-    loop, loop_seconds = one_by_one(model, asked, images)
-    clock = SearchBudget()
+            model, data, images = untrained_toy_model(arguments.storage)
+    benchmark = Benchmark(name="bench", questions=data)
+    questions = repeat(read_questions(storage_path(data), benchmark), arguments.questions)
+    loop_answers, loop_seconds = answer_one_by_one(model, questions, images)
+    timer = FirstUpdateTimer()
+    config = GenerationConfig(
+        model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=arguments.batch_size, precision=PRECISION
+    )
     with ray_session(resources):
         started = time.monotonic()
-        asking = GenerationConfig(
-            model, images, max_new_tokens=MAX_NEW_TOKENS, batch_size=given.batch_size, precision=PRECISION
-        )
-        answers = answer(asked, asking, ActorPool.of(resources), clock)
+        answers = generate_answers(questions, config, ActorPool.from_resources(resources), timer)
         ended = time.monotonic()
-    assert clock.first is not None
-    steady = (len(asked) - clock.first[1]) / (ended - clock.first[0])
-    differ = sum(one.text != other for one, other in zip(answers, loop, strict=True))
-    show(len(asked), loop_seconds, ended - started, steady, differ, waste(model, asked, given.batch_size))
+    assert timer.first is not None
+    steady_rate = (len(questions) - timer.first[1]) / (ended - timer.first[0])
+    differing = sum(answer.text != text for answer, text in zip(answers, loop_answers, strict=True))
+    padding = padding_fractions(model, questions, arguments.batch_size)
+    print_rates(len(questions), loop_seconds, ended - started, steady_rate, differing, padding)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=8910)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -83,59 +87,72 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def repeated(questions: list[Question], count: int) -> list[Question]:
-    """So many, over and over: official benchmarks have thousands."""
-    return [dataclasses.replace(questions[number % len(questions)], question_id=str(number)) for number in range(count)]
+def repeat(questions: list[Question], count: int) -> list[Question]:
+    """Cycle through the questions up to `count`, since official benchmarks have thousands."""
+    return [dataclasses.replace(questions[index % len(questions)], question_id=str(index)) for index in range(count)]
 
 
-def toy_assets_stage(storage: str) -> tuple[str, str, str]:
-    """The demo's LLaVA before any training, its held-out questions, their images."""
-    made = make_toy_assets(storage, Told(open(os.devnull, "w")))  # noqa: SIM115 (for the length of the bench)
-    recipe = toy_recipe(made.path, [])
+def untrained_toy_model(storage: str) -> tuple[str, str, str]:
+    """Return the toy LLaVA before training, the file of its held-out questions, and the folder of their images."""
+    toy_assets = make_toy_assets(storage, Console(open(os.devnull, "w")))  # noqa: SIM115 (open until the bench ends)
+    recipe = toy_recipe(toy_assets.path, [])
     folder = storage_path(tempfile.mkdtemp(prefix="raylava-bench-"))
-    vision, language = resolve_vision(recipe.model.vision), resolve_language(recipe.model.language)
-    export_untrained(recipe.model, vision, language, 0, "pad", folder)
-    corpus = made.path / "corpus"
+    export_untrained(resolve_model(recipe.model), 0, "pad", folder.uri)
+    corpus = toy_assets.path / "corpus"
     return folder.uri, (corpus / "questions.jsonl").uri, (corpus / "images").uri
 
 
-def one_by_one(model: str, asked: list[Question], images: str) -> tuple[list[str], float]:
-    """The usual loop's answers, and its seconds."""
+def answer_one_by_one(model: str, questions: list[Question], images: str) -> tuple[list[str], float]:
+    """Return the answers of a loop over single questions, and its seconds."""
     torch.set_num_threads(os.cpu_count() or 1)
-    chat = TransformersEngine(model, torch.device("cpu"), PRECISION)
+    engine = TransformersEngine(model, torch.device("cpu"), PRECISION)
     started = time.monotonic()
-    found = []
-    for question in asked:
+    answers = []
+    for question in questions:
         image = Image.open(Path(images) / question.image).convert("RGB") if question.image else None
-        found += chat.answer([question.text], [image], MAX_NEW_TOKENS)
-    return found, time.monotonic() - started
+        answers += engine.answer([question.text], [image], MAX_NEW_TOKENS)
+    return answers, time.monotonic() - started
 
 
-def waste(model: str, asked: list[Question], batch_size: int) -> tuple[float, float]:
-    """The share of padding in batches by length, and in batches as the file has them."""
+def padding_fractions(model: str, questions: list[Question], batch_size: int) -> tuple[float, float]:
+    """Return the fraction of padding in batches by length, and in batches in file order."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lengths = [len(tokenizer(question.text).input_ids) for question in asked]
-    by_length = sorted(range(len(asked)), key=lambda number: len(asked[number].text))
-    return _padding([lengths[number] for number in by_length], batch_size), _padding(lengths, batch_size)
+    lengths = [len(tokenizer(question.text).input_ids) for question in questions]
+    by_length = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
+    return _padding([lengths[index] for index in by_length], batch_size), _padding(lengths, batch_size)
 
 
-def _padding(lengths: list[int], size: int) -> float:
-    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+def _padding(lengths: list[int], batch_size: int) -> float:
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
-def show(count: int, loop: float, whole: float, steady: float, differ: int, padding: tuple[float, float]) -> None:
-    table = Table("way", title=f"{count} questions, {os.cpu_count()} cores", title_justify="left")
-    for heading in ("answers/s", "of the loop"):
+def print_rates(
+    count: int,
+    loop_seconds: float,
+    raylava_seconds: float,
+    steady_rate: float,
+    differing: int,
+    padding: tuple[float, float],
+) -> None:
+    """Print answers per second, absolute and relative to the loop, and the padding."""
+    table = Table("method", title=f"{count} questions, {os.cpu_count()} cores", title_justify="left")
+    for heading in ("answers/s", "relative to loop"):
         table.add_column(heading, justify="right")
-    rates = {"one by one": count / loop, "raylava, with its start": count / whole, "raylava, steady": steady}
+    rates = {
+        "one by one": count / loop_seconds,
+        "raylava, with startup": count / raylava_seconds,
+        "raylava, steady": steady_rate,
+    }
     for name, rate in rates.items():
-        table.add_row(name, f"{rate:.1f}", f"{rate * loop / count:.2f}")
-    console = Console()
+        table.add_row(name, f"{rate:.1f}", f"{rate * loop_seconds / count:.2f}")
+    console = RichConsole()
     console.print(table)
-    console.print(f"answers that differ: {differ}; padding {padding[0]:.1%} by length, {padding[1]:.1%} in file order")
+    console.print(
+        f"answers that differ: {differing}; padding {padding[0]:.1%} by length, {padding[1]:.1%} in file order"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from rich.table import Table
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source
 from raylava.corpus.conversation import ChatTokenizer, Turn
-from raylava.corpus.images import decode, decode_stored, normalise, prepare_image, square
+from raylava.corpus.images import decode_image, decode_block_image, normalize_pixels, prepare_image, resize_exact
 from raylava.corpus.prepare import PrepareSpec, prepare
 from raylava.models.registry import PixelRule, VisionSpec, load_tokenizer
 from raylava.models.templates import GEMMA
@@ -142,7 +142,7 @@ def _bare_setup(folder: str) -> None:
 def _bare_one(name: str) -> int:
     content = (_BARE["folder"] / "images" / name).read_bytes()
     stored = prepare_image(content, RULE, "pad", ImageEncoding(), 10**8)
-    _BARE["encoder"].encode([Turn("human", f"<image>\n{TALK[0]}"), Turn("gpt", TALK[1])], images=1)
+    _BARE["encoder"].encode([Turn("human", f"<image>\n{TALK[0]}"), Turn("gpt", TALK[1])], image_count=1)
     return len(stored)
 
 
@@ -247,8 +247,8 @@ def fidelity(folder: Path) -> dict[str, float]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     contents = [(folder / "images" / f"{number}.jpg").read_bytes() for number in range(8)]
-    stored = np.stack([decode_stored(prepare_image(c, RULE, "pad", ImageEncoding(), 10**8)) for c in contents])
-    exact = np.stack([square(decode(c, 10**8), RULE, "pad") for c in contents])
+    stored = np.stack([decode_block_image(prepare_image(c, RULE, "pad", ImageEncoding(), 10**8)) for c in contents])
+    exact = np.stack([resize_exact(decode_image(c, 10**8), RULE, "pad") for c in contents])
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=1024,
@@ -261,7 +261,7 @@ def fidelity(folder: Path) -> dict[str, float]:
     tower = CLIPVisionModel(config).eval()
     with torch.inference_mode():
         features = [
-            tower(torch.from_numpy(normalise(pixels, RULE)), output_hidden_states=True).hidden_states[-2]
+            tower(torch.from_numpy(normalize_pixels(pixels, RULE)), output_hidden_states=True).hidden_states[-2]
             for pixels in (stored, exact)
         ]
     change = (features[0] - features[1]).norm(dim=-1) / features[1].norm(dim=-1)

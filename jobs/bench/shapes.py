@@ -16,11 +16,11 @@ from raylava.corpus.blocks import (
     BlockRecord,
     Manifest,
     Sample,
-    block_bytes,
-    lengths_bytes,
-    lengths_of,
+    encode_block,
+    encode_lengths,
+    sample_lengths,
 )
-from raylava.corpus.images import encode
+from raylava.corpus.images import encode_image
 from raylava.models.attention import register
 from raylava.models.llava import StageName
 from raylava.models.registry import PixelRule, VisionSpec
@@ -91,7 +91,7 @@ def draw(shape: Shape, stage: StageName, count: int) -> list[Sample]:
     rng = np.random.default_rng(0)
     rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
     noise = rng.integers(0, 256, (IMAGES, rule.size, rule.size, 3), dtype=np.uint8)
-    images = [encode(pixels, ImageEncoding()) for pixels in noise]
+    images = [encode_image(pixels, ImageEncoding()) for pixels in noise]
     return [_sample(shape, stage, rng, images[number % IMAGES], number) for number in range(count)]
 
 
@@ -117,7 +117,7 @@ def _image_token(shape: Shape) -> int:
 def write_blocks(samples: list[Sample], folder: Path) -> None:
     """One block of all samples, with what training reads beside it."""
     folder.mkdir(parents=True)
-    content = block_bytes(samples)
+    content = encode_block(samples)
     (folder / "block.arrow").write_bytes(content)
     record = BlockRecord("block.arrow", len(samples), 0, 0, len(content), hashlib.sha256(content).hexdigest())
     loss_tokens = sum(sample.loss_tokens for sample in samples)
@@ -125,7 +125,7 @@ def write_blocks(samples: list[Sample], folder: Path) -> None:
     manifest = Manifest(
         SCHEMA_VERSION, "bench", {}, (record,), len(samples), len(samples), tokens, loss_tokens, images, 0, 0, {}
     )
-    (folder / LENGTHS).write_bytes(lengths_bytes(lengths_of(samples)))
+    (folder / LENGTHS).write_bytes(encode_lengths(sample_lengths(samples)))
     (folder / MANIFEST).write_bytes(manifest.to_json())
 
 

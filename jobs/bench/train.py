@@ -35,7 +35,7 @@ from raylava.models.attention import VARLEN
 from raylava.models.llava import PackLoss, StageName, set_trainable
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
-from raylava.perf.shapes import LlavaShape, shape_of
+from raylava.perf.shapes import LlavaShape, shape_from_config
 from raylava.train import engine as engine_room
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator, PackedDataLoader
@@ -174,7 +174,7 @@ class Bench:
         """The first step is not timed."""
         before = memory_gb(self._device)
         llava = build(self._shape, self._way.attention if self._way.packs else "sdpa", self._device)
-        shape = shape_of(llava.config)
+        shape = shape_from_config(llava.config)
         seconds, waiting, loss = self._packed(llava) if self._way.packs else self._padded(llava)
         timed = self._timed()
         lengths = self._blocks.lengths

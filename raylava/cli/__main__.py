@@ -1,4 +1,4 @@
-"""`python -m raylava.cli`: what jobs and torchrun call."""
+"""`python -m raylava.cli`, the entry point of cluster jobs and torchrun."""
 
 import sys
 

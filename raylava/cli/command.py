@@ -1,64 +1,50 @@
-"""What commands share: how one is added, what it may find, the options that several take."""
+"""Run the body of a command: redirect output, map exceptions to exit statuses, print the result."""
 
-import argparse
-import os
+import json
+import logging
+import time
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from dataclasses import dataclass
+from typing import IO, Any
 
-from raylava.console import Console
-from raylava.errors import UserError
+from raylava.console import Console, redirect_output
+from raylava.errors import UserError, first_line
+from raylava.storage import cache_folder
 
-DEFAULT_STORAGE = "raylava-storage"
-
-
-class Outcome:
-    """What a command found: `data` for programs, `text` for people on standard output (None: all was already shown)."""
-
-    def __init__(self, data: dict[str, Any], text: str | None = None) -> None:
-        self.data, self.text = data, text
+logger = logging.getLogger(__name__)
 
 
-Handler = Callable[[argparse.Namespace, Console], Outcome]
+@dataclass(frozen=True)
+class CommandResult:
+    """The result of a command: `data` for --json, `text` for standard output (None: everything was displayed)."""
+
+    data: dict[str, Any]
+    text: str | None = None
 
 
-class Add(Protocol):
-    """Adds a command: its name, what runs it, what it is for. Returns its parser, for options of its own."""
-
-    def __call__(self, name: str, handler: Handler, about: str) -> argparse.ArgumentParser: ...
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
-def takes_recipe(parser: argparse.ArgumentParser) -> None:
-    """A recipe's file, and settings to change in it."""
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    takes_overrides(parser)
-
-
-def takes_overrides(parser: argparse.ArgumentParser) -> None:
-    """`key=value` settings."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to change, such as finetune.lr=1e-5"
-    )
+def execute(name: str, as_json: bool, body: Callable[[Console], CommandResult]) -> int:
+    """Run a command's body and return the exit status. All output but its result goes to a log file."""
+    timestamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}"
+    with redirect_output(cache_folder() / "logs" / f"{name}-{timestamp}.log") as (out, console):
+        try:
+            result = body(console)
+        except UserError as error:
+            console.error(first_line(error))
+            return 2
+        except KeyboardInterrupt:
+            console.error("interrupted; re-run the same command to resume")
+            return 130
+        except Exception as error:  # reported in one line; the traceback is in the log file
+            logger.info("the command failed", exc_info=error)
+            console.error(first_line(error))
+            console.say(f"[dim]complete log: {console.log}[/]")
+            return 1
+        _print_result(result, as_json, out)
+        return 0
 
 
-def takes_address(parser: argparse.ArgumentParser, about: str) -> None:
-    """A cluster's job server."""
-    parser.add_argument("--address", metavar="URL", help=f"{about} (RAY_API_SERVER_ADDRESS)")
-
-
-def job_server(arguments: argparse.Namespace) -> str | None:
-    """The job server that is meant, if any is."""
-    return arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
-
-
-def positive(text: str) -> int:
-    """An option's whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return int(text)
+def _print_result(result: CommandResult, as_json: bool, out: IO[str]) -> None:
+    if as_json:
+        out.write(json.dumps(result.data, ensure_ascii=False) + "\n")
+    elif result.text is not None:
+        out.write(result.text.rstrip("\n") + "\n")

@@ -1,12 +1,12 @@
-"""An autoscaling cluster on one machine: cluster/laptop.yaml's node types, nodes that are processes, autoscaler v2.
+"""An autoscaling Ray cluster on one machine: the node types of cluster/local-cluster.yaml, with processes as nodes.
 
-Ray's own fake multi-node provider starts the nodes. The dashboard is on loopback, token authentication is on, and what
-is stopped is what was started here: each of its processes carries the cluster's folder in its environment.
+Ray's fake multi-node provider starts the nodes for autoscaler v2. The dashboard listens on the loopback interface and
+token authentication is enabled. Every process of the cluster carries the cluster's folder in its environment, and only
+these processes are stopped.
 """
 
 import copy
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -47,11 +47,10 @@ from raylava.cluster.session import free_ports
 from raylava.errors import RunError, UserError, first_line
 from raylava.storage import cache_folder
 
-logger = logging.getLogger(__name__)
-
-VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # what `environment` sets
-_MARK = "RAYLAVA_LAPTOP"  # in the environment of every process of the cluster: its folder
-_START_SECONDS = 60.0
+VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # set by LocalCluster.environment
+_CLUSTER_FOLDER = "RAYLAVA_LOCAL_CLUSTER"  # set to the cluster's folder in the environment of all of its processes
+_START_TIMEOUT_S = 60.0
+_KILL_ATTEMPTS = 10
 _COMMANDS = (
     "cluster_synced_files",
     "initialization_commands",
@@ -63,97 +62,99 @@ _COMMANDS = (
 )
 
 
-class Provider(FakeMultiNodeProvider):
-    """Ray's fake multi-node provider (what its `provider.type: fake_multinode` wants is not in Ray's wheel), with a
-    folder for each node: in one folder, each new node unpacks the job's files anew under the feet of the driver.
+class LocalNodeProvider(FakeMultiNodeProvider):
+    """Ray's fake multi-node provider with a separate temporary folder for each node.
+
+    With a shared folder, each new node would unpack the job's files again while the driver is using them. Ray's
+    `provider.type: fake_multinode` cannot be used instead, since it needs files that Ray's wheel does not contain.
     """
 
     def _create_node_with_resources_and_labels(
         self, node_config: Any, tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
     ) -> None:
-        custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+        custom_resources = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
         with self.lock:
-            name = self._next_hex_node_id()
-            kind = tags[TAG_RAY_USER_NODE_TYPE]
+            node_id = self._next_hex_node_id()
+            node_type = tags[TAG_RAY_USER_NODE_TYPE]
             parameters = RayParams(
-                temp_dir=f"{os.environ[_MARK]}/{name[-3:]}",
+                temp_dir=f"{os.environ[_CLUSTER_FOLDER]}/{node_id[-3:]}",
                 min_worker_port=0,
                 max_worker_port=0,
                 dashboard_port=None,
                 dashboard_agent_listen_port=0,
                 num_cpus=resources.get("CPU", 0),
                 num_gpus=resources.get("GPU", 0),
-                resources=custom,
+                resources=custom_resources,
                 labels=labels,
                 redis_address=self._gcs_address,
                 gcs_address=self._gcs_address,
                 env_vars={
-                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": name,
-                    "RAY_CLOUD_INSTANCE_ID": name,
-                    "RAY_NODE_TYPE_NAME": kind,
-                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(custom),
+                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id,
+                    "RAY_CLOUD_INSTANCE_ID": node_id,
+                    "RAY_NODE_TYPE_NAME": node_type,
+                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(custom_resources),
                     LABELS_ENVIRONMENT_VARIABLE: json.dumps(labels),
                 },
             )
             node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
-            about = {
+            default_tags = {
                 TAG_RAY_NODE_KIND: NODE_KIND_WORKER,
-                TAG_RAY_USER_NODE_TYPE: kind,
-                TAG_RAY_NODE_NAME: name,
+                TAG_RAY_USER_NODE_TYPE: node_type,
+                TAG_RAY_NODE_NAME: node_id,
                 TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
             }
-            self._nodes[name] = {"tags": about | tags, "node": node}
+            self._nodes[node_id] = {"tags": default_tags | tags, "node": node}
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A cluster that was started. `folder` holds its token, its configuration and Ray's own files."""
+    """A started cluster. `folder` holds its token, its configuration and Ray's files."""
 
     folder: str
-    address: str  # http, of the dashboard and job server
-    gcs: str
+    address: str  # http://HOST:PORT of the dashboard and job server
+    gcs: str  # HOST:PORT of the GCS
 
     def environment(self) -> dict[str, str]:
-        """What a shell wants set so that raylava and `ray job` find the cluster and are let in."""
+        """Return the environment variables that let raylava and `ray job` find the cluster and authenticate."""
         return dict(zip(VARIABLES, (self.address, "token", f"{self.folder}/auth_token"), strict=True))
 
-    def answers(self) -> bool:
-        """Whether its job server does."""
+    def is_ready(self) -> bool:
+        """Return whether the job server accepts connections."""
         host, port = self.address.removeprefix("http://").split(":")
         with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
             return True
         return False
 
     def processes(self) -> Iterator[psutil.Process]:
-        """The cluster's processes, jobs included."""
+        """Yield the cluster's processes, including those of jobs."""
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.environ().get(_MARK) == self.folder:
+                if process.environ().get(_CLUSTER_FOLDER) == self.folder:
                     yield process
 
     def stop(self) -> None:
-        """Kill what was started and remove its folder. Nothing else on the machine is touched."""
-        for _ in range(10):  # a process may be starting another while we look
-            found = list(self.processes())
-            for process in found:
+        """Kill the cluster's processes, and no others, and remove its folder."""
+        for _ in range(_KILL_ATTEMPTS):  # a process may start another one between listing and killing
+            processes = list(self.processes())
+            for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(found, timeout=10)
-            if not found:
+            psutil.wait_procs(processes, timeout=10)
+            if not processes:
                 break
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def start(config: Path) -> LocalCluster:
-    """A cluster as the file describes it; returns once its job server answers.
+    """Start the cluster that a configuration file describes, and return it once its job server answers.
 
-    Raises UserError for a file that is none, RunError when it does not start.
+    Raises UserError if the file is invalid, RunError if the cluster does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="raylava-"))  # short: sockets lie below it
+    folder = Path(tempfile.mkdtemp(prefix="raylava-"))  # a short path, since it contains Unix sockets
     gcs_port, dashboard_port, client_port = free_ports(3)
-    laptop = LocalCluster(str(folder), f"http://127.0.0.1:{dashboard_port}", f"{get_node_ip_address()}:{gcs_port}")
-    described = _completed(config, laptop)
-    (folder / "cluster.json").write_text(json.dumps(described))
+    cluster = LocalCluster(str(folder), f"http://127.0.0.1:{dashboard_port}", f"{get_node_ip_address()}:{gcs_port}")
+    cluster_config = _complete_config(config, cluster)
+    (folder / "cluster.json").write_text(json.dumps(cluster_config))
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -162,122 +163,124 @@ def start(config: Path) -> LocalCluster:
         *(f"--port={gcs_port}", f"--temp-dir={folder}/ray"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--dashboard-agent-listen-port=0"),
         *("--num-cpus=0", f"--ray-client-server-port={client_port}", "--min-worker-port=0", "--max-worker-port=0"),
-        *(f"--labels={_labels(described)}", f"--autoscaling-config={folder}/cluster.json"),
+        *(f"--labels={_head_labels(cluster_config)}", f"--autoscaling-config={folder}/cluster.json"),
     ]
     try:
-        started = subprocess.run(command, env=_environment(laptop), capture_output=True, text=True)
-        (folder / "start.log").write_text(started.stdout + started.stderr)
-        if started.returncode != 0:
-            told = (started.stderr.strip() or started.stdout.strip()).splitlines()[-1:]
-            raise RunError(f"the laptop cluster did not start: {' '.join(told)}")
-        _await(laptop)
-    except BaseException:  # Ctrl-C too: nobody else would know of it
-        laptop.stop()
+        ray_start = subprocess.run(command, env=_process_environment(cluster), capture_output=True, text=True)
+        (folder / "start.log").write_text(ray_start.stdout + ray_start.stderr)
+        if ray_start.returncode != 0:
+            last_line = (ray_start.stderr.strip() or ray_start.stdout.strip()).splitlines()[-1:]
+            raise RunError(f"the local cluster did not start: {' '.join(last_line)}")
+        _wait_until_ready(cluster)
+    except BaseException:  # also KeyboardInterrupt: the caller has no handle yet to stop the cluster
+        cluster.stop()
         raise
-    return laptop
+    return cluster
 
 
-def _environment(laptop: LocalCluster) -> dict[str, str]:
-    """This process's, without what would lead the new cluster's processes to another one."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
-    kept["PATH"] = f"{Path(sys.executable).parent}:{kept.get('PATH', '')}"  # jobs say `python`
+def _process_environment(cluster: LocalCluster) -> dict[str, str]:
+    """Return this process's environment for the cluster's processes, without references to another cluster."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+    inherited["PATH"] = f"{Path(sys.executable).parent}:{inherited.get('PATH', '')}"  # jobs run `python`
     return (
-        kept
-        | laptop.environment()
+        inherited
+        | cluster.environment()
         | {
-            _MARK: laptop.folder,
+            _CLUSTER_FOLDER: cluster.folder,
             NODE_ROLES: "1",
-            CLUSTER_FILE: f"{laptop.folder}/cluster.json",
+            CLUSTER_FILE: f"{cluster.folder}/cluster.json",
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # a node is a process here: there in seconds, or lost
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # nodes are processes, which start in seconds
         }
     )
 
 
-def _completed(config: Path, laptop: LocalCluster) -> dict[str, Any]:
+def _complete_config(config: Path, cluster: LocalCluster) -> dict[str, Any]:
+    """Return the configuration in the file, completed with the provider and defaults that `ray start` requires."""
     try:
-        described = yaml.safe_load(config.read_text())
-        types = dict(described["available_node_types"])
-        head = types.pop(described["head_node_type"])
+        file_config = yaml.safe_load(config.read_text())
+        types = dict(file_config["available_node_types"])
+        head = types.pop(file_config["head_node_type"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{config}: not a cluster's file: {type(error).__name__} {error}") from error
+        raise UserError(f"{config}: not a valid cluster file: {type(error).__name__} {error}") from error
     head["resources"].setdefault("memory", psutil.virtual_memory().total // 4)
-    provider = {
+    types[FAKE_HEAD_NODE_TYPE] = head  # Ray's provider expects this name for the head
+    defaults: dict[str, Any] = {key: [] for key in _COMMANDS} | {"file_mounts": {}, "auth": {}}  # unused by processes
+    completed: dict[str, Any] = (
+        defaults
+        | file_config
+        | {"provider": _provider(cluster), "available_node_types": types, "head_node_type": FAKE_HEAD_NODE_TYPE}
+    )
+    try:
+        validate_config(prepare_config(copy.deepcopy(completed)))
+    except Exception as error:  # jsonschema.ValidationError, ValueError, KeyError and others
+        raise UserError(f"{config}: {first_line(error)}") from error
+    return completed
+
+
+def _provider(cluster: LocalCluster) -> dict[str, Any]:
+    return {
         "type": "external",
-        "module": f"{Provider.__module__}.{Provider.__qualname__}",
+        "module": f"{LocalNodeProvider.__module__}.{LocalNodeProvider.__qualname__}",
         "use_node_id_as_ip": True,
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
         "launch_multiple": True,
         "head_node_id": FAKE_HEAD_NODE_ID,
-        "gcs_address": laptop.gcs,
+        "gcs_address": cluster.gcs,
     }
-    defaults: dict[str, Any] = {key: [] for key in _COMMANDS} | {
-        "file_mounts": {},
-        "auth": {},
-    }  # nodes that are processes want none
-    types[FAKE_HEAD_NODE_TYPE] = head  # Ray's provider knows the head by this name
-    completed: dict[str, Any] = (
-        defaults
-        | described
-        | {"provider": provider, "available_node_types": types, "head_node_type": FAKE_HEAD_NODE_TYPE}
-    )
-    try:
-        validate_config(prepare_config(copy.deepcopy(completed)))
-    except Exception as error:  # of many kinds: jsonschema's, ValueError, KeyError
-        raise UserError(f"{config}: {first_line(error)}") from error
-    return completed
 
 
-def _labels(described: dict[str, Any]) -> str:
-    labels = described["available_node_types"][described["head_node_type"]].get("labels", {})
+def _head_labels(cluster_config: dict[str, Any]) -> str:
+    labels = cluster_config["available_node_types"][cluster_config["head_node_type"]].get("labels", {})
     return ",".join(f"{key}={value}" for key, value in labels.items())
 
 
-def _await(laptop: LocalCluster) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while not laptop.answers():
+def _wait_until_ready(cluster: LocalCluster) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not cluster.is_ready():
         if time.monotonic() > deadline:
-            raise RunError(f"the laptop cluster's job server did not answer at {laptop.address}")
+            raise RunError(f"the job server of the local cluster did not answer at {cluster.address}")
         time.sleep(0.2)
 
 
 def up(config: Path) -> LocalCluster:
-    """The laptop cluster that runs, or a new one in place of one that is dead."""
-    laptop = _last()
-    if laptop is not None and laptop.answers():
-        return laptop
+    """Return the running local cluster, or start one after removing the remains of a dead one."""
+    cluster = _recorded_cluster()
+    if cluster is not None and cluster.is_ready():
+        return cluster
     down()
-    return _kept(start(config))
+    cluster = start(config)
+    _record(cluster)
+    return cluster
 
 
 def down() -> bool:
-    """Stop what is left of the laptop cluster; False when nothing is."""
-    laptop = _last()
-    found = laptop is not None and any(laptop.processes())
-    if laptop is not None:
-        laptop.stop()
-    _file().unlink(missing_ok=True)
-    return found
+    """Stop the local cluster; return False if none of its processes was running."""
+    cluster = _recorded_cluster()
+    was_running = cluster is not None and any(cluster.processes())
+    if cluster is not None:
+        cluster.stop()
+    _record_file().unlink(missing_ok=True)
+    return was_running
 
 
-def _last() -> LocalCluster | None:
-    """The one that `up` started, alive or not."""
+def _recorded_cluster() -> LocalCluster | None:
+    """Return the cluster that `up` started last, whether or not it still runs, or None."""
     try:
-        return LocalCluster(**json.loads(_file().read_text()))
+        return LocalCluster(**json.loads(_record_file().read_text()))
     except FileNotFoundError:
         return None
 
 
-def _kept(laptop: LocalCluster) -> LocalCluster:
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    _file().write_text(json.dumps(asdict(laptop)))
-    return laptop
+def _record(cluster: LocalCluster) -> None:
+    _record_file().parent.mkdir(parents=True, exist_ok=True)
+    _record_file().write_text(json.dumps(asdict(cluster)))
 
 
-def _file() -> Path:
-    return cache_folder() / "laptop.json"
+def _record_file() -> Path:
+    return cache_folder() / "local_cluster.json"

@@ -1,6 +1,6 @@
-"""What a recipe wants of a cluster, and whether the cluster has it, will have it, or never can: pure.
+"""The resources that a recipe requests of a cluster, and whether they fit now, after autoscaling, or never.
 
-Nothing here asks Ray; nodes.py tells what there is. Memory, time and money are not counted here.
+Pure: nodes.py supplies the cluster's capacity. Memory, time and price are not considered here.
 """
 
 import math
@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raylava.cluster.nodes import NodeType
-from raylava.cluster.roles import PREPARE, TRAIN, labels_for, matches
+from raylava.cluster.roles import PREPARE, TRAIN, matches_selector, node_labels_for
 from raylava.config.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What stages want at once: `workers` bundles (at least `at_least` of them), each on one node with such labels."""
+    """The simultaneous request of some stages: `workers` bundles, of which `min_workers` suffice to start.
+
+    Each bundle must fit on one node that matches the label selector `labels`.
+    """
 
     stages: tuple[str, ...]
     workers: int
@@ -24,7 +27,7 @@ class ResourceRequest:
 
     @property
     def description(self) -> str:
-        """2 × {CPU: 1, GPU: 1} on raylava.io/role=train"""
+        """The request as text, such as `2 × {CPU: 1, GPU: 1} on raylava.io/role=train`."""
         bundle = ", ".join(f"{name}: {amount:g}" for name, amount in self.bundle.items())
         labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
         return f"{self.workers} × {{{bundle}}}" + (f" on {labels}" if labels else "")
@@ -32,70 +35,87 @@ class ResourceRequest:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a need is met: bundles that fit on the nodes there are, and on those there may be (None: not known)."""
+    """How a cluster satisfies a request.
+
+    `fits_now` is the number of bundles that fit on live nodes, `fits_eventually` the number after autoscaling (None:
+    unknown), `nodes` the number of nodes for all workers on the node type that holds most bundles (None: no such node).
+    `reason` explains why the request can never be satisfied; it is empty otherwise.
+    """
 
     request: ResourceRequest
     fits_now: int
     fits_eventually: int | None
-    nodes: int | None  # of the type that holds most bundles, how many all workers take
-    reason: str = ""  # why it never can be met
+    nodes: int | None
+    reason: str = ""
 
     @property
     def is_impossible(self) -> bool:
-        """No node that lives or may be started will make the stage begin."""
+        """Whether neither live nodes nor nodes that may be started let the stages begin."""
         return bool(self.reason)
 
 
 def resource_requests(recipe: Recipe, roles: bool) -> list[ResourceRequest]:
-    """What the recipe's stages want. `roles` says whether the cluster's nodes carry raylava.io/role."""
+    """Return the requests of the recipe's stages. `roles` states whether nodes carry the label raylava.io/role."""
     resources = recipe.resources
     bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         bundle["GPU"] = resources.gpus_per_worker
-    at_least = resources.min_workers or resources.workers
-    trained = ("pretrain", "finetune") if recipe.pretrain.enabled else ("finetune",)
-    train_node_labels = labels_for(TRAIN, resources, roles)
-    found = [
-        ResourceRequest(("prepare",), 1, 1, {"CPU": 1}, labels_for(PREPARE, resources, roles)),
-        ResourceRequest(trained, resources.workers, at_least, bundle, train_node_labels),
+    min_workers = resources.min_workers or resources.workers
+    training_stages = ("pretrain", "finetune") if recipe.pretrain.enabled else ("finetune",)
+    train_labels = node_labels_for(TRAIN, resources, roles)
+    requests = [
+        ResourceRequest(("prepare",), 1, 1, {"CPU": 1}, node_labels_for(PREPARE, resources, roles)),
+        ResourceRequest(training_stages, resources.workers, min_workers, bundle, train_labels),
     ]
     if recipe.evaluate:
-        found.append(ResourceRequest(("evaluate",), resources.workers, 1, bundle, train_node_labels))
-    return found
+        requests.append(ResourceRequest(("evaluate",), resources.workers, 1, bundle, train_labels))
+    return requests
 
 
 def placements(
-    wanted: Sequence[ResourceRequest], there: Sequence[NodeType], types: Sequence[NodeType] | None
+    requests: Sequence[ResourceRequest], live: Sequence[NodeType], startable: Sequence[NodeType] | None
 ) -> list[Placement]:
-    """How each need is met by the nodes `there` are and the types that may be started (None: nobody knows)."""
-    return [_provision(need, there, types) for need in wanted]
+    """Return the placement of each request on the `live` nodes and the `startable` node types (None: unknown)."""
+    return [_place(request, live, startable) for request in requests]
 
 
-def _provision(need: ResourceRequest, there: Sequence[NodeType], types: Sequence[NodeType] | None) -> Placement:
-    now = _fitting(need, there)
-    later = None if types is None else max(now, _fitting(need, types))
-    best = max((_on_one(need, one) for one in [*there, *(types or [])] if matches(one.labels, need.labels)), default=0)
-    reason = (
-        "" if types is None or later is None or later >= need.min_workers else _reason(need, [*there, *types], later)
-    )
-    return Placement(need, now, later, math.ceil(need.workers / best) if best else None, reason)
+def _place(request: ResourceRequest, live: Sequence[NodeType], startable: Sequence[NodeType] | None) -> Placement:
+    fits_now = _count_bundles(request, live)
+    candidates = [*live, *(startable or [])]
+    per_node = [_bundles_per_node(request, node) for node in candidates if _matches(request, node)]
+    most_per_node = max(per_node, default=0)
+    nodes = math.ceil(request.workers / most_per_node) if most_per_node else None
+    if startable is None:
+        return Placement(request, fits_now, None, nodes)
+    fits_eventually = max(fits_now, _count_bundles(request, startable))
+    is_possible = fits_eventually >= request.min_workers
+    reason = "" if is_possible else _explain(request, candidates, fits_eventually)
+    return Placement(request, fits_now, fits_eventually, nodes, reason)
 
 
-def _fitting(need: ResourceRequest, types: Sequence[NodeType]) -> int:
-    return sum(one.count * _on_one(need, one) for one in types if matches(one.labels, need.labels))
+def _matches(request: ResourceRequest, node: NodeType) -> bool:
+    return matches_selector(node.labels, request.labels)
 
 
-def _on_one(need: ResourceRequest, node: NodeType) -> int:
-    """Bundles that an empty node holds."""
-    return min(int(node.resources.get(name, 0.0) // amount) for name, amount in need.bundle.items() if amount)
+def _count_bundles(request: ResourceRequest, types: Sequence[NodeType]) -> int:
+    return sum(node.count * _bundles_per_node(request, node) for node in types if _matches(request, node))
 
 
-def _reason(need: ResourceRequest, types: Sequence[NodeType], later: int) -> str:
-    labelled = [one for one in types if matches(one.labels, need.labels)]
-    if not labelled:
+def _bundles_per_node(request: ResourceRequest, node: NodeType) -> int:
+    """Return how many bundles of the request fit on an empty node."""
+    return min(int(node.resources.get(name, 0.0) // amount) for name, amount in request.bundle.items() if amount)
+
+
+def _explain(request: ResourceRequest, types: Sequence[NodeType], fits_eventually: int) -> str:
+    """Return why fewer than the minimum number of workers fit."""
+    matching = [node for node in types if _matches(request, node)]
+    if not matching:
         return "no node and no node type has these labels"
-    if later == 0:
-        largest = max(labelled, key=lambda one: one.resources.get("GPU", 0.0) + one.resources.get("CPU", 0.0) / 1000)
-        has = ", ".join(f"{name}: {largest.resources.get(name, 0.0):g}" for name in need.bundle)
-        return f"one worker does not fit on one node; the largest, {largest.name}, has {{{has}}}"
-    return f"at most {later} of at least {need.min_workers} workers fit; raise max_workers, or lower resources.workers"
+    if fits_eventually == 0:
+        largest = max(matching, key=lambda node: node.resources.get("GPU", 0.0) + node.resources.get("CPU", 0.0) / 1000)
+        capacity = ", ".join(f"{name}: {largest.resources.get(name, 0.0):g}" for name in request.bundle)
+        return f"one worker does not fit on one node; the largest, {largest.name}, has {{{capacity}}}"
+    return (
+        f"at most {fits_eventually} of at least {request.min_workers} workers fit; "
+        "raise max_workers, or lower resources.workers"
+    )

@@ -1,10 +1,11 @@
-"""A watcher beside Ray on each spot node: the cloud's notice that the node goes becomes a drain of the node.
+"""Preemption watcher for spot nodes: turns the cloud's preemption notice into a drain of the Ray node.
 
-Draining is Ray's affair: nothing new starts there, and Ray Train tells the workers to save. On Kubernetes the pod's
-SIGTERM does the same without this.
+Ray schedules nothing new on a draining node, and Ray Train asks the workers to save a checkpoint. On Kubernetes the
+SIGTERM of the pod has the same effect, without this watcher.
 
-The notices: AWS, instance metadata v2, `spot/instance-action` (404 until two minutes before); Google Cloud, metadata
-`instance/preempted` (FALSE until thirty seconds before).
+Sources of the notice: on AWS, `spot/instance-action` of the instance metadata service v2 (status 404 until two minutes
+before the interruption); on Google Cloud, `instance/preempted` of the metadata server (FALSE until thirty seconds
+before).
 """
 
 import json
@@ -23,167 +24,178 @@ from raylava.errors import RunError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 2.0
-_ANSWER_SECONDS = 2.0
-_PATIENCE_SECONDS = 60.0
-_TOKEN_SECONDS = 300
-_GCP_NOTICE_SECONDS = 30.0
-_AWS = "http://169.254.169.254"
-_GCP = "http://metadata.google.internal"
-_ENDPOINT = "RAYLAVA_METADATA"  # another address of the metadata, for tests and proxies
+_POLL_INTERVAL_S = 2.0
+_REQUEST_TIMEOUT_S = 2.0
+_DISCOVERY_TIMEOUT_S = 60.0
+_AWS_TOKEN_TTL_S = 300
+_GCP_NOTICE_S = 30.0
+_AWS_ENDPOINT = "http://169.254.169.254"
+_GCP_ENDPOINT = "http://metadata.google.internal"
+_ENDPOINT_VARIABLE = "RAYLAVA_METADATA"  # overrides the address of the metadata service, for tests and proxies
 
 
 @dataclass(frozen=True)
 class Notice:
-    """This node goes; `deadline` is in seconds since the epoch."""
+    """A notice that this node will be preempted at `deadline`, in seconds since the epoch."""
 
     reason: str
     deadline: float
 
 
-class Provider(Protocol):
-    """A cloud's metadata."""
+class MetadataService(Protocol):
+    """The instance metadata service of a cloud."""
 
-    def is_here(self) -> bool:
-        """Whether this machine is one of the cloud's."""
+    def is_available(self) -> bool:
+        """Return whether the service answers, that is, whether this machine belongs to the cloud."""
 
-    def notice(self) -> Notice | None:
-        """The notice, once there is one. Raises OSError while the metadata does not answer."""
+    def poll_notice(self) -> Notice | None:
+        """Return the preemption notice, or None if there is none yet. Raises OSError if the service does not answer."""
 
 
-class Aws:
-    """Instance metadata, version 2: a session token first."""
+class AwsMetadata:
+    """The instance metadata service of AWS, version 2, which requires a session token."""
 
-    def __init__(self, endpoint: str = _AWS) -> None:
+    def __init__(self, endpoint: str = _AWS_ENDPOINT) -> None:
         self._endpoint = endpoint
-        self._token, self._until = "", 0.0
+        self._token, self._renew_at = "", 0.0
 
-    def is_here(self) -> bool:
-        """See Provider."""
-        return _answers(self._session)
+    def is_available(self) -> bool:
+        """See MetadataService."""
+        return _answers(self._session_token)
 
-    def notice(self) -> Notice | None:
-        """See Provider."""
-        headers = {"X-aws-ec2-metadata-token": self._session()}
+    def poll_notice(self) -> Notice | None:
+        """See MetadataService."""
+        headers = {"X-aws-ec2-metadata-token": self._session_token()}
         try:
-            told = json.loads(_get(f"{self._endpoint}/latest/meta-data/spot/instance-action", headers))
+            instance_action = json.loads(_request(f"{self._endpoint}/latest/meta-data/spot/instance-action", headers))
         except HTTPError as error:
             if error.code == 404:
                 return None
             raise
-        deadline = datetime.strptime(told["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
-        return Notice(f"AWS will {told['action']} this spot instance", deadline)
+        deadline = datetime.strptime(instance_action["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+        return Notice(f"AWS will {instance_action['action']} this spot instance", deadline)
 
-    def _session(self) -> str:
-        if time.monotonic() > self._until:
-            seconds = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)}
-            self._token = _get(f"{self._endpoint}/latest/api/token", seconds, method="PUT")
-            self._until = time.monotonic() + _TOKEN_SECONDS / 2
+    def _session_token(self) -> str:
+        if time.monotonic() > self._renew_at:
+            headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(_AWS_TOKEN_TTL_S)}
+            self._token = _request(f"{self._endpoint}/latest/api/token", headers, method="PUT")
+            self._renew_at = time.monotonic() + _AWS_TOKEN_TTL_S / 2
         return self._token
 
 
-class Gcp:
-    """Google Cloud's metadata server."""
+class GcpMetadata:
+    """The metadata server of Google Cloud."""
 
-    def __init__(self, endpoint: str = _GCP) -> None:
+    def __init__(self, endpoint: str = _GCP_ENDPOINT) -> None:
         self._endpoint = endpoint
 
-    def is_here(self) -> bool:
-        """See Provider."""
-        return _answers(lambda: self._ask("instance/id"))
+    def is_available(self) -> bool:
+        """See MetadataService."""
+        return _answers(lambda: self._get("instance/id"))
 
-    def notice(self) -> Notice | None:
-        """See Provider."""
-        if self._ask("instance/preempted").strip().upper() != "TRUE":
+    def poll_notice(self) -> Notice | None:
+        """See MetadataService."""
+        if self._get("instance/preempted").strip().upper() != "TRUE":
             return None
-        return Notice("Google Cloud preempts this instance", time.time() + _GCP_NOTICE_SECONDS)
+        return Notice("Google Cloud preempts this instance", time.time() + _GCP_NOTICE_S)
 
-    def _ask(self, path: str) -> str:
-        return _get(f"{self._endpoint}/computeMetadata/v1/{path}", {"Metadata-Flavor": "Google"})
-
-
-def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
-    with urlopen(Request(url, headers=headers, method=method), timeout=_ANSWER_SECONDS) as answer:
-        return str(answer.read().decode())
+    def _get(self, path: str) -> str:
+        return _request(f"{self._endpoint}/computeMetadata/v1/{path}", {"Metadata-Flavor": "Google"})
 
 
-def _answers(ask: Callable[[], object]) -> bool:
+def _request(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    with urlopen(Request(url, headers=headers, method=method), timeout=_REQUEST_TIMEOUT_S) as response:
+        return str(response.read().decode())
+
+
+def _answers(request: Callable[[], object]) -> bool:
     try:
-        ask()
+        request()
     except (OSError, HTTPException):
         return False
     return True
 
 
-def find_provider(patience_seconds: float = _PATIENCE_SECONDS) -> Provider:
-    """The cloud that this machine is of; a machine that starts may not have its metadata yet.
+def find_metadata_service(timeout_s: float = _DISCOVERY_TIMEOUT_S) -> MetadataService:
+    """Return the metadata service of the cloud that this machine belongs to.
 
-    Raises UserError on a machine of neither, after a while.
+    Retries, since the service of a booting machine may not answer yet. Raises UserError if none answers in
+    `timeout_s` seconds.
     """
-    endpoint = os.environ.get(_ENDPOINT)
-    found: list[Provider] = [Aws(endpoint), Gcp(endpoint)] if endpoint else [Aws(), Gcp()]
-    deadline = time.monotonic() + patience_seconds
+    endpoint = os.environ.get(_ENDPOINT_VARIABLE)
+    services: list[MetadataService] = (
+        [AwsMetadata(endpoint), GcpMetadata(endpoint)] if endpoint else [AwsMetadata(), GcpMetadata()]
+    )
+    deadline = time.monotonic() + timeout_s
     while True:
-        for provider in found:
-            if provider.is_here():
-                return provider
+        for service in services:
+            if service.is_available():
+                return service
         if time.monotonic() > deadline:
             break
-        time.sleep(_POLL_SECONDS)
-    raise UserError("watch-spot: neither AWS's nor Google Cloud's instance metadata answers here; run it on a node")
+        time.sleep(_POLL_INTERVAL_S)
+    raise UserError(
+        "preemption-watcher: neither the AWS nor the Google Cloud instance metadata service answers; "
+        "run this command on a cluster node"
+    )
 
 
-def watch(provider: Provider, drain: Callable[[Notice], None], poll_seconds: float = _POLL_SECONDS) -> Notice:
-    """Wait for the notice, drain the node, return the notice.
+def watch_for_preemption(
+    service: MetadataService, drain: Callable[[Notice], None], poll_interval_s: float = _POLL_INTERVAL_S
+) -> Notice:
+    """Wait for the preemption notice, drain the node and return the notice.
 
-    Metadata that does not answer is asked again; a drain that fails is tried again until the node is gone.
+    Polls again if the metadata service does not answer, and retries a failed drain until the notice's deadline.
     """
     while True:
         try:
-            notice = provider.notice()
+            notice = service.poll_notice()
         except (OSError, HTTPException, ValueError, KeyError) as error:
-            logger.warning("the instance metadata does not answer: %s", error)
+            logger.warning("the instance metadata service does not answer, polling again: %s", error)
             notice = None
         if notice is not None:
-            logger.warning("%s in %.0f s; draining it", notice.reason, notice.deadline - time.time())
-            if _drained(drain, notice):
+            seconds_left = notice.deadline - time.time()
+            logger.warning("preemption notice received: %s in %.0f s; draining the node", notice.reason, seconds_left)
+            if _try_drain(drain, notice):
                 return notice
-        time.sleep(poll_seconds)
+        time.sleep(poll_interval_s)
 
 
-def _drained(drain: Callable[[Notice], None], notice: Notice) -> bool:
+def _try_drain(drain: Callable[[Notice], None], notice: Notice) -> bool:
+    """Return whether the drain succeeded. Raises the drain's error once the deadline has passed."""
     try:
         drain(notice)
-    except Exception as error:  # of Ray's many kinds; once the deadline is past there is nothing more to try
+    except Exception as error:  # Ray raises many types here
         if time.time() > notice.deadline:
             raise
-        logger.warning("the node could not be drained, will be tried again: %s", first_line(error))
+        logger.warning("draining the node failed, trying again: %s", first_line(error))
         return False
     return True
 
 
 def drain_node(address: str, node_id: str | None, notice: Notice) -> None:
-    """Have Ray drain a node (this machine's, by its address, where no id is given) before the deadline.
+    """Request that Ray drain a node before the notice's deadline.
 
-    Raises RunError when Ray knows no such node or refuses.
+    `address` is HOST:PORT of the GCS. `node_id` defaults to the live node at this machine's address. Raises RunError if
+    Ray does not know the node or rejects the request.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-    client = GcsClient(address=address)  # what `ray drain-node` does: Ray has no public call for it
-    wanted = node_id or _node_here(client)
+    client = GcsClient(address=address)  # the same call as `ray drain-node`; Ray offers no public function
+    target = node_id or _local_node_id(client)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, refusal = client.drain_node(wanted, reason, notice.reason, int(1000 * notice.deadline))
+    accepted, rejection = client.drain_node(target, reason, notice.reason, int(1000 * notice.deadline))
     if not accepted:
-        raise RunError(f"Ray does not drain node {wanted}: {refusal}")
+        raise RunError(f"Ray rejected the drain of node {target}: {rejection}")
 
 
-def _node_here(client: object) -> str:
+def _local_node_id(client: object) -> str:
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
     from ray.util import get_node_ip_address
 
-    here = get_node_ip_address()
+    address = get_node_ip_address()
     for node_id, node in client.get_all_node_info().items():  # type: ignore[attr-defined]
-        if node.state == GcsNodeInfo.ALIVE and node.node_manager_address == here:
+        if node.state == GcsNodeInfo.ALIVE and node.node_manager_address == address:
             return str(node_id.hex())
-    raise RunError(f"Ray has no live node at {here}")
+    raise RunError(f"Ray has no live node at {address}")

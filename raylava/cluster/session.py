@@ -1,6 +1,7 @@
-"""Join the Ray cluster that is there, or start one on this machine for the length of a command.
+"""Connect to a running Ray cluster, or start a local one for the duration of a command.
 
-Started here, its dashboard stays on loopback and its token authentication on; what Ray writes goes to its own folder.
+A local cluster keeps its dashboard on the loopback interface, leaves token authentication enabled and writes to Ray's
+temporary folder.
 """
 
 import logging
@@ -20,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def ray_session(resources: Resources) -> Iterator[None]:
-    """Ray for the length of a `with`: RAY_ADDRESS names a cluster to join, else this machine becomes one.
+    """Provide Ray inside a `with` block: join the cluster of RAY_ADDRESS if it is set, else start a local cluster.
 
-    On this machine Ray is told of at least the CPUs that the recipe's workers ask for: a laptop with fewer shares them.
+    A local cluster declares at least the CPUs that the recipe's workers request; a machine with fewer oversubscribes.
+    Does nothing if Ray is initialized already.
     """
     if ray.is_initialized():
         yield
@@ -31,27 +33,27 @@ def ray_session(resources: Resources) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        _start(max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
+        _start_local_cluster(max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start(cpus: int) -> None:
-    """A cluster of this machine alone.
+def _start_local_cluster(cpus: int) -> None:
+    """Start a single-node cluster and pass its API address to all of its processes.
 
-    Its workers must be told where its API is: else Ray's own helpers ask the cluster that was last started here, take
-    Train's controller for dead when that one has never heard of it, and remove the placement group of a running stage;
-    or, when that one was killed, wait ten seconds for it at the end of every stage.
+    Without the address, Ray's helpers query the cluster that was last started on this machine. If that cluster does
+    not know Train's controller, they consider the controller dead and remove the placement group of a running stage;
+    if it was killed, they wait ten seconds for it at the end of every stage.
     """
     (port,) = free_ports(1)
-    name = "RAY_API_SERVER_ADDRESS"
-    before = os.environ.get(name)
-    os.environ[name] = f"http://127.0.0.1:{port}"  # all of Ray's processes inherit it
+    variable = "RAY_API_SERVER_ADDRESS"
+    previous = os.environ.get(variable)
+    os.environ[variable] = f"http://127.0.0.1:{port}"  # inherited by all of Ray's processes
     try:
         ray.init(
-            "local",  # without it, Ray joins whatever cluster was last started here, even one that was killed
+            "local",  # otherwise Ray joins the cluster that was last started here, even if it was killed
             num_cpus=cpus,
             dashboard_host="127.0.0.1",
             dashboard_port=port,
@@ -59,14 +61,14 @@ def _start(cpus: int) -> None:
             logging_level=logging.ERROR,
         )
     finally:
-        if before is None:
-            del os.environ[name]
+        if previous is None:
+            del os.environ[variable]
         else:
-            os.environ[name] = before
+            os.environ[variable] = previous
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports of this machine that nobody listens on, all of them different."""
+    """Return `count` distinct TCP ports that are free on the loopback interface."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -74,43 +76,46 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def here() -> NodeAffinitySchedulingStrategy:
-    """The driver's own node: what watches a run must not go with the nodes that come and go."""
+def on_driver_node() -> NodeAffinitySchedulingStrategy:
+    """Return a strategy that pins an actor to the driver's node, which outlives the autoscaled worker nodes."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def silence_ray_logs() -> None:
-    """Ray Data's own progress bars would fight with ours. Both calls must come before datasets are made."""
+    """Disable the progress bars and log output of Ray Data and Ray Train, which would interfere with the console.
+
+    Must be called before any dataset is created.
+    """
     import ray.data
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.memory_usage_poll_interval_s = None  # walks the page tables of a busy worker every second
+    context.memory_usage_poll_interval_s = None  # polling walks the page tables of a busy worker every second
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
-def told(error: Exception) -> str:
-    """A task's error as a line for its result; the traceback stays in this worker's log.
+def error_summary(error: Exception) -> str:
+    """Return a task's error as one line, to be stored in its result, and log the traceback on the worker.
 
-    Returned and not raised: Ray Data wraps what is raised so that its first line no longer says what happened.
+    Tasks return the line instead of raising: Ray Data wraps exceptions so that their first line loses the cause.
     """
     logger.error("a task failed", exc_info=error)
     return first_line(error)
 
 
 @ray.remote(num_cpus=0)
-class Progress:
-    """How far remote work is: workers add to it, the driver asks it now and then."""
+class ProgressCounter:
+    """Actor that counts the units of work done by remote tasks; the driver polls it."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def add(self, units: int) -> None:
-        """So many more units are done."""
+        """Add `units` completed units."""
         self._count += units
 
     def count(self) -> int:
-        """Units done."""
+        """Return the number of completed units."""
         return self._count

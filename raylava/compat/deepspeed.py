@@ -1,6 +1,7 @@
-"""DeepSpeed's checkpoint files, written behind training's back: the step waits for the copy to the host, no longer.
+"""DeepSpeed's checkpoint engine, replaced by one that writes files in the background, and its op registry.
 
-DeepSpeed hands each file's content to its checkpoint engine; this one copies the tensors and lets a thread write.
+DeepSpeed passes the content of each checkpoint file to its checkpoint engine. This one copies the tensors to host
+memory and writes the file from a thread, so that a training step waits for the copy only.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,10 +13,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 
 
 class BackgroundWriter(CheckpointEngine):
-    """A checkpoint engine whose `save` returns as soon as the content is in host memory of its own.
+    """A checkpoint engine whose `save` returns as soon as the content has been copied to host memory.
 
-    Of a module's weights it keeps those named in `trained`. DeepSpeed leaves frozen weights out too, but not a frozen
-    embedding under its second name, the output layer's: a gigabyte of Gemma in every connector's checkpoint.
+    Of a module's weights it saves those named in `trained`. DeepSpeed leaves out frozen weights too, but not a frozen
+    embedding under its second name, the output layer: a gigabyte of Gemma in every connector checkpoint.
     """
 
     def __init__(self, trained: Collection[str]) -> None:
@@ -23,44 +24,54 @@ class BackgroundWriter(CheckpointEngine):
         self.name = "raylava"
         self._trained = trained
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
-        self._writing: list[Future[None]] = []
+        self._pending: list[Future[None]] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """Nothing to prepare."""
+        """Do nothing; part of DeepSpeed's interface."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Copy now, write soon."""
+        """Copy the content to host memory and schedule the write."""
         if isinstance(state_dict.get("module"), Mapping):
             weights = state_dict["module"].items()
             state_dict = {**state_dict, "module": {name: value for name, value in weights if name in self._trained}}
-        self._writing.append(self._thread.submit(torch.save, _copied(state_dict), path))
+        self._pending.append(self._thread.submit(torch.save, _copy_to_host(state_dict), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """A file that a run of this recipe wrote to its own storage (DeepSpeed's files are pickles)."""
+        """Load a file that this recipe's own run wrote to its storage (DeepSpeed's files are pickles)."""
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """What makes a checkpoint count is the upload of all ranks' files, later."""
+        """Return True; a checkpoint becomes valid later, when the files of all ranks are uploaded."""
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        """Copies share nothing, so DeepSpeed need not copy first."""
+        """Return False: the copies do not share storage, so DeepSpeed need not copy first."""
         return False
 
     def wait(self) -> None:
-        """Return when all is written. Raises what a write raised."""
-        writing, self._writing = self._writing, []
-        for one in writing:
-            one.result()
+        """Wait until every scheduled file is written. Raises the exception of a failed write."""
+        pending, self._pending = self._pending, []
+        for write in pending:
+            write.result()
 
 
-def _copied(value: Any) -> Any:
+def disable_shm_comm_op() -> None:
+    """Prevent DeepSpeed from compiling its shared-memory kernel on CPUs.
+
+    Only inference calls it, and compiling takes half a minute and a C++ compiler.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _copy_to_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return type(value)((key, _copied(inner)) for key, inner in value.items())  # type: ignore[call-arg]
+        return type(value)((key, _copy_to_host(item)) for key, item in value.items())  # type: ignore[call-arg]
     if isinstance(value, list):
-        return [_copied(inner) for inner in value]
+        return [_copy_to_host(item) for item in value]
     if type(value) is tuple:
-        return tuple(_copied(inner) for inner in value)
+        return tuple(_copy_to_host(item) for item in value)
     return value

@@ -1,4 +1,7 @@
-"""A recipe's file: YAML with parents (`extends:`) and `key=value` overrides in, a Recipe or a one-line mistake out."""
+"""Read a recipe from YAML: parents (`extends:`) first, `key=value` overrides last, then validate.
+
+Every mistake is reported as a UserError of one line that names the key, the value and the fix.
+"""
 
 import difflib
 import types
@@ -12,68 +15,98 @@ from pydantic import ValidationError
 from raylava.config.recipe import ConfigModel, Recipe
 from raylava.errors import UserError
 
+# Keys of recipes written before the keys were standardized (old → new), by their last part.
+RENAMED_KEYS = {
+    "global_batch": "global_batch_size",
+    "warmup": "warmup_ratio",
+    "clip_norm": "max_grad_norm",
+    "schedule": "lr_schedule",
+    "epsilon": "eps",
+    "attention": "attn_implementation",
+    "pack_tokens": "max_tokens_per_pack",
+    "shuffle_gb": "shuffle_window_gb",
+    "stop_after_skipped": "max_consecutive_skips",
+    "checkpoints": "checkpoint",
+    "every_steps": "interval_steps",
+    "every_minutes": "interval_minutes",
+    "keep": "keep_latest",
+    "retry_minutes": "upload_timeout_minutes",
+    "fit": "image_aspect",
+    "too_long": "on_overlong",
+    "limit": "max_rows",
+    "weight": "sampling_weight",
+    "rows_per_block": "samples_per_block",
+    "store": "image_encoding",
+    "kind": "benchmark",
+    "score": "metric",
+    "suffix": "prompt_suffix",
+    "train_on": "train_node_labels",
+    "prepare_on": "prepare_node_labels",
+}
+RENAMED_VALUES = {"blank_pictures": "blank_images", "trim": "truncate_exchanges", "own": "custom"}
+
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML file, its parents (`extends:`) first, `key=value` overrides last.
+    """Load the recipe in a YAML file, with its parents and `key=value` overrides applied.
 
     Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
     """
     data = read_recipe(path)
     for override in overrides or []:
-        override_key(data, override)
-    return validate(data, where=path)
+        apply_override(data, override)
+    return validate(data, source=path)
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The plain mapping in a YAML file over those of its parents. Raises UserError as `load_recipe` does."""
-    return _read_with_parents(Path(path), seen=())
+    """Read a recipe file merged over its parents, without validation. Raises UserError like `load_recipe`."""
+    return _read_with_parents(Path(path), visited=())
 
 
-def validate(data: dict[str, Any], where: str) -> Recipe:
-    """The recipe in a plain mapping. Raises UserError that names the key, the value and the fix."""
+def validate(data: dict[str, Any], source: str) -> Recipe:
+    """Validate a plain mapping as a recipe. Raises UserError that names the source, the key, the value and the fix."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {explained(error, Recipe)}") from error
+        raise UserError(f"{source}: {describe_error(error, Recipe)}") from error
 
 
-def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_parents(path: Path, visited: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
-    if resolved in seen:
-        raise UserError(f"{path}: extends itself through {seen[-1].name}; remove one `extends:`")
+    if resolved in visited:
+        raise UserError(f"{path}: extends itself through {visited[-1].name}; remove one `extends:`")
     data = read_mapping(path, "recipe")
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    return _merged(_read_with_parents(path.parent / str(parent), (*seen, resolved)), data)
+    return _merge(_read_with_parents(path.parent / str(parent), (*visited, resolved)), data)
 
 
-def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file that should be a `what`. Raises UserError, in one line, when it is none."""
+def read_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """Read the mapping in a YAML file; `expected` (recipe, sweep) names it in messages. Raises UserError."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: cannot read the {what} ({error.strerror}); see jobs/recipes/ for the shipped ones"
+            f"{path}: cannot read the {expected} ({error.strerror}); see jobs/recipes/ for the shipped ones"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a {what} is a mapping of keys to values, this is a {type(data).__name__}")
+        raise UserError(f"{path}: a {expected} is a mapping of keys to values, this is a {type(data).__name__}")
     return data
 
 
-def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else in the child replaces the parent's."""
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings key by key; any other value of the child replaces the parent's."""
     merged = dict(parent)
     for key, value in child.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
     return merged
 
 
-def override_key(data: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; the value is YAML. Raises UserError for what is not of that form."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply `a.b.c=value` in place; the value is YAML. Raises UserError for an override of another form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
@@ -81,23 +114,26 @@ def override_key(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
-    put(data, key, value)
+    set_key(data, key, value)
 
 
-def put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set the key `a.b.c` of a plain mapping in place; a number in it is a position in a list.
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted key `a.b.c` of nested mappings in place; a number in it is a list index.
 
     Raises UserError where the key leads through a value or past the end of a list.
     """
-    *path, last = key.split(".")
+    *parents, last = key.split(".")
     target: Any = data
-    for depth, part in enumerate(path):
-        target = _enter(target, part, ".".join(path[: depth + 1]))
-    _put(target, last, _number_or_same(value), key)
+    for depth, part in enumerate(parents):
+        target = _descend(target, part, ".".join(parents[: depth + 1]))
+    if isinstance(target, list):
+        target[_list_index(target, last, key)] = _parse_number(value)
+    else:
+        target[last] = _parse_number(value)
 
 
-def _number_or_same(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string; people mean the number."""
+def _parse_number(value: Any) -> Any:
+    """Convert numbers such as 1e-5, which YAML 1.1 reads as strings."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -106,67 +142,71 @@ def _number_or_same(value: Any) -> Any:
     return value
 
 
-def _enter(target: Any, part: str, key: str) -> Any:
+def _descend(target: Any, part: str, key: str) -> Any:
     if isinstance(target, list):
-        return target[_position(target, part, key)]
+        return target[_list_index(target, part, key)]
     if target.get(part) is None:
         target[part] = {}
-    inner = target[part]
-    if not isinstance(inner, dict | list):
-        raise UserError(f"{key} is a value ({inner!r}), it has no keys below it")
-    return inner
+    child = target[part]
+    if not isinstance(child, dict | list):
+        raise UserError(f"{key} is a value ({child!r}), it has no keys below it")
+    return child
 
 
-def _put(target: Any, part: str, value: Any, key: str) -> None:
-    if isinstance(target, list):
-        target[_position(target, part, key)] = value
-    else:
-        target[part] = value
-
-
-def _position(target: list[Any], part: str, key: str) -> int:
+def _list_index(target: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
-        raise UserError(f"{key}: {part!r} is not a position in a list of {len(target)}; count from 0")
+        raise UserError(f"{key}: {part!r} is not an index into a list of {len(target)}; indices start at 0")
     return int(part)
 
 
-def explained(error: ValidationError, section: type[ConfigModel]) -> str:
-    """The first mistake in what should have been a `section`, in one line; the number of further ones, if any."""
+def describe_error(error: ValidationError, config: type[ConfigModel]) -> str:
+    """Describe the first validation error of a `config` in one line, and count the others."""
     details = error.errors()
     problem = details[0]
     key = ".".join(str(part) for part in problem["loc"])
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(problem['loc'], section)}{more}"
+        return f"unknown key {key!r}{_suggest_key(problem['loc'], config)}{more}"
     if problem["type"] == "missing":
         return f"{key} is missing; add it to the file or give {key}=…{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
-    return f"{key}{shown}: {message}{more}" if key else f"{message}{more}"
+    replacement = RENAMED_VALUES.get(problem["input"]) if isinstance(problem["input"], str) else None
+    if replacement and problem["type"] == "literal_error":
+        message = f"was renamed to {replacement!r}"
+    value = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
+    return f"{key}{value}: {message}{more}" if key else f"{message}{more}"
 
 
-def _nearest(location: tuple[int | str, ...], whole: type[ConfigModel]) -> str:
+def _suggest_key(location: tuple[int | str, ...], config: type[ConfigModel]) -> str:
+    """Suggest the new name of a renamed key, else the most similar key, else list the keys of the section."""
     known = [
-        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(whole, ()) for name in section.model_fields
+        f"{'.'.join((*prefix, name))}" for prefix, section in _sections(config, ()) for name in section.model_fields
     ]
-    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
-    here, _, last = wanted.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == here]
-    by_name = {key.rpartition(".")[2]: key for key in siblings}
-    close = difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)
-    match = by_name[close[0]] if close else next(iter(difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)), None)
-    return f"; did you mean {match!r}?" if match else f"; known here: {', '.join(by_name)}"
+    unknown = ".".join(str(part) for part in location if not isinstance(part, int))
+    parent, _, last = unknown.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    if RENAMED_KEYS.get(last) in siblings:
+        return f"; it was renamed to {siblings[RENAMED_KEYS[last]]!r}"
+    similar = difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)
+    match = (
+        siblings[similar[0]]
+        if similar
+        else next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)), None)
+    )
+    return f"; did you mean {match!r}?" if match else f"; choose one of: {', '.join(siblings)}"
 
 
-def _sections(section: type[ConfigModel], prefix: tuple[str, ...]) -> list[tuple[tuple[str, ...], type[ConfigModel]]]:
-    found = [(prefix, section)]
-    for name, info in section.model_fields.items():
-        for inner in _inner_sections(info.annotation):
-            found += _sections(inner, (*prefix, name))
-    return found
+def _sections(config: type[ConfigModel], prefix: tuple[str, ...]) -> list[tuple[tuple[str, ...], type[ConfigModel]]]:
+    """List a config class and all sections below it with their key prefixes."""
+    sections = [(prefix, config)]
+    for name, info in config.model_fields.items():
+        for section in nested_sections(info.annotation):
+            sections += _sections(section, (*prefix, name))
+    return sections
 
 
-def _inner_sections(annotation: Any) -> list[type[ConfigModel]]:
+def nested_sections(annotation: Any) -> list[type[ConfigModel]]:
+    """List the config classes in a field's type annotation."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, ConfigModel) else []
-    return [inner for argument in typing.get_args(annotation) for inner in _inner_sections(argument)]
+    return [section for argument in typing.get_args(annotation) for section in nested_sections(argument)]

@@ -1,7 +1,7 @@
-"""The recipe: everything that decides a result, as one typed object. recipe_file.py reads it from YAML.
+"""The recipe: every setting that determines a result, as one typed object. load.py reads it from YAML.
 
-Settings marked with `scale()` decide only how a result is reached (packs, ZeRO stage, workers, places); they never
-enter a fingerprint. Nothing here touches weights, network or cluster.
+Settings declared with `not_fingerprinted()` affect only how a result is computed (pack size, ZeRO stage, workers,
+storage locations) and never enter a fingerprint. Nothing here reads weights, the network or a cluster.
 """
 
 import importlib.util
@@ -10,39 +10,42 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+StageName = Literal["pretrain", "finetune"]  # the two training stages
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def scale(default: Any, **constraints: Any) -> Any:
-    """A setting that never decides the result, only how it is reached: left out of fingerprints."""
-    return Field(default, json_schema_extra={"decides": False}, **constraints)
+def not_fingerprinted(default: Any, **constraints: Any) -> Any:
+    """Declare a setting that cannot change the result and is therefore left out of fingerprints."""
+    return Field(default, json_schema_extra={"fingerprinted": False}, **constraints)
 
 
-def _decides(info: FieldInfo) -> bool:
+def is_fingerprinted(info: FieldInfo) -> bool:
+    """Return whether a field takes part in fingerprints."""
     extra = info.json_schema_extra
-    return not isinstance(extra, dict) or extra.get("decides") is not False
+    return not isinstance(extra, dict) or extra.get("fingerprinted") is not False
 
 
 class ConfigModel(BaseModel):
-    """A part of a recipe: immutable, and refusing keys it does not know."""
+    """Base class of all config sections: immutable, and refusing unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """The settings that decide the result, JSON-able, for a fingerprint."""
-        return {key: _content(getattr(self, key)) for key, info in type(self).model_fields.items() if _decides(info)}
+        """Return the settings that determine the result, as JSON-serializable values."""
+        fields = type(self).model_fields.items()
+        return {key: _fingerprint_value(getattr(self, key)) for key, info in fields if is_fingerprinted(info)}
 
 
-def _content(value: Any) -> Any:
+def _fingerprint_value(value: Any) -> Any:
     if isinstance(value, ConfigModel):
         return value.fingerprint_fields()
     if isinstance(value, list | tuple):
-        return [_content(item) for item in value]
+        return [_fingerprint_value(item) for item in value]
     return value
 
 
 class Language(ConfigModel):
-    """A language model: a hub id or a local folder. `family` is found in the folder or by a known id."""
+    """The language model: a hub id or a local folder. `family` is read from its config.json or from known hub ids."""
 
     name: str
     revision: str = "main"
@@ -50,7 +53,7 @@ class Language(ConfigModel):
 
 
 class Vision(ConfigModel):
-    """A vision backbone: a hub id or a local folder. `image_size` (pixels a side) defaults to the backbone's own."""
+    """The vision backbone: a hub id or a local folder. `image_size`, in pixels, defaults to the backbone's own."""
 
     name: str
     revision: str = "main"
@@ -59,33 +62,38 @@ class Vision(ConfigModel):
 
 
 class Connector(ConfigModel):
-    """Linear → GELU → Linear, from vision width to language width. `weights` starts it from a connector artifact."""
+    """The connector: Linear → GELU → Linear from vision width to language width.
+
+    `weights` names a connector artifact to start from instead of pretraining one.
+    """
 
     weights: str | None = None
 
 
 class Model(ConfigModel):
+    """The parts of the LLaVA model."""
+
     language: Language
     vision: Vision
     connector: Connector = Connector()
 
 
 class ImageEncoding(ConfigModel):
-    """How prepared pixels are kept in blocks. png and webp are lossless; `quality` counts for jpeg only."""
+    """How blocks store prepared images. png and webp are lossless; `quality` applies to jpeg only."""
 
     format: Literal["jpeg", "png", "webp"] = "jpeg"
     quality: int = Field(95, ge=1, le=100)
 
 
 class Source(ConfigModel):
-    """One file of rows (or a folder of such files) and the folder its image paths start from.
+    """One annotation file (or a folder of them) and the folder that its image paths are relative to.
 
-    Patterns (`5/*`) choose rows by image path; `limit` takes the first so many; `weight` then takes that share of them,
-    drawn by row number, or repeats them when it is above 1.
+    `include` and `exclude` select rows by patterns over image paths (`5/*`); `max_rows` keeps the first rows;
+    `sampling_weight` then keeps that fraction of them, drawn by row number, or repeats rows when it is above 1.
     """
 
-    annotations: str = scale(...)  # a place; what lies there enters the fingerprint by its content
-    images: str = scale("")
+    annotations: str = not_fingerprinted(...)  # a location; the files' content enters the fingerprint instead
+    images: str = not_fingerprinted("")
     format: Literal["auto", "llava_json", "jsonl", "parquet", "webdataset"] = "auto"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -94,7 +102,12 @@ class Source(ConfigModel):
 
 
 class Corpus(ConfigModel):
-    """Sources, mixed, and how their rows become samples."""
+    """A mixture of sources, and how their rows become training samples.
+
+    `image_aspect` pads an image to a square or crops its center. A sample longer than `max_length` tokens (image tokens
+    included) is quarantined, or loses whole exchanges at its end with `on_overlong: truncate_exchanges`. Preparing
+    fails when more than the fraction `quarantine_limit` of all rows is quarantined.
+    """
 
     sources: tuple[Source, ...] = Field(..., min_length=1)
     image_aspect: Literal["pad", "crop"] = "pad"
@@ -103,23 +116,28 @@ class Corpus(ConfigModel):
     image_encoding: ImageEncoding = ImageEncoding()
     max_pixels: int = Field(64_000_000, ge=1)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
-    quarantine_limit: _Fraction = scale(0.01)
+    quarantine_limit: _Fraction = not_fingerprinted(0.01)
 
 
 class Corpora(ConfigModel):
+    """The corpora of the two training stages: image-caption pairs and conversations."""
+
     alignment: Corpus | None = None
     instruction: Corpus
 
 
 class ZeroConfig(ConfigModel):
-    """DeepSpeed ZeRO: what is sharded across workers, and what is kept in host memory. `auto` chooses the stage."""
+    """DeepSpeed ZeRO: which states are sharded across workers, and which are kept in host memory.
+
+    `stage: auto` selects the fastest stage that is predicted to fit.
+    """
 
     stage: Literal[0, 1, 2, 3, "auto"] = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _offloading_needs_sharding(self) -> Self:
         if self.offload_parameters and self.stage not in (3, "auto"):
             raise ValueError("offload_parameters needs ZeRO stage 3; set zero.stage=3 or offload_parameters=false")
         if self.offload_optimizer and self.stage == 0:
@@ -128,11 +146,11 @@ class ZeroConfig(ConfigModel):
 
 
 class CheckpointConfig(ConfigModel):
-    """How often training keeps what it has, and how many checkpoints stay.
+    """How often training saves a checkpoint, and how many are kept.
 
-    One is due after `interval_minutes` or `interval_steps`, whichever comes first, and halfway through a run that would else
-    have none. `keep` stay: the last ones or, with `keep_best`, those of the lowest loss and the very last. Storage that
-    fails is tried again for `upload_timeout_minutes` while training goes on.
+    A checkpoint is saved after `interval_minutes` or `interval_steps`, whichever comes first, and once halfway through
+    a run that would otherwise have none. `keep_latest` checkpoints are kept: the latest, or with `keep_best` those with
+    the lowest loss and the latest. A failing upload is retried for `upload_timeout_minutes` while training continues.
     """
 
     interval_minutes: float = Field(15.0, gt=0)
@@ -142,7 +160,7 @@ class CheckpointConfig(ConfigModel):
     upload_timeout_minutes: float = Field(30.0, ge=0)
 
 
-_OURS = (
+_RESERVED_DEEPSPEED_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -154,28 +172,27 @@ _OURS = (
     "scheduler",
     "checkpoint",
 )
+_RESERVED_ZERO_KEYS = ("stage", "offload_optimizer", "offload_param")
 
 
-def _no_clash(settings: dict[str, Any]) -> dict[str, Any]:
-    clash = sorted(set(settings) & set(_OURS))
-    zero = sorted(set(settings.get("zero_optimization", {})) & {"stage", "offload_optimizer", "offload_param"})
-    if clash or zero:
-        named = clash[0] if clash else f"zero_optimization.{zero[0]}"
-        raise ValueError(
-            f"{named} follows from the recipe's own settings (zero, precision, max_grad_norm, …); remove it"
-        )
+def _refuse_reserved_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    reserved = [key for key in sorted(settings) if key in _RESERVED_DEEPSPEED_KEYS]
+    zero_keys = sorted(settings.get("zero_optimization", {}))
+    reserved += [f"zero_optimization.{key}" for key in zero_keys if key in _RESERVED_ZERO_KEYS]
+    if reserved:
+        raise ValueError(f"{reserved[0]} follows from the recipe's own settings (zero, precision, …); remove it")
     return settings
 
 
 class Training(ConfigModel):
-    """One training stage. `global_batch_size` counts samples a step over all workers; `warmup` is a share of the steps.
+    """One training stage. `global_batch_size` counts samples per step over all workers.
 
-    `lr` is the peak rate; `connector_lr` the connector's own, if it has one; `vision_lr` the vision tower's, which is
-    frozen without one. Corpora of up to `shuffle_window_gb` are shuffled whole; of larger ones, blocks are shuffled, and
-    samples within windows of blocks that hold so much. `activation_checkpointing`, `max_tokens_per_pack` and `zero.stage` may
-    be `auto`: the fastest that memory admits, by the estimate, when training starts. `deepspeed` is handed to DeepSpeed
-    as it is, for what has no name here. A step whose loss or gradient is not finite is skipped; `max_consecutive_skips` of
-    them in a row end the run.
+    `lr` is the peak learning rate, `connector_lr` the connector's if it differs, `vision_lr` the vision tower's, which
+    stays frozen without one. `warmup_ratio` is a fraction of the steps. A corpus of up to `shuffle_window_gb` is
+    shuffled as a whole; of a larger one, blocks are shuffled, and samples within windows of that size.
+    `activation_checkpointing`, `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is
+    predicted to fit, chosen when training starts. `deepspeed` is passed to DeepSpeed unchanged. A step with a
+    non-finite loss or gradient is skipped; `max_consecutive_skips` of them in a row end the run.
     """
 
     enabled: bool = True
@@ -193,40 +210,40 @@ class Training(ConfigModel):
     max_grad_norm: float | None = Field(None, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     shuffle_window_gb: float = Field(100.0, gt=0)
-    max_tokens_per_pack: Annotated[int, Field(ge=16)] | Literal["auto"] = scale(2048)
-    zero: ZeroConfig = scale(ZeroConfig())
-    activation_checkpointing: bool | Literal["auto"] = scale(False)
-    attn_implementation: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = scale("varlen")
-    compile: bool = scale(False)
-    deepspeed: Annotated[dict[str, Any], AfterValidator(_no_clash)] = scale({})
-    max_consecutive_skips: int = scale(5, ge=1)
+    max_tokens_per_pack: Annotated[int, Field(ge=16)] | Literal["auto"] = not_fingerprinted(2048)
+    zero: ZeroConfig = not_fingerprinted(ZeroConfig())
+    activation_checkpointing: bool | Literal["auto"] = not_fingerprinted(False)
+    attn_implementation: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = not_fingerprinted(
+        "varlen"
+    )
+    compile: bool = not_fingerprinted(False)
+    deepspeed: Annotated[dict[str, Any], AfterValidator(_refuse_reserved_keys)] = not_fingerprinted({})
+    max_consecutive_skips: int = not_fingerprinted(5, ge=1)
+    checkpoint: CheckpointConfig = not_fingerprinted(CheckpointConfig())
 
     @model_validator(mode="after")
-    def _compiles(self) -> Self:
+    def _compile_excludes_zero_3(self) -> Self:
         if self.compile and (self.zero.stage == 3 or self.zero.offload_parameters):
             raise ValueError(
                 "compile gives wrong losses beside ZeRO stage 3's hooks; set zero.stage to 2 or less, or compile=false"
             )
         return self
 
-    checkpoint: CheckpointConfig = scale(CheckpointConfig())
-
 
 class Benchmark(ConfigModel):
-    """Held-out questions with reference answers: JSONL, or LLaVA JSON (each human turn is asked in turn).
+    """Held-out questions with reference answers: JSONL, or LLaVA JSON in which each human turn is a question.
 
-    With a `kind` it is one of the paper's benchmarks: `questions` is the folder of its official files, which say how it
-    is asked (mm-vet is answered, for a judge to grade); `protocol` chooses among toolkits' rules where they differ
-    (pope: llava, lmms-eval). `categories` names a question type by a regular expression over the question; the first
-    that matches counts. `baselines` answers the same questions with blank images, or with the model as it was before
-    training.
+    `benchmark: custom` reads such a file; the other values read the official files of one of the paper's benchmarks
+    from the folder `questions` (mm-vet is answered only, and graded by a judge). `protocol` selects between toolkits'
+    scoring rules where they differ (pope: llava, lmms-eval). `categories` assigns a question to the first category
+    whose regular expression matches it. `baselines` also scores blank images, or the model before training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     benchmark: Literal["custom", "pope", "gqa", "vqav2", "mme", "mmvp", "scienceqa", "mm-vet"] = "custom"
     protocol: str = ""
-    questions: str = scale(...)
-    images: str = scale("")
+    questions: str = not_fingerprinted(...)
+    images: str = not_fingerprinted("")
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     max_rows: int | None = Field(None, ge=1)
@@ -234,18 +251,17 @@ class Benchmark(ConfigModel):
     categories: dict[str, str] = {}
     metric: Literal["exact_match", "vqa_accuracy", "yes_no"] = "exact_match"
     max_new_tokens: int = Field(32, ge=1)
-    batch_size: int = scale(32, ge=1)
+    batch_size: int = not_fingerprinted(32, ge=1)
     baselines: tuple[Literal["blank_images", "untrained"], ...] = ()
 
 
 class Resources(ConfigModel):
-    """What a stage may use. `gpus_per_worker: 0` trains on CPU with the same code.
+    """The resources of each stage. `gpus_per_worker: 0` trains on CPUs with the same code.
 
-    A corpus in a bucket is read through a cache of up to `cache_gb` on each node, which should hold three
-    shuffle windows. With `min_workers`, training starts
-    with as many workers as there is room for, from that number to `workers`, and goes on with another number when nodes
-    come or go. `train_node_labels` and `prepare_node_labels` are Ray label selectors of the nodes for training and evaluating, and for
-    preparing; on a cluster that gives its nodes roles (those of cluster/ do) they need not be given.
+    A corpus in a bucket is read through a cache of up to `cache_gb` per node, which should hold three shuffle windows.
+    With `min_workers`, training starts with any number of workers from there to `workers` and continues with another
+    number when nodes join or leave. `train_node_labels` and `prepare_node_labels` are Ray label selectors of the nodes
+    for training and evaluation, and for preparing; clusters whose nodes carry roles do not need them.
     """
 
     workers: int = Field(1, ge=1)
@@ -257,52 +273,57 @@ class Resources(ConfigModel):
     prepare_node_labels: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _min_workers_within_workers(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower it")
         return self
 
 
 class Tracking(ConfigModel):
-    """Where figures are drawn besides metrics.jsonl and TensorBoard: a W&B project, an MLflow server, database or
-    folder. Credentials come from the environment.
+    """Experiment trackers besides metrics.jsonl and TensorBoard: a W&B project, an MLflow server, database or folder.
+
+    Credentials come from the environment.
     """
 
     wandb: str | None = None
     mlflow: str | None = None
 
     @model_validator(mode="after")
-    def _installed(self) -> Self:
+    def _trackers_are_installed(self) -> Self:
         for name in ("wandb", "mlflow"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:
                 raise ValueError(f"{name} is not installed; pip install 'raylava[{name}]', or leave {name} out")
         return self
 
 
-def _known_folder(value: str) -> str:
+def _without_trailing_slash(value: str) -> str:
     return value.rstrip("/") if value not in ("", "/") else value
 
 
 class Recipe(ConfigModel):
-    """A whole experiment. `data` is where relative corpus and question paths start."""
+    """A whole experiment. Relative paths of corpora and questions start at `data`."""
 
-    name: str = scale(..., pattern=r"^[A-Za-z0-9_.-]+$")
-    data: Annotated[str, AfterValidator(_known_folder)] = scale("")
+    name: str = not_fingerprinted(..., pattern=r"^[A-Za-z0-9_.-]+$")
+    data: Annotated[str, AfterValidator(_without_trailing_slash)] = not_fingerprinted("")
     seed: int = Field(0, ge=0)
     model: Model
     corpora: Corpora
     pretrain: Training = Training(global_batch_size=256, lr=1e-3)
     finetune: Training = Training()
     evaluate: tuple[Benchmark, ...] = ()
-    resources: Resources = scale(Resources())
-    tracking: Tracking = scale(Tracking())
+    resources: Resources = not_fingerprinted(Resources())
+    tracking: Tracking = not_fingerprinted(Tracking())
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _stages_have_their_inputs(self) -> Self:
         if self.pretrain.enabled and self.model.connector.weights is None and self.corpora.alignment is None:
             raise ValueError(
                 "pretrain is enabled but corpora.alignment is missing; add it or set pretrain.enabled=false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _packs_hold_the_longest_sample(self) -> Self:
         for stage, corpus in (("pretrain", self.corpora.alignment), ("finetune", self.corpora.instruction)):
             pack = getattr(self, stage).max_tokens_per_pack
             if corpus is not None and pack != "auto" and corpus.max_length > pack:
@@ -310,6 +331,10 @@ class Recipe(ConfigModel):
                     f"{stage}.max_tokens_per_pack={pack} is less than its corpus's max_length={corpus.max_length}; "
                     f"raise {stage}.max_tokens_per_pack"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmark_names_differ(self) -> Self:
         names = [benchmark.name for benchmark in self.evaluate]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluate names {names} must differ; give each benchmark its own name")

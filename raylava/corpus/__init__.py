@@ -1,7 +1,12 @@
-"""Conversations and images → Arrow blocks, by Ray Data.
+"""Image-text corpora as Arrow blocks, prepared with Ray Data.
 
-`formats` says where rows lie in the files people have; `sources` makes one row type of them; `conversation` turns text
-into ids and supervised spans; `images` turns bytes into the pixels the backbone takes; `quarantine` names why a row
-can't be used; `blocks` is the format on disk, `cache` brings blocks from a bucket to a node; `prepare` joins them into
-the pipeline, and it alone knows Ray; `inspect` shows what went in.
+- formats.py: locates rows in LLaVA JSON, JSON Lines, Parquet and WebDataset files
+- sources.py: selects the rows of a source and parses them into one row type
+- conversation.py: tokenizes conversations and marks the spans that the loss covers
+- images.py: decodes, resizes and encodes images
+- quarantine.py: the reasons for which a row cannot become a sample
+- samples.py: turns one source row into one sample
+- blocks.py: the on-disk format; block_cache.py: a bounded local cache of remote blocks
+- prepare.py: the pipeline over all rows, the only module here that uses Ray
+- inspect.py: statistics and an HTML page of a prepared corpus
 """

@@ -1,12 +1,10 @@
-"""The block format: Arrow IPC streams that pyarrow, polars and Hugging Face `datasets` open, and a manifest over them.
+"""The on-disk format of a prepared corpus: Arrow IPC streams, readable by pyarrow, polars and Hugging Face `datasets`.
 
-    blocks/block-00000.arrow …   one row a sample (SCHEMA), memory-mapped
-    lengths.arrow                length, images and supervised tokens of every row: all that planning an epoch reads
-    manifest.json                each block's rows, bytes and SHA-256; identities; counts; the quarantine's by reason
-    quarantine.csv               every source row that is in no block, with its reason
-    tokenizer/                   what input_ids were made with, as a Hugging Face folder
-
-How rows come to be is prepare.py's business.
+blocks/block-00000.arrow …   one row per sample (SCHEMA), memory-mapped when read
+lengths.arrow                length, image count and loss tokens of every sample: all that batch planning reads
+manifest.json                rows, bytes and SHA-256 per block; tokenizer and image settings; total counts
+quarantine.csv               every source row that is in no block, with its reason
+tokenizer/                   the tokenizer that produced input_ids, as a Hugging Face folder
 """
 
 import bisect
@@ -25,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raylava.corpus.quarantine import Quarantined
+from raylava.corpus.quarantine import QuarantinedRow
 from raylava.errors import RunError
 from raylava.storage import StoragePath
 
@@ -44,12 +42,17 @@ MANIFEST = "manifest.json"
 LENGTHS = "lengths.arrow"
 QUARANTINE = "quarantine.csv"
 TOKENIZER = "tokenizer"
-_OPEN_AT_ONCE = 64
+CORRUPT_BLOCK = "corrupt block (SHA-256 differs from the manifest); prepare the corpus again"
+_MAX_OPEN_BLOCKS = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a block. `images` are encoded at the backbone's resolution; `length` counts expanded tokens."""
+    """One row of a block: one training sample.
+
+    `images` are encoded (JPEG, PNG or WebP) at the backbone's resolution. `input_ids` has one id per image; `length` is
+    the number of tokens with every image expanded to its image tokens. `loss_spans` are [start, stop) in `input_ids`.
+    """
 
     sample_id: str
     input_ids: list[int]
@@ -59,27 +62,31 @@ class Sample:
 
     @property
     def loss_tokens(self) -> int:
+        """Number of tokens that the loss covers."""
         return sum(stop - start for start, stop in self.loss_spans)
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One block in the manifest; `path` is relative to the artifact. Rows in = rows + quarantined.
+    """One block in the manifest. `path` is relative to the artifact; its source rows are `rows` + `quarantined`.
 
-    `trimmed` counts rows that lost trailing turns to `max_length` (`on_overlong: trim`).
+    `truncated` counts samples that lost trailing exchanges to `max_length` (`on_overlong: truncate_exchanges`).
     """
 
     path: str
     rows: int
     quarantined: int
-    trimmed: int
+    truncated: int
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared corpus is: its blocks in order, what they were made for, and where every source row went."""
+    """Description of a prepared corpus: its blocks in order, tokenizer, image settings, and counts of rows and tokens.
+
+    `pixels` identifies the vision backbone's image preprocessing; `quarantine` counts quarantined rows by reason.
+    """
 
     schema_version: int
     tokenizer: str
@@ -90,16 +97,16 @@ class Manifest:
     tokens: int
     loss_tokens: int
     images: int
-    trimmed: int
+    truncated: int
     quarantined: int
     quarantine: dict[str, int]
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
 
-    def figures(self) -> dict[str, Any]:
-        """The counts, without the list of blocks."""
-        names = ("rows_in", "rows", "tokens", "loss_tokens", "images", "trimmed", "quarantined", "quarantine")
+    def counts(self) -> dict[str, Any]:
+        """Return the total counts, without the list of blocks."""
+        names = ("rows_in", "rows", "tokens", "loss_tokens", "images", "truncated", "quarantined", "quarantine")
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
 
     @classmethod
@@ -111,7 +118,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Per sample, int32 arrays in block order: expanded tokens, images, supervised tokens."""
+    """Expanded tokens, images and loss tokens per sample: int32 arrays of shape (samples,), in block order."""
 
     length: npt.NDArray[np.int32]
     images: npt.NDArray[np.int32]
@@ -121,25 +128,27 @@ class Lengths:
         return len(self.length)
 
 
-def block_bytes(samples: Sequence[Sample]) -> bytes:
-    """The samples as one Arrow IPC stream, the same bytes each time."""
+def encode_block(samples: Sequence[Sample]) -> bytes:
+    """Encode samples as one Arrow IPC stream. Deterministic: equal samples give equal bytes."""
     columns = {
         "sample_id": [sample.sample_id for sample in samples],
         "input_ids": [sample.input_ids for sample in samples],
-        "loss_spans": [[{"start": a, "stop": b} for a, b in sample.loss_spans] for sample in samples],
+        "loss_spans": [[{"start": start, "stop": stop} for start, stop in sample.loss_spans] for sample in samples],
         "images": [sample.images for sample in samples],
         "length": [sample.length for sample in samples],
     }
-    return _ipc(pa.table(columns, schema=SCHEMA))
+    return _encode_table(pa.table(columns, schema=SCHEMA))
 
 
-def lengths_bytes(lengths: Lengths) -> bytes:
-    """The lengths of all samples as one Arrow IPC stream."""
-    return _ipc(pa.table({field.name: getattr(lengths, field.name) for field in fields(lengths)}, LENGTHS_SCHEMA))
+def encode_lengths(lengths: Lengths) -> bytes:
+    """Encode lengths as one Arrow IPC stream."""
+    return _encode_table(
+        pa.table({field.name: getattr(lengths, field.name) for field in fields(lengths)}, LENGTHS_SCHEMA)
+    )
 
 
-def lengths_of(samples: Sequence[Sample]) -> Lengths:
-    """The lengths of samples in order."""
+def sample_lengths(samples: Sequence[Sample]) -> Lengths:
+    """Return the lengths of samples, in their order."""
     return Lengths(
         np.array([sample.length for sample in samples], dtype=np.int32),
         np.array([len(sample.images) for sample in samples], dtype=np.int32),
@@ -147,39 +156,39 @@ def lengths_of(samples: Sequence[Sample]) -> Lengths:
     )
 
 
-def read_lengths(content: bytes) -> Lengths:
-    """What `lengths_bytes` wrote."""
+def decode_lengths(content: bytes) -> Lengths:
+    """Decode the output of `encode_lengths`."""
     table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
     return Lengths(*(table[field.name].to_numpy().copy() for field in fields(Lengths)))
 
 
-def concatenated(parts: Iterable[Lengths]) -> Lengths:
-    """Several lengths, one after the other."""
-    parts = list(parts)
-    return Lengths(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Lengths)))
+def concatenate_lengths(lengths: Iterable[Lengths]) -> Lengths:
+    """Concatenate the lengths of several blocks."""
+    blocks = list(lengths)
+    return Lengths(*(np.concatenate([getattr(block, field.name) for block in blocks]) for field in fields(Lengths)))
 
 
-def quarantine_bytes(rows: Sequence[Quarantined]) -> bytes:
-    """The quarantine as CSV, with a header."""
+def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
+    """Encode quarantined rows as CSV with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Quarantined)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(QuarantinedRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue().encode()
 
 
-def read_quarantine(content: bytes) -> list[Quarantined]:
-    """What `quarantine_bytes` wrote."""
+def decode_quarantine(content: bytes) -> list[QuarantinedRow]:
+    """Decode the output of `encode_quarantine`."""
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
-    return [Quarantined(**{**row, "row": int(row["row"])}) for row in rows]  # type: ignore[arg-type]
+    return [QuarantinedRow(**{**row, "row": int(row["row"])}) for row in rows]  # type: ignore[arg-type]
 
 
-def count_reasons(rows: Iterable[Quarantined]) -> dict[str, int]:
-    """Rows by reason, the most frequent first."""
+def count_reasons(rows: Iterable[QuarantinedRow]) -> dict[str, int]:
+    """Count quarantined rows by reason, the most frequent reason first."""
     return dict(Counter(row.reason for row in rows).most_common())
 
 
-def _ipc(table: pa.Table) -> bytes:
+def _encode_table(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -187,31 +196,31 @@ def _ipc(table: pa.Table) -> bytes:
 
 
 class Blocks:
-    """A prepared corpus on this node, read by sample number without a scan. For one thread, but for `fetch`.
+    """Random access to the samples of a prepared corpus on this node. Not thread-safe, except for `fetch`.
 
-    `fetcher` gives a block's verified file where blocks are not in `folder` yet; few of those stay open, since what is
-    mapped keeps its disk space.
+    `fetcher` returns the verified local file of a block; it is given when blocks are remote. At most _MAX_OPEN_BLOCKS
+    of those stay open, because a memory-mapped file keeps its disk space after it is evicted from the cache.
     """
 
     def __init__(self, folder: Path, fetcher: Callable[[BlockRecord], Path] | None = None) -> None:
         self.folder, self._fetcher = folder, fetcher
         self.manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-        self.lengths = read_lengths((folder / LENGTHS).read_bytes())
+        self.lengths = decode_lengths((folder / LENGTHS).read_bytes())
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
-        self._open: dict[int, pa.Table] = {}
+        self._tables: dict[int, pa.Table] = {}
 
     @classmethod
-    def at(cls, place: StoragePath) -> "Blocks":
-        """The corpus at a place, copied to this node first when it is remote."""
-        return cls(place.local_copy())
+    def open(cls, path: StoragePath) -> "Blocks":
+        """Open a prepared corpus; a remote one is downloaded to this node's cache first."""
+        return cls(path.local_copy())
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Sample:
-        """Sample `number`, counted over all blocks. Raises IndexError, or RunError for a block that is damaged."""
+        """Return sample `number`, counted over all blocks. Raises IndexError, or RunError for a corrupt block."""
         if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
+            raise IndexError(f"sample {number} is out of range: the corpus has {len(self)} samples")
         block = bisect.bisect_right(self._ends, number)
         row = number - (self._ends[block] - self.manifest.blocks[block].rows)
         values = self._table(block).slice(row, 1).to_pylist()[0]
@@ -219,24 +228,27 @@ class Blocks:
         return Sample(**values)
 
     def fetch(self, numbers: Iterable[int]) -> None:
-        """Bring the blocks of these samples to this node, if they are not here. Any thread may call it."""
+        """Download the blocks of these samples unless they are cached. Thread-safe."""
         if self._fetcher is not None:
             for block in sorted({bisect.bisect_right(self._ends, number) for number in numbers}):
                 self._fetcher(self.manifest.blocks[block])
 
     def _table(self, block: int) -> pa.Table:
-        if block not in self._open:
+        """Return a block as a memory-mapped table, which stays open."""
+        if block not in self._tables:
             record = self.manifest.blocks[block]
-            if self._fetcher is not None:
-                while len(self._open) >= _OPEN_AT_ONCE:
-                    del self._open[next(iter(self._open))]
-                self._open[block] = pa.ipc.open_stream(pa.memory_map(str(self._fetcher(record)))).read_all()
-                return self._open[block]
-            mapped = pa.memory_map(str(self.folder / record.path))
-            if hashlib.sha256(mapped.read_buffer()).hexdigest() != record.sha256:
-                raise RunError(
-                    f"{self.folder / record.path}: damaged (its SHA-256 is not the manifest's); prepare again"
-                )
-            mapped.seek(0)
-            self._open[block] = pa.ipc.open_stream(mapped).read_all()
-        return self._open[block]
+            if self._fetcher is None:
+                self._tables[block] = self._read_local(record)
+            else:
+                while len(self._tables) >= _MAX_OPEN_BLOCKS:
+                    del self._tables[next(iter(self._tables))]
+                self._tables[block] = pa.ipc.open_stream(pa.memory_map(str(self._fetcher(record)))).read_all()
+        return self._tables[block]
+
+    def _read_local(self, record: BlockRecord) -> pa.Table:
+        file = self.folder / record.path
+        mapped = pa.memory_map(str(file))
+        if hashlib.sha256(mapped.read_buffer()).hexdigest() != record.sha256:
+            raise RunError(f"{file}: {CORRUPT_BLOCK}")
+        mapped.seek(0)
+        return pa.ipc.open_stream(mapped).read_all()

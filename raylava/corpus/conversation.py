@@ -1,6 +1,6 @@
-"""A conversation → token ids and the spans that the loss counts, from the template itself, never by measuring strings.
+"""Tokenizes conversations and marks the token spans that the loss covers.
 
-Pure: imports neither Ray nor DeepSpeed. Raises BadRow with a reason for what can't be a training sample.
+Spans follow from the chat template's pieces, never from string lengths. Pure: imports neither Ray nor DeepSpeed.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said. `speaker` is "human" or "gpt", as in LLaVA JSON."""
+    """One turn of a conversation. `speaker` is "human" or "gpt", as in LLaVA JSON."""
 
     speaker: str
     text: str
@@ -24,78 +24,92 @@ class Turn:
 
 @dataclass(frozen=True)
 class TokenizedChat:
-    """`input_ids` holds one `<image>` id where each image stands; `loss_spans` are [start, stop) spans of it."""
+    """A tokenized conversation.
+
+    `input_ids` has one `<image>` id per image; `loss_spans` are [start, stop) spans of `input_ids`.
+    """
 
     input_ids: list[int]
     loss_spans: list[tuple[int, int]]
-    images: int
+    image_count: int
 
     def length(self, image_tokens: int) -> int:
-        """Tokens once each image token is expanded."""
-        return len(self.input_ids) + self.images * (image_tokens - 1)
+        """Return the number of tokens with every image expanded to `image_tokens` tokens."""
+        return len(self.input_ids) + self.image_count * (image_tokens - 1)
 
 
 class ChatTokenizer:
-    """Writes conversations as token ids by a template. Control tokens go in by id; what people wrote stays text."""
+    """Tokenizes conversations by a chat template.
+
+    Control tokens are inserted by id; control tokens that occur in a turn's text are tokenized as plain text.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: Template) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._begin = self._control(template.begin)
-        self._open = self._control(template.open)
-        self._close = self._control(template.close)
-        self._image = self._control(IMAGE_TOKEN)
-        self._newline, self._gap, self._user_header, self._model_header = self._texts(
+        self._begin = self._control_id(template.begin)
+        self._open = self._control_id(template.open)
+        self._close = self._control_id(template.close)
+        self._image = self._control_id(IMAGE_TOKEN)
+        self._newline, self._gap, self._user_header, self._model_header = self._text_ids(
             ["\n", template.gap, template.user_header, template.model_header]
         )
 
-    def encode(self, turns: Sequence[Turn], images: int) -> TokenizedChat:
-        """Token ids and loss_spans spans of alternating turns, human first, that show `images` images.
+    def encode(self, turns: Sequence[Turn], image_count: int) -> TokenizedChat:
+        """Tokenize alternating turns, human first, that refer to `image_count` images.
 
-        Supervised is each answer with its end-of-turn token and the newline after it. Raises BadRow.
+        The loss covers each answer, its end-of-turn token and the newline after it. Raises BadRow (see `check_turns`).
         """
-        check_turns(turns, images)
+        check_turns(turns, image_count)
         questions = [turn.text for turn in turns[::2]]
-        words = self._texts([*map(self._words, questions), *(turn.text.strip() for turn in turns[1::2])])
+        answers = [turn.text.strip() for turn in turns[1::2]]
+        text_ids = self._text_ids([*map(self._question_text, questions), *answers])
+        question_ids, answer_ids = text_ids[: len(questions)], text_ids[len(questions) :]
         ids = [self._begin]
         loss_spans: list[tuple[int, int]] = []
-        for question, asked, answered in zip(questions, words[: len(questions)], words[len(questions) :], strict=True):
-            ids += self._question(question, asked)
+        for question, text, answer in zip(questions, question_ids, answer_ids, strict=True):
+            ids += self._question_turn(question, text)
             start = len(ids)
-            ids += [*answered, self._close, *self._gap]
+            ids += [*answer, self._close, *self._gap]
             loss_spans.append((start, len(ids)))
-        return TokenizedChat(ids, loss_spans, images)
+        return TokenizedChat(ids, loss_spans, image_count)
 
-    def prompt(self, text: str, images: int) -> list[int]:
-        """The ids that a model sees before it answers one question about `images` images."""
-        question = f"{IMAGE_TOKEN}\n" * images + text
-        return [self._begin, *self._question(question, *self._texts([self._words(question)]))]
+    def prompt(self, text: str, image_count: int) -> list[int]:
+        """Return the ids of a generation prompt: one question about `image_count` images, and the answer's header."""
+        question = f"{IMAGE_TOKEN}\n" * image_count + text
+        return [self._begin, *self._question_turn(question, *self._text_ids([self._question_text(question)]))]
 
-    def _words(self, question: str) -> str:
-        """The text around which a question's control tokens go. Cut at those only: ids equal the whole string's."""
-        words = self._template.human_text(question, 0)
-        return "\n" + words if IMAGE_TOKEN in question else self._template.user_header + words
+    def _question_text(self, question: str) -> str:
+        """Return the part of a question's turn that is tokenized as one text.
 
-    def _question(self, question: str, words: list[int]) -> list[int]:
-        images = question.count(IMAGE_TOKEN)
-        shown = [*self._user_header, *[self._image, *self._newline] * (images - 1), self._image] if images else []
-        return [self._open, *shown, *words, self._close, *self._gap, self._open, *self._model_header]
+        Turns are split at control tokens only, so that the ids equal those of the whole conversation as one string.
+        """
+        text = self._template.human_text(question, 0)
+        return "\n" + text if IMAGE_TOKEN in question else self._template.user_header + text
 
-    def _texts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of plain texts; `<end_of_turn>` typed by a person is encoded as characters, not as the control token."""
+    def _question_turn(self, question: str, text_ids: list[int]) -> list[int]:
+        """Return the ids of a human turn, its images first, and of the header that opens the answer."""
+        image_count = question.count(IMAGE_TOKEN)
+        image_ids: list[int] = []
+        if image_count:
+            image_ids = [*self._user_header, *[self._image, *self._newline] * (image_count - 1), self._image]
+        return [self._open, *image_ids, *text_ids, self._close, *self._gap, self._open, *self._model_header]
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokenize plain texts. An `<end_of_turn>` in a text becomes characters, not the control token."""
         encoded = self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
         )
         return encoded["input_ids"]
 
-    def _control(self, token: str) -> int:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        assert isinstance(found, int)
-        assert found != self._tokenizer.unk_token_id, f"{token} is not in the tokenizer"
-        return found
+    def _control_id(self, token: str) -> int:
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(token_id, int)
+        assert token_id != self._tokenizer.unk_token_id, f"{token} is not in the tokenizer"
+        return token_id
 
 
-def check_turns(turns: Sequence[Turn], images: int) -> None:
+def check_turns(turns: Sequence[Turn], image_count: int) -> None:
     """Raise BadRow unless turns alternate, human first, every question is answered and each image has its token."""
     if not turns:
         raise BadRow(Reason.NO_TURNS, "the conversation is empty")
@@ -107,10 +121,10 @@ def check_turns(turns: Sequence[Turn], images: int) -> None:
         raise BadRow(Reason.NOT_ALTERNATING, "the last human turn has no answer")
     if not any(answer.text.strip() for answer in turns[1::2]):
         raise BadRow(Reason.NOTHING_SUPERVISED, "every answer is empty")
-    tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in turns[::2])
-    if tokens > images:
-        raise BadRow(Reason.TOKEN_WITHOUT_IMAGE, f"{tokens} image tokens for {images} images")
-    if tokens < images:
-        raise BadRow(Reason.IMAGE_WITHOUT_TOKEN, f"{images} images for {tokens} image tokens")
+    image_tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in turns[::2])
+    if image_tokens > image_count:
+        raise BadRow(Reason.TOKEN_WITHOUT_IMAGE, f"{image_tokens} image tokens for {image_count} images")
+    if image_tokens < image_count:
+        raise BadRow(Reason.IMAGE_WITHOUT_TOKEN, f"{image_count} images for {image_tokens} image tokens")
     if any(IMAGE_TOKEN in turn.text for turn in turns[1::2]):
         raise BadRow(Reason.TOKEN_WITHOUT_IMAGE, "an answer contains an image token")

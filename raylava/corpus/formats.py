@@ -1,7 +1,7 @@
-"""Where rows lie in the files people have: LLaVA JSON, JSON Lines, Parquet, WebDataset tars.
+"""Annotation file formats: LLaVA JSON, JSON Lines, Parquet and WebDataset tars.
 
-`locate` walks a file once and says where each row lies, holding one row at a time; `read` fetches rows by those words,
-on any node, reading only their bytes. What a raw row means is sources.py's business.
+`scan` reads a file once, with one row in memory at a time, and yields a reference to each row; `read_rows` reads rows
+by reference on any node and transfers only their bytes. sources.py interprets the raw rows.
 """
 
 import codecs
@@ -17,145 +17,150 @@ import pyarrow.parquet as pq
 from raylava.errors import UserError
 from raylava.storage import StoragePath
 
-_CHUNK = 4 << 20  # bytes read at a time when a file is walked
-_GAP = 64 << 10  # rows closer than this, in bytes, are read in one go
+_CHUNK = 4 << 20  # bytes per read while scanning a file
+_GAP = 64 << 10  # rows at most this many bytes apart are read together
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row lies (JSON-able, for the same format's `read`), and the row itself where walking had to parse it."""
+    """Reference to a row of a file.
 
-    where: Any
+    `offset` is its JSON-serializable position, for the same format's `read_rows`; `raw` is the row itself when scanning
+    parses rows, else None.
+    """
+
+    offset: Any
     raw: Any = None
 
 
 class Format(Protocol):
-    """One kind of file."""
+    """Interface of a file format."""
 
-    parses: bool  # whether `locate` gives the rows themselves, so that they can be chosen by image path
+    exposes_rows: bool  # whether `scan` yields the rows themselves, so that they can be selected by image path
 
-    def locate(self, file: StoragePath) -> Iterator[RowRef]:
-        """Every row of the file, in order. Raises UserError when the file is not of this format."""
+    def scan(self, file: StoragePath) -> Iterator[RowRef]:
+        """Yield a reference to every row of the file, in order. Raises UserError for a file of another format."""
 
-    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
-        """The raw rows at these places, in their order; a row that can't be parsed comes as the string it is."""
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
+        """Yield the raw rows at these offsets, in their order; for a malformed row, a string that describes it."""
 
 
 class LlavaJson:
-    """One JSON list of rows, of any size: walked in chunks, its rows found by their byte ranges."""
+    """One JSON list of rows, of any size; it is scanned in chunks, and rows are referenced by byte range."""
 
-    parses = True
+    exposes_rows = True
 
-    def locate(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         rows = conversations = 0
-        for located in self._rows(file):
+        for row in self._rows(file):
             rows += 1
-            conversations += isinstance(located.raw, dict) and "conversations" in located.raw
-            yield located
+            conversations += isinstance(row.raw, dict) and "conversations" in row.raw
+            yield row
         if not rows:
-            raise UserError(f"{file}: LLaVA JSON is a non-empty list of rows, this one is empty")
+            raise UserError(f"{file}: the list is empty; LLaVA JSON is a non-empty list of rows")
         if not conversations:
             raise UserError(f"{file}: not LLaVA JSON: no row has `conversations`")
 
-    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
-        return (json.loads(content) for content in _read_ranges(file, wheres))
+        return (json.loads(content) for content in _read_ranges(file, offsets))
 
     def _rows(self, file: StoragePath) -> Iterator[RowRef]:
-        walk = _Walk(file)
-        if walk.next_character() != "[":
-            raise UserError(f"{file}: LLaVA JSON is a non-empty list of rows; this does not begin with [")
-        walk.skip(1)
-        while (following := walk.next_character()) != "]":
-            if following == ",":
-                walk.skip(1)
+        cursor = _JsonCursor(file)
+        if cursor.next_character() != "[":
+            raise UserError(f"{file}: not LLaVA JSON, a non-empty list of rows: it does not begin with [")
+        cursor.skip(1)
+        while (character := cursor.next_character()) != "]":
+            if character == ",":
+                cursor.skip(1)
                 continue
-            yield walk.value()
+            yield cursor.value()
 
 
-class _Walk:
-    """A cursor over a JSON text that holds no more than the value under it and a chunk. Offsets are in bytes."""
+class _JsonCursor:
+    """A cursor over a JSON file that keeps at most the current value and one chunk in memory."""
 
     def __init__(self, file: StoragePath) -> None:
         self._file = file
         self._stream = file.filesystem.open_input_stream(file.path)
-        self._decode = json.JSONDecoder().raw_decode
-        self._characters = codecs.getincrementaldecoder("utf-8")()  # a chunk's end may cut a character
+        self._decode_json = json.JSONDecoder().raw_decode
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()  # a chunk may end within a character
         self._text = ""
-        self._place = 0  # in _text
-        self._offset = 0  # in bytes, of _text[_place]
+        self._position = 0  # index in _text
+        self._byte_offset = 0  # of _text[_position] in the file
 
     def next_character(self) -> str:
-        """The next character that is no white space, unread. Raises UserError at the end of the file."""
+        """Skip white space and return the next character without consuming it. Raises UserError at the file's end."""
         while True:
-            while self._place < len(self._text):
-                if not self._text[self._place].isspace():
-                    return self._text[self._place]
+            while self._position < len(self._text):
+                if not self._text[self._position].isspace():
+                    return self._text[self._position]
                 self.skip(1)
-            if not self._more():
-                raise UserError(f"{self._file}: not JSON: it ends before its list does (byte {self._offset})")
+            if not self._read_chunk():
+                raise UserError(f"{self._file}: incomplete JSON: the list is not closed (byte {self._byte_offset})")
 
     def skip(self, characters: int) -> None:
-        """Move on by so many characters."""
-        passed = self._text[self._place : self._place + characters]
-        self._offset += len(passed.encode())
-        self._place += characters
+        """Advance by `characters` characters."""
+        skipped = self._text[self._position : self._position + characters]
+        self._byte_offset += len(skipped.encode())
+        self._position += characters
 
     def value(self) -> RowRef:
-        """The value under the cursor; the cursor moves behind it. Raises UserError when it is not JSON."""
+        """Consume the value at the cursor and return its reference. Raises UserError for invalid JSON."""
         while True:
             try:
-                raw, end = self._decode(self._text, self._place)
+                raw, end = self._decode_json(self._text, self._position)
             except json.JSONDecodeError as error:
-                if self._more():
+                if self._read_chunk():
                     continue
-                raise UserError(f"{self._file}: not JSON at byte {self._offset}: {error.msg}") from error
-            unfinished = end == len(self._text) or self._text[end] in ".eE"  # a number may go on in the next chunk
-            if unfinished and self._more():
+                raise UserError(f"{self._file}: not JSON at byte {self._byte_offset}: {error.msg}") from error
+            unfinished = end == len(self._text) or self._text[end] in ".eE"  # a number may continue in the next chunk
+            if unfinished and self._read_chunk():
                 continue
-            start = self._offset
-            self.skip(end - self._place)
-            return RowRef([start, self._offset - start], raw)
+            start = self._byte_offset
+            self.skip(end - self._position)
+            return RowRef([start, self._byte_offset - start], raw)
 
-    def _more(self) -> bool:
+    def _read_chunk(self) -> bool:
+        """Append the next chunk to the text after the cursor; return False at the end of the file."""
         chunk = self._stream.read(_CHUNK)
         if not chunk:
             return False
         try:
-            text = self._characters.decode(chunk)
+            text = self._utf8.decode(chunk)
         except UnicodeDecodeError as error:
             raise UserError(f"{self._file}: not JSON: {error}; it must be UTF-8") from error
-        self._text = self._text[self._place :] + text
-        self._place = 0
+        self._text = self._text[self._position :] + text
+        self._position = 0
         return True
 
 
 class JsonLines:
-    """One JSON row a line; empty lines don't count. A line that is not JSON is a bad row, not a bad file."""
+    """One JSON row per line; empty lines are skipped. A line that is not JSON is a bad row, not a bad file."""
 
-    parses = True
+    exposes_rows = True
 
-    def locate(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         offset = rows = 0
         with file.filesystem.open_input_stream(file.path) as stream:
-            for line in io.BufferedReader(_Raw(stream), _CHUNK):
+            for line in io.BufferedReader(_RawStream(stream), _CHUNK):
                 if line.strip():
                     rows += 1
-                    yield RowRef([offset, len(line)], _parsed(line))
+                    yield RowRef([offset, len(line)], _parse_json(line))
                 offset += len(line)
         if not rows:
-            raise UserError(f"{file}: holds no row")
+            raise UserError(f"{file}: contains no rows")
 
-    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
-        return (_parsed(content) for content in _read_ranges(file, wheres))
+        return (_parse_json(content) for content in _read_ranges(file, offsets))
 
 
-class _Raw(io.RawIOBase):
-    """A pyarrow input stream as Python's io knows one."""
+class _RawStream(io.RawIOBase):
+    """Adapts a pyarrow input stream to Python's `io`."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -169,7 +174,8 @@ class _Raw(io.RawIOBase):
         return len(content)
 
 
-def _parsed(line: bytes) -> Any:
+def _parse_json(line: bytes) -> Any:
+    """Return the parsed line, or a string that describes the error."""
     try:
         return json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -177,18 +183,19 @@ def _parsed(line: bytes) -> Any:
 
 
 def _read_ranges(file: StoragePath, ranges: Sequence[Any]) -> Iterator[bytes]:
-    """The bytes at [offset, size], neighbours read together."""
+    """Yield the bytes of each [offset, size] range; adjacent ranges are read together."""
     with file.filesystem.open_input_file(file.path) as stream:
-        start, held = 0, b""
+        start, buffer = 0, b""
         for number, (offset, size) in enumerate(ranges):
-            if not start <= offset or offset + size > start + len(held):
-                start, end = offset, _run_end(ranges, number)
+            if not start <= offset or offset + size > start + len(buffer):
+                start, end = offset, _read_end(ranges, number)
                 stream.seek(start)
-                held = stream.read(end - start)
-            yield held[offset - start : offset - start + size]
+                buffer = stream.read(end - start)
+            yield buffer[offset - start : offset - start + size]
 
 
-def _run_end(ranges: Sequence[Any], first: int) -> int:
+def _read_end(ranges: Sequence[Any], first: int) -> int:
+    """Return the end of the byte range to read at once, starting with range number `first`."""
     end: int = ranges[first][0] + ranges[first][1]
     for offset, size in ranges[first + 1 :]:
         if not 0 <= offset - end <= _GAP or end - ranges[first][0] > _CHUNK:
@@ -198,11 +205,11 @@ def _run_end(ranges: Sequence[Any], first: int) -> int:
 
 
 class Parquet:
-    """Parquet tables, Hugging Face `datasets` exports among them; images may lie in the rows."""
+    """Parquet tables, including Hugging Face `datasets` exports; images may be embedded in the rows."""
 
-    parses = False
+    exposes_rows = False
 
-    def locate(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         try:
             metadata = pq.read_metadata(file.path, filesystem=file.filesystem)
@@ -214,23 +221,23 @@ class Parquet:
             for row in range(metadata.row_group(group).num_rows):
                 yield RowRef([group, row])
 
-    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
-        table, held = None, -1
+        table, loaded_group = None, -1
         with pq.ParquetFile(file.path, filesystem=file.filesystem) as parquet:
-            for group, row in wheres:
-                if group != held:
-                    table, held = parquet.read_row_group(group), group
+            for group, row in offsets:
+                if group != loaded_group:
+                    table, loaded_group = parquet.read_row_group(group), group
                 assert table is not None
                 yield table.slice(row, 1).to_pylist()[0]
 
 
 class WebDataset:
-    """Tars of samples: members that share a name up to its first dot. `.json` is the row, or `.txt` a caption."""
+    """Tars of samples: members whose names are equal up to the first dot. `.json` is the row, or `.txt` a caption."""
 
-    parses = False
+    exposes_rows = False
 
-    def locate(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath) -> Iterator[RowRef]:
         """See Format."""
         key: str | None = None
         members: dict[str, Any] = {}
@@ -246,22 +253,22 @@ class WebDataset:
                     key = name
                     members[suffix] = [member.offset_data, member.size]
         except tarfile.TarError as error:
-            raise UserError(f"{file}: not a whole tar ({error})") from error
+            raise UserError(f"{file}: not a tar, or truncated ({error})") from error
         if not members:
-            raise UserError(f"{file}: holds no sample")
+            raise UserError(f"{file}: contains no samples")
         yield RowRef({"key": key, **members})
 
-    def read(self, file: StoragePath, wheres: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
         with file.filesystem.open_input_file(file.path) as stream:
-            for where in wheres:
-                members = {suffix: span for suffix, span in where.items() if suffix != "key"}
-                yield self._row(where["key"], {suffix: _at(stream, span) for suffix, span in members.items()})
+            for offset in offsets:
+                spans = {suffix: span for suffix, span in offset.items() if suffix != "key"}
+                yield self._row(offset["key"], {suffix: _read_span(stream, span) for suffix, span in spans.items()})
 
     def _row(self, key: str, members: dict[str, bytes]) -> Any:
         images = [content for suffix, content in sorted(members.items()) if _is_image(suffix)]
         if "json" in members:
-            raw = _parsed(members["json"])
+            raw = _parse_json(members["json"])
             if isinstance(raw, dict):
                 raw = {"id": key, **raw}
                 if images:
@@ -271,7 +278,7 @@ class WebDataset:
             caption = members["txt"].decode("utf-8", errors="replace")
             turns = [{"from": "human", "value": "<image>" * len(images)}, {"from": "gpt", "value": caption}]
             return {"id": key, "image": images, "conversations": turns}
-        return f"{key}: has neither .json nor .txt with a image, only {', '.join(sorted(members))}"
+        return f"{key}: has neither .json nor .txt with an image, only {', '.join(sorted(members))}"
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -284,7 +291,7 @@ def _is_image(suffix: str) -> bool:
     return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
 
 
-def _at(stream: Any, span: Sequence[int]) -> bytes:
+def _read_span(stream: Any, span: Sequence[int]) -> bytes:
     stream.seek(span[0])
     return stream.read(span[1])
 
@@ -299,8 +306,8 @@ SUFFIXES = {".json": "llava_json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parq
 
 
 def format_of(file: StoragePath) -> str:
-    """The format that a file's name tells. Raises UserError when it tells none."""
+    """Return the format that a file's suffix indicates. Raises UserError for an unknown suffix."""
     for suffix, name in SUFFIXES.items():
         if file.name.lower().endswith(suffix):
             return name
-    raise UserError(f"{file}: cannot tell its format by its name; set format to one of {', '.join(FORMATS)}")
+    raise UserError(f"{file}: the file name does not indicate its format; set format to one of {', '.join(FORMATS)}")

@@ -1,11 +1,11 @@
-"""Why a row can't become a training sample: the reasons, the exception that carries one, and the table's row."""
+"""The quarantine: reasons for which a row cannot become a sample, the exception that carries one, the table's row."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Every way a source row can end in the quarantine."""
+    """Reasons for which a source row is quarantined. The values are stored in quarantine.csv."""
 
     NOT_A_ROW = "not a row"
     IMAGE_MISSING = "image missing"
@@ -22,7 +22,7 @@ class Reason(StrEnum):
 
 
 class BadRow(Exception):
-    """A row that is set aside: the reason, and a detail for the person who will repair it."""
+    """Raised for a row that must be quarantined, with the reason and a detail that helps to fix the row."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -31,8 +31,8 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    """One row of the quarantine table. `row` counts from 0 in the file `source`."""
+class QuarantinedRow:
+    """One row of the quarantine table. `row` is the row's number in the file `source`, starting at 0."""
 
     row: int
     sample_id: str

@@ -1,6 +1,7 @@
-"""Sources → rows of one type, whatever the files looked like. Reads annotations only, no images by path.
+"""Selects the rows of a recipe's sources and parses them into one row type, independent of the file format.
 
-A file that is of no known format is the user's mistake (UserError); a row that is not one is set aside (BadRow).
+Reads annotations only, no image files. A file of an unknown format raises UserError; a malformed row raises BadRow and
+is quarantined.
 """
 
 import hashlib
@@ -22,12 +23,12 @@ from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath, storage_path
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt"}
-_TAIL = 64 << 10  # bytes at a file's end: a Parquet footer, the last samples of a tar
+_TAIL_BYTES = 64 << 10  # the end of a file: a Parquet footer, the last samples of a tar
 
 
 @dataclass(frozen=True)
-class Row:
-    """One source row: a name that is unique in its corpus, its images (paths as written, or bytes), and its turns."""
+class SourceRow:
+    """One parsed row. `sample_id` is unique in the corpus; `images` are paths as written in the row, or bytes."""
 
     sample_id: str
     images: tuple[str | bytes, ...]
@@ -36,123 +37,134 @@ class Row:
 
 @dataclass(frozen=True)
 class SelectedRow:
-    """One row chosen for a corpus: which source, file and row, which repetition, and where in the file it lies."""
+    """One row selected for a corpus.
+
+    `source`, `file` and `row` are numbers that start at 0; `copy` numbers the repetitions of a row; `offset` is the
+    position of the row in its file, for the format's `read_rows`.
+    """
 
     source: int
     file: int
     row: int
     copy: int
-    where: Any
+    offset: Any
 
     @property
-    def suffix(self) -> str:
-        """What makes a source's own id unique in the corpus (LLaVA's own files repeat ids)."""
+    def id_suffix(self) -> str:
+        """The suffix that makes a row's id unique in the corpus (LLaVA's published files repeat ids)."""
         return f"#{self.source}.{self.file}.{self.row}" + (f"+{self.copy}" if self.copy else "")
 
 
 class SourceFiles:
-    """One source with its files found. `annotations` and `images` are absolute places."""
+    """A source and its files. `annotations` and `images` are absolute paths or URIs."""
 
     def __init__(self, source: Source, annotations: str, images: str) -> None:
         self.source, self.annotations, self.images = source, annotations, images
 
     @property
     def files(self) -> list[StoragePath]:
-        """The file, or the folder's files of known formats by name. Raises UserError when there is none."""
+        """The annotation file, or the files of known formats in a folder, by name. Raises UserError for none."""
         root = storage_path(self.annotations)
         kind = root.info().type
         if kind == pafs.FileType.NotFound:
             raise UserError(f"{root}: no such file; set the source's annotations (or data=…)")
         if kind != pafs.FileType.Directory:
             return [root]
-        found = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
-        if not found:
-            raise UserError(f"{root}: holds no file of a known format ({', '.join(SUFFIXES)})")
-        return found
+        files = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
+        if not files:
+            raise UserError(f"{root}: contains no file of a known format ({', '.join(SUFFIXES)})")
+        return files
 
     def format(self, file: StoragePath) -> Format:
-        """How a file of this source is read."""
+        """Return the format of a file of this source."""
         return FORMATS[format_of(file) if self.source.format == "auto" else self.source.format]
 
-    def picks(self, number: int) -> Iterator[SelectedRow]:
-        """The rows that the source gives to its corpus, in order; `number` is the source's."""
-        for file_number, row, located in itertools.islice(self.selected(), self.source.max_rows):
+    def selected_rows(self, number: int) -> Iterator[SelectedRow]:
+        """Yield the rows that source number `number` contributes to its corpus, in order and with repetitions."""
+        for file_number, row, row_ref in itertools.islice(self.matching_rows(), self.source.max_rows):
             for copy in range(_copies(self.source.sampling_weight, f"{number}.{file_number}.{row}")):
-                yield SelectedRow(number, file_number, row, copy, located.where)
+                yield SelectedRow(number, file_number, row, copy, row_ref.offset)
 
-    def selected(self) -> Iterator[tuple[int, int, RowRef]]:
-        """(file, row, located) of the rows that include and exclude choose. Raises UserError for what is unreadable."""
+    def matching_rows(self) -> Iterator[tuple[int, int, RowRef]]:
+        """Yield (file number, row number, reference) of the rows that match `include` and `exclude`.
+
+        Raises UserError for unreadable files, and for filters on a format that does not expose its rows.
+        """
         source = self.source
-        chooses = source.include != ("*",) or source.exclude
+        has_filters = source.include != ("*",) or source.exclude
         for number, file in enumerate(self.files):
-            form = self.format(file)
-            if chooses and not form.parses:
-                raise UserError(f"{file}: include and exclude choose by image path, which only JSON sources tell")
-            for row, located in enumerate(_located(form, file)):
-                if not chooses or matches_filters(located.raw, source.include, source.exclude):
-                    yield number, row, located
+            file_format = self.format(file)
+            if has_filters and not file_format.exposes_rows:
+                raise UserError(
+                    f"{file}: include and exclude select rows by image path, which works for JSON formats only; "
+                    "remove them or convert the file to JSON Lines"
+                )
+            for row, row_ref in enumerate(_scan(file_format, file)):
+                if not has_filters or matches_filters(row_ref.raw, source.include, source.exclude):
+                    yield number, row, row_ref
 
-    def identity(self) -> dict[str, Any]:
-        """What the source is, wherever it lies: its files' content, and names and sizes of the images they name.
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what identifies the source's content, independent of its location.
 
-        JSON is hashed whole; of Parquet and tars, which may hold terabytes, size and last 64 KiB.
+        These are hashes of the annotation files, and a hash over names and sizes of the images that rows refer to. JSON
+        files are hashed completely; Parquet files and tars, which may be terabytes, by their size and last 64 KiB.
         Raises UserError when annotations can't be read or the image folder is missing.
         """
-        contents = [file.sha256() if self.format(file).parses else _tail_identity(file) for file in self.files]
-        names = {name for _, _, located in self.selected() for name in image_names(located.raw)}
+        contents = [file.sha256() if self.format(file).exposes_rows else _tail_fingerprint(file) for file in self.files]
+        names = {name for _, _, row_ref in self.matching_rows() for name in image_names(row_ref.raw)}
         images = storage_path(self.images)
         if names and not images.is_folder():
             raise UserError(f"{images}: no such image folder; set the source's images (or data=…)")
-        listing = json.dumps(sorted(sizes_below(images, names).items()))
+        listing = json.dumps(sorted(file_sizes(images, names).items()))
         return {"annotations": contents, "images": hashlib.sha256(listing.encode()).hexdigest()}
 
 
-def sizes_below(root: StoragePath, names: set[str]) -> dict[str, int]:
-    """Bytes of those of the named files that are below the root."""
+def file_sizes(root: StoragePath, names: set[str]) -> dict[str, int]:
+    """Return the size in bytes of each named file below `root`; missing files are left out."""
     return {name: size for name, size in root.walk_files() if name in names} if names else {}
 
 
-def _located(form: Format, file: StoragePath) -> Iterator[RowRef]:
+def _scan(file_format: Format, file: StoragePath) -> Iterator[RowRef]:
     try:
-        yield from form.locate(file)
+        yield from file_format.scan(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
 
 
-def _tail_identity(file: StoragePath) -> dict[str, Any]:
+def _tail_fingerprint(file: StoragePath) -> dict[str, Any]:
     size = file.info().size
     with file.filesystem.open_input_file(file.path) as stream:
-        stream.seek(max(0, size - _TAIL))
+        stream.seek(max(0, size - _TAIL_BYTES))
         return {"bytes": size, "tail": hashlib.sha256(stream.read()).hexdigest()}
 
 
-def _copies(weight: float, row: str) -> int:
-    """How often a row comes in: the whole part of the weight, and once more by a draw that only its number decides."""
-    draw = int.from_bytes(hashlib.sha256(row.encode()).digest()[:8], "big") / 2**64
+def _copies(weight: float, row_key: str) -> int:
+    """Return the copies of a row: floor(weight), plus one with probability frac(weight), seeded by the row number."""
+    draw = int.from_bytes(hashlib.sha256(row_key.encode()).digest()[:8], "big") / 2**64
     return int(weight) + (draw < weight - int(weight))
 
 
 def matches_filters(raw: Any, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns choose a raw row; a row without image paths, or one too broken to say, is always taken."""
+    """Return whether a raw row matches the patterns. Rows without image paths, even malformed ones, always match."""
     names = image_names(raw)
-    wanted = all(any(fnmatch(name, pattern) for pattern in include) for name in names)
-    return wanted and not any(fnmatch(name, pattern) for name in names for pattern in exclude)
+    included = all(any(fnmatch(name, pattern) for pattern in include) for name in names)
+    return included and not any(fnmatch(name, pattern) for name in names for pattern in exclude)
 
 
-def parse_row(raw: Any, suffix: str) -> Row:
-    """A raw row (`conversations`, or `messages` of role and content) as a Row. Raises BadRow when it isn't one."""
+def parse_row(raw: Any, id_suffix: str) -> SourceRow:
+    """Parse a raw row (`conversations`, or `messages` of role and content). Raises BadRow when it is malformed."""
     if not isinstance(raw, dict):
         raise BadRow(Reason.NOT_A_ROW, raw if isinstance(raw, str) else f"a {type(raw).__name__}, not an object")
     turns = raw.get("conversations") or raw.get("messages")
     if not isinstance(turns, list) or not turns:
         raise BadRow(Reason.NO_TURNS, "no list of `conversations` or `messages`, or an empty one")
-    return Row(sample_id(raw, suffix), _images(raw), _without_system([_turn(turn) for turn in turns]))
+    return SourceRow(sample_id(raw, id_suffix), _images(raw), _without_system([_turn(turn) for turn in turns]))
 
 
-def sample_id(raw: Any, suffix: str) -> str:
-    """The source's id, made unique in the corpus."""
+def sample_id(raw: Any, id_suffix: str) -> str:
+    """Return the row's id with the suffix that makes it unique in the corpus."""
     name = raw.get("id") if isinstance(raw, dict) else None
-    return f"{name}{suffix}" if isinstance(name, str | int) else suffix
+    return f"{name}{id_suffix}" if isinstance(name, str | int) else id_suffix
 
 
 def _turn(raw: Any) -> Turn:
@@ -166,7 +178,7 @@ def _turn(raw: Any) -> Turn:
 
 
 def _text(content: Any) -> str:
-    """A turn's text; of a list of parts, texts joined and each image as an image token."""
+    """Return a turn's text. The parts of a list are joined, with an image token for each image."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
@@ -175,7 +187,7 @@ def _text(content: Any) -> str:
 
 
 def _without_system(turns: list[Turn]) -> tuple[Turn, ...]:
-    """Gemma has no system turn: its text goes before the first human's."""
+    """Prepend the text of a system turn to the first human turn, because Gemma's template has no system turn."""
     if len(turns) > 1 and turns[0].speaker == "system" and turns[1].speaker == "human":
         turns = [Turn("human", f"{turns[0].text.strip()}\n\n{turns[1].text}"), *turns[2:]]
     return tuple(turns)
@@ -186,7 +198,7 @@ def _images(raw: dict[str, Any]) -> tuple[str | bytes, ...]:
 
 
 def _image(value: Any) -> str | bytes:
-    """A path, or the bytes of a image that lies in the row (Hugging Face's struct of bytes and path among them)."""
+    """Return an image's path, or the bytes of an embedded image (also from Hugging Face's bytes-and-path struct)."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return bytes(value["bytes"])
     if isinstance(value, dict):
@@ -204,12 +216,12 @@ def _image_values(raw: Any) -> list[Any]:
 
 
 def image_names(raw: Any) -> tuple[str, ...]:
-    """The image paths that a raw row names."""
+    """Return the image paths of a raw row."""
     return tuple(value for value in _image_values(raw) if isinstance(value, str))
 
 
-def image_place(root: StoragePath, name: str) -> StoragePath:
-    """TrialStatus an image path of a row lies. Raises BadRow when it would leave the root."""
+def resolve_image_path(root: StoragePath, name: str) -> StoragePath:
+    """Return the location of a row's image path below `root`. Raises BadRow when the path would leave `root`."""
     parts = name.replace("\\", "/").split("/")
     if name.startswith(("/", "~")) or "://" in name or ".." in parts or "\0" in name:
         raise BadRow(Reason.PATH_ESCAPES, repr(name))

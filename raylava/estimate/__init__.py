@@ -1,5 +1,8 @@
-"""What a recipe will cost, before anything runs. `workload` says what a stage has to compute (from a prepared corpus,
-or from stated assumptions), `forecast` what that comes to on a cluster, `ingest` the same for preparing, `calibrate`
-times this machine, `simulate` plays a run on thousands of GPUs with failures; `table` shows it. What a single step
-costs is cost's.
+"""Predicts what a recipe needs before anything runs: memory, time and cost on a given cluster.
+
+`workload` derives a stage's samples and steps from a prepared corpus or from stated assumptions; `forecast` predicts
+memory, time and cost on a target; `ingest` plans corpus preparation; `local_machine` describes this machine as a
+target, and `calibrate` measures its speed with `synthetic` packs. `simulate` simulates a run with node failures and
+`scaling` applies it from one node to thousands of GPUs; `sweep_cost` sums the distinct stages of a sweep; `tables`
+renders the results. Memory and time of a single step are predicted by raylava.perf.
 """

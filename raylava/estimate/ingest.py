@@ -1,39 +1,50 @@
-"""What preparing a corpus takes: hours and nodes for so many images, and requests that the object store admits.
+"""Plans corpus preparation: nodes and hours for a number of images within the request limits of an object store.
 
-Pure. Assumptions are fields of `Ingest`; the rate of a core is measured here (`jobs/bench/prepare.py`) or given.
+Pure functions. Assumptions are fields of `IngestSpec`; the throughput of a core was measured with
+jobs/bench/prepare.py or is given by the caller.
 """
 
 import math
 from dataclasses import dataclass
 
-IMAGES_PER_CORE = 100.0  # a second: decode 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md, one core)
-_LIST_PAGE = 1_000  # keys that one LIST request returns (S3)
-MANY = 1_000_000  # nodes, where nothing but their number limits them
+IMAGES_PER_CORE = 100.0  # images/s: decode a 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md)
+UNLIMITED_NODES = 1_000_000  # value of IngestPlan.max_nodes if the storage limits no number of nodes
+_KEYS_PER_LIST = 1_000  # keys returned by one LIST request (S3)
 
 
 @dataclass(frozen=True)
-class Store:
-    """An object store's limits: requests a second for each prefix (S3's documented 5,500 GET and 3,500 PUT), bytes/s of
-    a node, seconds until the first byte, requests that one core keeps in flight.
+class StorageLimits:
+    """Limits of an object store; the defaults are those of S3.
+
+    Requests/s per key prefix (documented: 5,500 GET and 3,500 PUT), bytes/s of a node, seconds to the first byte, and
+    the requests that one core keeps in flight.
     """
 
-    gets: float = 5_500
-    puts: float = 3_500
-    lists: float = 5_500
-    node_bytes: float = 1.25e9
-    latency: float = 0.03
-    in_flight: int = 1
+    gets_per_second: float = 5_500
+    puts_per_second: float = 3_500
+    lists_per_second: float = 5_500
+    node_bandwidth: float = 1.25e9
+    latency_s: float = 0.03
+    requests_in_flight: int = 1
 
     @classmethod
-    def disk(cls) -> "Store":
-        """A folder that every node has: no requests to count, nothing to wait for."""
-        return cls(gets=math.inf, puts=math.inf, lists=math.inf, node_bytes=2e9, latency=0.0)
+    def local_disk(cls) -> "StorageLimits":
+        """Return the limits of a folder that every node can access: no request limits and no latency."""
+        return cls(
+            gets_per_second=math.inf,
+            puts_per_second=math.inf,
+            lists_per_second=math.inf,
+            node_bandwidth=2e9,
+            latency_s=0.0,
+        )
 
 
 @dataclass(frozen=True)
-class Ingest:
-    """Preparing so many images on nodes of so many cores. `image_bytes` is a source file's, `block_bytes` a
-    prepared one's; `shard` images come with one request where the source is packed (WebDataset, Parquet), else 1.
+class IngestSpec:
+    """The preparation of `images` images on nodes with `cores` CPU cores.
+
+    `image_bytes` is the size of a source image, `block_bytes` that of a prepared sample. `images_per_shard` images are
+    read with one request from packed sources (WebDataset, Parquet); it is 1 for single files.
     """
 
     images: int
@@ -42,70 +53,74 @@ class Ingest:
     image_bytes: float = 150e3
     block_bytes: float = 79e3
     samples_per_block: int = 2048
-    shard: int = 1
+    images_per_shard: int = 1
     prefixes: int = 1
-    store: Store = Store()
+    storage: StorageLimits = StorageLimits()
 
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """`rate` in images/s of `nodes` nodes, `bound` what holds it there. `listing` in hours, where files are single;
-    training reads paths from the annotations and never lists, so it matters to those who must list to write them.
-    `nodes_at_most` is how many nodes the store feeds before it says 503.
+    """Predicted throughput and duration of preparing a corpus on `nodes` nodes.
+
+    `bottleneck` names what limits `images_per_second`. `listing_hours` is the time to list the source files; raylava
+    reads paths from the annotations and never lists, so it only matters for writing annotations from a listing.
+    `max_nodes` is the number of nodes beyond which the storage rejects requests (HTTP 503).
     """
 
     nodes: int
-    rate: float
+    images_per_second: float
     hours: float
-    bound: str
+    bottleneck: str
     node_hours: float
     requests: float
     requests_per_second: float
-    listing: float
-    stored: float
-    nodes_at_most: int
+    listing_hours: float
+    stored_bytes: float
+    max_nodes: int
 
 
-def plan(ingest: Ingest, nodes: int | None = None, within_hours: float = 24.0) -> IngestPlan:
-    """For so many nodes, or for as few as end within so many hours and the store's limits."""
-    own = _node_rates(ingest)
-    bound_alone = min(own, key=lambda name: own[name])
-    node = own[bound_alone]
-    limit = _store_rates(ingest)
-    bound_store = min(limit, key=lambda name: limit[name])
-    most = int(min(limit[bound_store] / node, MANY))
-    wanted = nodes or min(max(1, most), max(1, -(-int(ingest.images) // max(1, int(node * within_hours * 3600)))))
-    rate = min(wanted * node, limit[bound_store])
-    hours = ingest.images / rate / 3600
-    requests = ingest.images / ingest.shard + ingest.images / ingest.samples_per_block
+def plan_ingest(spec: IngestSpec, nodes: int | None = None, within_hours: float = 24.0) -> IngestPlan:
+    """Return the plan for `nodes` nodes, or for the fewest that finish within `within_hours` and the storage limits."""
+    node_rates, storage_rates = _node_rates(spec), _storage_rates(spec)
+    node_bottleneck = min(node_rates, key=lambda name: node_rates[name])
+    storage_bottleneck = min(storage_rates, key=lambda name: storage_rates[name])
+    node_rate, storage_rate = node_rates[node_bottleneck], storage_rates[storage_bottleneck]
+    max_nodes = int(min(storage_rate / node_rate, UNLIMITED_NODES))
+    images_per_node = max(1, int(node_rate * within_hours * 3600))
+    planned_nodes = nodes or min(max(1, max_nodes), max(1, -(-int(spec.images) // images_per_node)))
+    rate = min(planned_nodes * node_rate, storage_rate)
+    hours = spec.images / rate / 3600
+    requests = spec.images / spec.images_per_shard + spec.images / spec.samples_per_block
+    list_rate = min(10.0, spec.storage.lists_per_second)
     return IngestPlan(
-        nodes=wanted,
-        rate=rate,
+        nodes=planned_nodes,
+        images_per_second=rate,
         hours=hours,
-        bound=bound_alone if wanted * node <= limit[bound_store] else bound_store,
-        node_hours=hours * wanted,
+        bottleneck=node_bottleneck if planned_nodes * node_rate <= storage_rate else storage_bottleneck,
+        node_hours=hours * planned_nodes,
         requests=requests,
         requests_per_second=requests / hours / 3600,
-        listing=ingest.images / ingest.shard / _LIST_PAGE / min(10.0, ingest.store.lists) / 3600,
-        stored=ingest.images * ingest.block_bytes,
-        nodes_at_most=max(1, most),
+        listing_hours=spec.images / spec.images_per_shard / _KEYS_PER_LIST / list_rate / 3600,
+        stored_bytes=spec.images * spec.block_bytes,
+        max_nodes=max(1, max_nodes),
     )
 
 
-def _node_rates(ingest: Ingest) -> dict[str, float]:
-    """Images/s that a node can do, by what may hold it back."""
-    store = ingest.store
-    computing, waiting = 1 / ingest.images_per_core, store.latency / ingest.shard / store.in_flight
+def _node_rates(spec: IngestSpec) -> dict[str, float]:
+    """Return the images/s of one node by limiting resource."""
+    storage = spec.storage
+    compute_s = 1 / spec.images_per_core
+    latency_s = storage.latency_s / spec.images_per_shard / storage.requests_in_flight
     return {
-        "cores" if computing >= waiting else "latency": ingest.cores / (computing + waiting),
-        "network": store.node_bytes / (ingest.image_bytes + ingest.block_bytes),
+        "cores" if compute_s >= latency_s else "latency": spec.cores / (compute_s + latency_s),
+        "network": storage.node_bandwidth / (spec.image_bytes + spec.block_bytes),
     }
 
 
-def _store_rates(ingest: Ingest) -> dict[str, float]:
-    """Images/s that the store's request limits admit."""
-    store = ingest.store
+def _storage_rates(spec: IngestSpec) -> dict[str, float]:
+    """Return the images/s that the request limits of the storage allow, by kind of request."""
+    storage = spec.storage
     return {
-        "GET requests": store.gets * ingest.prefixes * ingest.shard,
-        "PUT requests": store.puts * ingest.samples_per_block / 3,  # a block, its lengths, its record
+        "GET requests": storage.gets_per_second * spec.prefixes * spec.images_per_shard,
+        "PUT requests": storage.puts_per_second * spec.samples_per_block / 3,  # block, lengths and record
     }

@@ -1,9 +1,9 @@
-"""A training run played through, event by event: steps, checkpoints, nodes that fail or are taken back, restarts.
+"""Discrete-event simulation of a training run: steps, checkpoints, node failures, spot reclaims and restarts.
 
-    goodput = time spent on steps that were kept / all time
+    goodput = time spent on steps whose work was not lost / total time
 
-Pure and seeded: the same settings give the same run. What a step costs comes from cost/; what is assumed of the world
-stands in `FailureModel`. Failures hit nodes independently, at constant rates.
+Pure and seeded: the same arguments give the same run. Step times come from raylava.perf; the other assumptions are
+fields of `FailureModel`. Failures hit nodes independently, at constant rates.
 """
 
 import heapq
@@ -15,245 +15,288 @@ from statistics import NormalDist
 
 import numpy as np
 
-_DAY = 86_400.0
+_DAY_S = 86_400.0
 
 
 @dataclass(frozen=True)
 class FailureModel:
-    """What is assumed. Rates are per node: failures a day (Llama 3's 16,384 H100 saw 419 in 54 days on 2,048 nodes),
-    spot reclaims an hour. Seconds: until a loss is noticed, until a new run has started (workers, checkpoint,
-    memory dry run), until a lost node is replaced; an elastic run goes on with the rest meanwhile, and starts anew with it.
-    `jitter` is the spread of a worker's step (lognormal sigma); a step waits for the slowest.
+    """Assumptions about node losses and restarts.
+
+    Rates are per node: failures per day (by default those of Llama 3: 16,384 H100 on 2,048 nodes had 419 in 54 days)
+    and spot reclaims per hour. `detection_s` passes until a loss is noticed, `restart_s` until the run has started
+    again (workers, checkpoint, memory dry run), `replacement_s` until a lost node is replaced. Meanwhile an elastic run
+    continues on the remaining nodes, and restarts when the replacement joins. `jitter` is the spread of a worker's step
+    time (lognormal sigma); every step waits for the slowest worker.
     """
 
     failures_per_node_day: float = 419 / 54 / 2048
     reclaims_per_node_hour: float = 0.0
-    noticed: float = 60.0
-    restart: float = 90.0
-    replaced: float = 300.0
+    detection_s: float = 60.0
+    restart_s: float = 90.0
+    replacement_s: float = 300.0
     elastic: bool = False
     jitter: float = 0.02
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run on so many nodes. Seconds of a step, of standing still for a checkpoint, and of its upload, in
-    which training goes on and nothing is safe yet; `interval` between checkpoints.
+class TrainingRun:
+    """A training run of `steps` steps on `nodes` nodes.
+
+    Training stalls for `checkpoint_stall_s` per checkpoint and then continues during the upload; the checkpoint can be
+    restored only after `upload_s`. `checkpoint_interval_s` is the time between checkpoints.
     """
 
     nodes: int
     workers: int
-    step: float
+    step_time_s: float
     steps: int
-    save: float
-    upload: float
-    interval: float
+    checkpoint_stall_s: float
+    upload_s: float
+    checkpoint_interval_s: float
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a run. Seconds; `goodput` in [0, 1]."""
+class RunOutcome:
+    """The result of a simulated run: where its `total_s` seconds went, and how many nodes were lost.
 
-    seconds: float
-    lost: float
-    saving: float
-    waiting: float
-    failures: int
+    `lost_work_s` is work that was repeated, `checkpoint_stall_s` the stalls for checkpoints, and `downtime_s` the time
+    for detection, replacement and (re)starts.
+    """
+
+    total_s: float
+    lost_work_s: float
+    checkpoint_stall_s: float
+    downtime_s: float
+    node_losses: int
     finished: bool
 
     @property
     def goodput(self) -> float:
-        """Share of the time in which steps were computed that count."""
-        return 1.0 - (self.lost + self.saving + self.waiting) / self.seconds
+        """Fraction of the total time spent on steps whose work was not lost, in [0, 1]."""
+        return 1.0 - (self.lost_work_s + self.checkpoint_stall_s + self.downtime_s) / self.total_s
 
 
-def straggling(jitter: float, workers: int) -> float:
-    """How much longer a step takes than one worker's mean: the expected largest of so many lognormal times.
+def straggler_factor(jitter: float, workers: int) -> float:
+    """Return the duration of a step relative to one worker's mean: the expected maximum of lognormal step times.
 
-    The quantile at workers/(workers + 1) stands for the expectation (Blom 1958).
+    The expectation is approximated by the quantile at workers/(workers + 1) (Blom 1958).
     """
     if workers == 1 or jitter == 0:
         return 1.0
     return math.exp(jitter * NormalDist().inv_cdf(workers / (workers + 1)))
 
 
-def simulate_run(run: Run, world: FailureModel, seed: int, most_days: float = 365.0) -> Outcome:
-    """One run, to its end or to so many days."""
-    return _Player(run, world, seed).simulate_run(most_days * _DAY)
+def simulate_run(run: TrainingRun, failures: FailureModel, seed: int, max_days: float = 365.0) -> RunOutcome:
+    """Simulate one run until it finishes, or until `max_days` days have passed."""
+    return _Simulation(run, failures, seed).run(max_days * _DAY_S)
 
 
-class _Player:
-    """Time moves from event to event: the next loss of a node, the next checkpoint, the end.
+class _Simulation:
+    """Advances time from event to event: a node loss, a checkpoint, the return of a node, the end of the run.
 
-    `done` counts seconds of work that is computed, `safe` what the last uploaded checkpoint holds.
+    `_done` is the computed work in seconds, `_safe` the work contained in the last uploaded checkpoint.
     """
 
-    def __init__(self, run: Run, world: FailureModel, seed: int) -> None:
-        self._run, self._world = run, world
+    def __init__(self, run: TrainingRun, failures: FailureModel, seed: int) -> None:
+        self._run, self._failures = run, failures
         self._rng = np.random.default_rng(seed)
-        self._step = run.step * straggling(world.jitter, run.workers)
-        self._rate = run.nodes * (world.failures_per_node_day / _DAY + world.reclaims_per_node_hour / 3600)
+        self._step_time = run.step_time_s * straggler_factor(failures.jitter, run.workers)
+        self._loss_rate = _node_losses_per_second(run, failures)
         self._now = self._done = self._safe = 0.0
-        self._lost = self._saving = self._waiting = 0.0
-        self._failures = 0
-        self._uploads: list[tuple[float, float]] = []  # (when it is safe, the work that it holds)
-        self._absent: list[float] = []  # when replacements come
+        self._lost_work = self._checkpoint_stall = self._downtime = 0.0
+        self._node_losses = 0
+        self._uploads: list[tuple[float, float]] = []  # (time of completion, work in the checkpoint)
+        self._replacements: list[float] = []  # times at which missing nodes are replaced
 
-    def simulate_run(self, most: float) -> Outcome:
-        total = self._run.steps * self._step
-        self._wait(self._world.restart)
-        while self._done < total and self._now < most:
-            if self._train_until_loss(total):
+    def run(self, max_seconds: float) -> RunOutcome:
+        total_work = self._run.steps * self._step_time
+        self._wait(self._failures.restart_s)
+        while self._done < total_work and self._now < max_seconds:
+            if self._train_until_loss(total_work):
                 break
-            self._lose()
-        finished = self._done >= total
-        return Outcome(self._now, self._lost, self._saving, self._waiting, self._failures, finished)
+            self._lose_node()
+        finished = self._done >= total_work
+        return RunOutcome(
+            self._now, self._lost_work, self._checkpoint_stall, self._downtime, self._node_losses, finished
+        )
 
-    def _next_loss(self) -> float:
-        return float(self._rng.exponential(1 / self._rate)) if self._rate else math.inf
+    def _seconds_to_next_loss(self) -> float:
+        return float(self._rng.exponential(1 / self._loss_rate)) if self._loss_rate else math.inf
 
-    def _train_until_loss(self, total: float) -> bool:
-        """Whether the run ended first."""
-        loss = self._now + self._next_loss()
+    def _train_until_loss(self, total_work: float) -> bool:
+        """Train until the next node loss or the end of the run; return whether the run ended first."""
+        loss_time = self._now + self._seconds_to_next_loss()
         while True:
             speed = self._speed()
-            work = min(self._run.interval * speed, total - self._done)
-            took = work / speed
-            back = self._absent[0] if self._absent else math.inf
-            if back < min(loss, self._now + took):  # all start anew with it, from the last checkpoint
-                self._advance(max(0.0, back - self._now), speed)
-                heapq.heappop(self._absent)
-                self._fall_back()
-                self._wait(self._world.restart)
+            work = min(self._run.checkpoint_interval_s * speed, total_work - self._done)
+            duration = work / speed
+            rejoin_time = self._replacements[0] if self._replacements else math.inf
+            if rejoin_time < min(loss_time, self._now + duration):  # all restart with it, from the last checkpoint
+                self._train(max(0.0, rejoin_time - self._now), speed)
+                heapq.heappop(self._replacements)
+                self._restore_checkpoint()
+                self._wait(self._failures.restart_s)
                 continue
-            if self._now + took > loss:
-                self._advance(max(0.0, loss - self._now), speed)
+            if self._now + duration > loss_time:
+                self._train(max(0.0, loss_time - self._now), speed)
                 return False
-            self._advance(took, speed)
-            if self._done >= total * (1 - 1e-12):  # rounding may leave a trace of work
-                self._done = total
+            self._train(duration, speed)
+            if self._done >= total_work * (1 - 1e-12):  # tolerates rounding errors
+                self._done = total_work
                 return True
-            self._save()
+            self._save_checkpoint()
 
     def _speed(self) -> float:
-        """Work a second: what is left of the nodes does it all, where training is elastic."""
-        return (self._run.nodes - len(self._absent)) / self._run.nodes
+        """Return the work per second: the fraction of nodes present, which do all of it in an elastic run."""
+        return (self._run.nodes - len(self._replacements)) / self._run.nodes
 
-    def _advance(self, seconds: float, speed: float) -> None:
+    def _train(self, seconds: float, speed: float) -> None:
         self._now += seconds
         self._done += seconds * speed
 
-    def _save(self) -> None:
-        self._now += self._run.save
-        self._saving += self._run.save
-        heapq.heappush(self._uploads, (self._now + self._run.upload, self._done))
+    def _save_checkpoint(self) -> None:
+        self._now += self._run.checkpoint_stall_s
+        self._checkpoint_stall += self._run.checkpoint_stall_s
+        heapq.heappush(self._uploads, (self._now + self._run.upload_s, self._done))
 
-    def _lose(self) -> None:
-        """A node goes, and the work since the last safe checkpoint. The rest goes on, if it may and there is any."""
-        self._failures += 1
-        self._fall_back()
-        world = self._world
-        heapq.heappush(self._absent, self._now + world.replaced)
-        self._wait(world.noticed)
-        if not world.elastic or len(self._absent) == self._run.nodes:
-            self._wait(max(0.0, heapq.heappop(self._absent) - self._now))
-        self._wait(world.restart)
+    def _lose_node(self) -> None:
+        """Lose a node and the work since the last safe checkpoint.
 
-    def _fall_back(self) -> None:
+        An elastic run continues if any node remains; others wait for the replacement.
+        """
+        self._node_losses += 1
+        self._restore_checkpoint()
+        failures = self._failures
+        heapq.heappush(self._replacements, self._now + failures.replacement_s)
+        self._wait(failures.detection_s)
+        if not failures.elastic or len(self._replacements) == self._run.nodes:
+            self._wait(max(0.0, heapq.heappop(self._replacements) - self._now))
+        self._wait(failures.restart_s)
+
+    def _restore_checkpoint(self) -> None:
         while self._uploads and self._uploads[0][0] <= self._now:
             self._safe = max(self._safe, heapq.heappop(self._uploads)[1])
         self._uploads.clear()
-        self._lost += self._done - self._safe
+        self._lost_work += self._done - self._safe
         self._done = self._safe
 
     def _wait(self, seconds: float) -> None:
         self._now += seconds
-        self._waiting += seconds
+        self._downtime += seconds
 
 
-def goodput(run: Run, world: FailureModel, seeds: Sequence[int] = range(16)) -> float:
-    """The mean over runs."""
-    return float(np.mean([simulate_run(run, world, seed).goodput for seed in seeds]))
+def mean_goodput(run: TrainingRun, failures: FailureModel, seeds: Sequence[int] = range(16)) -> float:
+    """Return the goodput averaged over simulations with the given seeds."""
+    return float(np.mean([simulate_run(run, failures, seed).goodput for seed in seeds]))
 
 
-def young(save: float, between_failures: float) -> float:
-    """The best interval between checkpoints by Young (1974): √(2·δ·M), all in seconds."""
-    return math.sqrt(2 * save * between_failures)
+def young_interval(checkpoint_s: float, mtbf_s: float) -> float:
+    """Return the optimal time between checkpoints by Young (1974), √(2·δ·M), in seconds.
+
+    δ is the duration of a checkpoint, M the mean time between failures.
+    """
+    return math.sqrt(2 * checkpoint_s * mtbf_s)
 
 
-def daly(save: float, between_failures: float) -> float:
-    """Daly's (2006) higher-order estimate; M where a checkpoint takes longer than 2·M."""
-    if save >= 2 * between_failures:
-        return between_failures
-    ratio = save / (2 * between_failures)
-    return math.sqrt(2 * save * between_failures) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save
+def daly_interval(checkpoint_s: float, mtbf_s: float) -> float:
+    """Return the optimal time between checkpoints by Daly's (2006) higher-order estimate, in seconds.
+
+    It is the mean time between failures if a checkpoint takes at least twice as long.
+    """
+    if checkpoint_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = checkpoint_s / (2 * mtbf_s)
+    return math.sqrt(2 * checkpoint_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint_s
 
 
-def between_failures(run: Run, world: FailureModel) -> float:
-    """Seconds, of the whole run's nodes together."""
-    rate = run.nodes * (world.failures_per_node_day / _DAY + world.reclaims_per_node_hour / 3600)
+def mean_time_between_failures(run: TrainingRun, failures: FailureModel) -> float:
+    """Return the mean time between node losses of the whole run, in seconds; infinite if no node is ever lost."""
+    rate = _node_losses_per_second(run, failures)
     return 1 / rate if rate else math.inf
 
 
-def best_interval(run: Run, world: FailureModel, seeds: Sequence[int] = range(16)) -> float:
-    """The interval, in seconds, of the highest goodput of those around Young's; the whole run where nothing fails."""
-    mean = between_failures(run, world)
-    whole = run.step * run.steps
-    if not math.isfinite(mean):
-        return whole
-    middle = young(max(run.save, 1e-3), mean)
-    tried = [min(whole, middle * factor) for factor in np.geomspace(0.125, 8, 25)]
-    return float(max(tried, key=lambda interval: goodput(replace(run, interval=interval), world, seeds)))
+def _node_losses_per_second(run: TrainingRun, failures: FailureModel) -> float:
+    return run.nodes * (failures.failures_per_node_day / _DAY_S + failures.reclaims_per_node_hour / 3600)
+
+
+def best_interval(run: TrainingRun, failures: FailureModel, seeds: Sequence[int] = range(16)) -> float:
+    """Return the time between checkpoints with the highest simulated goodput, in seconds.
+
+    Searches around Young's interval; returns the duration of the whole run if no node is ever lost.
+    """
+    mtbf_s = mean_time_between_failures(run, failures)
+    run_s = run.step_time_s * run.steps
+    if not math.isfinite(mtbf_s):
+        return run_s
+    center = young_interval(max(run.checkpoint_stall_s, 1e-3), mtbf_s)
+    intervals = [min(run_s, center * factor) for factor in np.geomspace(0.125, 8, 25)]
+    return float(
+        max(
+            intervals,
+            key=lambda interval: mean_goodput(replace(run, checkpoint_interval_s=interval), failures, seeds),
+        )
+    )
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """A run at one size. `efficiency` is samples a second for each GPU, of those at the smallest size; `bound` the term
-    that costs most beside computing; `gain` the speed over the next smaller size, for so much more money.
+class ScaledRun:
+    """A simulated run at one size.
+
+    `efficiency` is the throughput per worker relative to the smallest size; `speedup` is the speed relative to the next
+    smaller size; `bottleneck` is the largest term of the step time besides compute.
     """
 
     workers: int
-    run: Run
-    outcome: Outcome
+    run: TrainingRun
+    outcome: RunOutcome
     efficiency: float
-    gain: float
-    bound: str
+    speedup: float
+    bottleneck: str
 
 
-def scaling(
-    sizes: Sequence[int], run_at: Callable[[int], tuple[Run, dict[str, float]]], world: FailureModel, seed: int = 0
-) -> list[Scaled]:
-    """The run at each number of workers. `run_at` gives it, and a step's seconds by term (`compute` among them)."""
-    found: list[Scaled] = []
+def scale_run(
+    sizes: Sequence[int],
+    run_at: Callable[[int], tuple[TrainingRun, dict[str, float]]],
+    failures: FailureModel,
+    seed: int = 0,
+) -> list[ScaledRun]:
+    """Simulate the run at each number of workers in `sizes`.
+
+    `run_at` returns the run at a size, and its step time in seconds by term (`compute` among them).
+    """
+    runs: list[ScaledRun] = []
     for workers in sizes:
         run, terms = run_at(workers)
-        outcome = simulate_run(run, world, seed)
-        first = found[0] if found else None
-        speed = 1 / outcome.seconds
-        base = first.workers * first.outcome.seconds if first else workers * outcome.seconds
-        gain = found[-1].outcome.seconds * speed if found else 1.0
-        besides = terms | _stops(outcome, run)
-        besides.pop("compute")
-        bound = max(besides, key=lambda name: besides[name])
-        found.append(Scaled(workers, run, outcome, base * speed / workers, gain, bound))
-    return found
+        outcome = simulate_run(run, failures, seed)
+        smallest = runs[0] if runs else None
+        speed = 1 / outcome.total_s
+        base = smallest.workers * smallest.outcome.total_s if smallest else workers * outcome.total_s
+        speedup = runs[-1].outcome.total_s * speed if runs else 1.0
+        overheads = terms | _interruptions(outcome, run)
+        overheads.pop("compute")
+        bottleneck = max(overheads, key=lambda name: overheads[name])
+        runs.append(ScaledRun(workers, run, outcome, base * speed / workers, speedup, bottleneck))
+    return runs
 
 
-def _stops(outcome: Outcome, run: Run) -> dict[str, float]:
-    """Seconds for each step of what interrupts a run."""
+def _interruptions(outcome: RunOutcome, run: TrainingRun) -> dict[str, float]:
+    """Return the seconds per step that the run was interrupted, by cause."""
     return {
-        "checkpoints": outcome.saving / run.steps,
-        "lost work": outcome.lost / run.steps,
-        "starts": outcome.waiting / run.steps,
+        "checkpoints": outcome.checkpoint_stall_s / run.steps,
+        "lost work": outcome.lost_work_s / run.steps,
+        "restarts": outcome.downtime_s / run.steps,
     }
 
 
-def worthwhile_size(scaled: Sequence[Scaled], share: float = 0.5) -> int:
-    """The largest number of workers to which scaling pays: each doubling brings at least `share` of what it costs."""
-    last = scaled[0].workers
-    for before, after in itertools.pairwise(one for one in scaled if one.outcome.finished):
-        more = after.workers / before.workers
-        if after.gain - 1 < share * (more - 1):
+def worthwhile_size(runs: Sequence[ScaledRun], min_return: float = 0.5) -> int:
+    """Return the largest number of workers up to which scaling is worthwhile.
+
+    Each increase in workers must yield at least `min_return` of its proportional speedup; unfinished runs are skipped.
+    """
+    size = runs[0].workers
+    for smaller, larger in itertools.pairwise(run for run in runs if run.outcome.finished):
+        ratio = larger.workers / smaller.workers
+        if larger.speedup - 1 < min_return * (ratio - 1):
             break
-        last = after.workers
-    return last
+        size = larger.workers
+    return size

@@ -1,4 +1,7 @@
-"""A sweep's cost: every variant's stages forecast, those that variants share counted once. Without storage or hub."""
+"""Predicts the cost of a sweep: forecasts the stages of every variant, and counts stages shared by variants once.
+
+Needs neither storage nor the Hugging Face hub.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,17 +11,19 @@ from typing import Any
 from rich.table import Table
 
 from raylava.config.recipe import Recipe
-from raylava.estimate.forecast import CORPUS_OF, Forecast, KnownCorpora, Target, forecast
+from raylava.estimate.forecast import STAGE_CORPUS, Forecast, KnownCorpora, Target, forecast
 
 
 @dataclass(frozen=True)
 class SharedStage:
-    """A distinct stage of a sweep: how many variants need it; hours of the cluster, hours × workers, and what these
-    cost where a table names the nodes' price.
+    """A distinct stage of a sweep and the number of variants that use it.
+
+    `hours` are hours of the cluster and `worker_hours` multiplies them by the number of workers; `cost` is None if no
+    price is known.
     """
 
     stage: str
-    users: int
+    used_by: int
     hours: float
     worker_hours: float
     cost: float | None
@@ -27,76 +32,76 @@ class SharedStage:
 def shared_stages(
     recipes: Sequence[Recipe],
     target_of: Callable[[Recipe, KnownCorpora], Target],
-    given_of: Callable[[Recipe], KnownCorpora],
+    known_of: Callable[[Recipe], KnownCorpora],
 ) -> list[SharedStage]:
-    """The distinct stages of all variants. Two are the same when all that decides their result is."""
-    first: dict[str, SharedStage] = {}
-    users: dict[str, int] = {}
+    """Return the distinct stages of all variants. Two stages are the same if all inputs of their results are equal."""
+    stages: dict[str, SharedStage] = {}
+    used_by: dict[str, int] = {}
     for recipe in recipes:
-        given = given_of(recipe)
-        target = target_of(recipe, given)
-        one = forecast(recipe, target, given, weighs_all=False)
-        for stage, key, hours in _stages(recipe, one):
-            workers = 0 if stage.startswith("prepare") else target.room.world_size
-            cost = None if target.hourly is None else hours * target.hourly
-            first.setdefault(key, SharedStage(stage, 0, hours, hours * workers, cost))
-            users[key] = users.get(key, 0) + 1
-    return [replace(piece, users=users[key]) for key, piece in first.items()]
+        known = known_of(recipe)
+        target = target_of(recipe, known)
+        variant = forecast(recipe, target, known, compare_all=False)
+        for stage, key, hours in _stages(recipe, variant):
+            workers = 0 if stage.startswith("prepare") else target.budget.world_size
+            cost = None if target.price_per_hour is None else hours * target.price_per_hour
+            stages.setdefault(key, SharedStage(stage, 0, hours, hours * workers, cost))
+            used_by[key] = used_by.get(key, 0) + 1
+    return [replace(stage, used_by=used_by[key]) for key, stage in stages.items()]
 
 
-def _stages(recipe: Recipe, one: Forecast) -> list[tuple[str, str, float]]:
-    """(kind, what decides it, hours) of each of a recipe's stages."""
-    found: list[tuple[str, str, float]] = []
-    read: dict[str, Any] = {}
+def _stages(recipe: Recipe, variant: Forecast) -> list[tuple[str, str, float]]:
+    """Return (name, key, hours) of each stage of a recipe; stages with equal keys have equal results."""
+    stages: list[tuple[str, str, float]] = []
+    corpus_keys: dict[str, str] = {}
     connector: str | None = recipe.model.connector.weights
-    for name in one.corpora:
-        read[name] = _prepare_key(recipe, name, one)
-        if name in one.prepare:
-            found.append((f"prepare {name}", read[name], one.prepare[name].hours))
-    for stage in one.stages:
+    for name in variant.corpora:
+        corpus_keys[name] = _prepare_key(recipe, name, variant)
+        if name in variant.prepare:
+            stages.append((f"prepare {name}", corpus_keys[name], variant.prepare[name].hours))
+    for stage in variant.stages:
         settings = getattr(recipe, stage.stage).fingerprint_fields()
-        decides = [stage.stage, recipe.model.fingerprint_fields(), settings, recipe.seed, read[CORPUS_OF[stage.stage]]]
-        key = json.dumps([*decides, connector if stage.stage == "finetune" else None], sort_keys=True)
+        corpus_key = corpus_keys[STAGE_CORPUS[stage.stage]]
+        inputs = [stage.stage, recipe.model.fingerprint_fields(), settings, recipe.seed, corpus_key]
+        key = json.dumps([*inputs, connector if stage.stage == "finetune" else None], sort_keys=True)
         connector = key if stage.stage == "pretrain" else connector
-        found.append((stage.stage, key, stage.seconds / 3600))
-    return found
+        stages.append((stage.stage, key, stage.seconds / 3600))
+    return stages
 
 
-def _prepare_key(recipe: Recipe, name: str, one: Forecast) -> str:
-    """Language models of one vocabulary share a tokenizer, and with it the blocks."""
+def _prepare_key(recipe: Recipe, name: str, variant: Forecast) -> str:
+    """Return the key of a prepared corpus; language models with equal vocabularies share a tokenizer and its blocks."""
     corpus = recipe.corpora.alignment if name == "alignment" else recipe.corpora.instruction
     assert corpus is not None
-    shape = one.shape
-    sources = [source.model_dump() for source in corpus.sources]
-    decides = [
+    shape = variant.shape
+    inputs: list[Any] = [
         corpus.fingerprint_fields(),
-        sources,
+        [source.model_dump() for source in corpus.sources],
         shape.language.vocabulary,
         shape.vision.patches,
         shape.vision.patch,
     ]
-    return json.dumps(["prepare", recipe.data, *decides], sort_keys=True, default=str)
+    return json.dumps(["prepare", recipe.data, *inputs], sort_keys=True, default=str)
 
 
-def shared_stages_table(name: str, trials: int, found: Sequence[SharedStage]) -> Table:
-    """By kind of stage: how many, what they come to, and what sharing spares."""
+def shared_stages_table(name: str, trials: int, stages: Sequence[SharedStage]) -> Table:
+    """Return a table with a row for each kind of stage: counts, hours, and hours without sharing."""
     table = Table("stage", title=f"{name}: {trials} trials", title_justify="left")
     for heading in ("needed", "distinct", "hours", "worker-hours", "unshared worker-hours", "cost"):
         table.add_column(heading, justify="right")
-    for kind in dict.fromkeys(one.stage for one in found):
-        own = [one for one in found if one.stage == kind]
-        table.add_row(kind, *_sums(own))
+    for kind in dict.fromkeys(stage.stage for stage in stages):
+        table.add_row(kind, *_sums([stage for stage in stages if stage.stage == kind]))
     table.add_section()
-    table.add_row("all", *_sums(found))
+    table.add_row("total", *_sums(stages))
     return table
 
 
-def _sums(own: Sequence[SharedStage]) -> list[str]:
+def _sums(stages: Sequence[SharedStage]) -> list[str]:
+    costs = [stage.cost for stage in stages]
     return [
-        f"{sum(one.users for one in own):,}",
-        f"{len(own):,}",
-        f"{sum(one.hours for one in own):,.1f}",
-        f"{sum(one.worker_hours for one in own):,.1f}",
-        f"{sum(one.worker_hours * one.users for one in own):,.1f}",
-        "-" if any(one.cost is None for one in own) else f"{sum(one.cost or 0.0 for one in own):,.0f}",
+        f"{sum(stage.used_by for stage in stages):,}",
+        f"{len(stages):,}",
+        f"{sum(stage.hours for stage in stages):,.1f}",
+        f"{sum(stage.worker_hours for stage in stages):,.1f}",
+        f"{sum(stage.worker_hours * stage.used_by for stage in stages):,.1f}",
+        "-" if None in costs else f"{sum(cost or 0.0 for cost in costs):,.0f}",
     ]

@@ -1,4 +1,4 @@
-"""Forecasts for people (rich tables) and for programs (plain values)."""
+"""Renders forecasts as rich tables, and as plain values for JSON output."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -7,150 +7,161 @@ from typing import Any
 from rich.table import Table
 
 from raylava.estimate.forecast import Forecast, StageForecast
-from raylava.estimate.ingest import MANY, IngestPlan
+from raylava.estimate.ingest import UNLIMITED_NODES, IngestPlan
 from raylava.perf.search import Candidate
 
 
 def sizes_table(forecast: Forecast) -> Table:
-    """The model, and what each stage has to do, wherever it runs."""
-    table = Table("", title=f"{forecast.name}: what there is to do", title_justify="left")
-    for stage in forecast.stages:
+    """Return a table of model, data and FLOPs per stage, which do not depend on the target."""
+    stages = forecast.stages
+    table = Table("", title=f"{forecast.name}: model and data", title_justify="left")
+    for stage in stages:
         table.add_column(stage.stage, justify="right")
     rows: list[tuple[str, list[str]]] = [
-        ("samples", [f"{one.workload.corpus.rows:,}" for one in forecast.stages]),
-        ("steps", [f"{one.steps:,}" for one in forecast.stages]),
-        ("tokens a step", [f"{one.workload.sampled.tokens:,.0f}" for one in forecast.stages]),
-        ("longest sample, tokens", [f"{one.workload.longest:,}" for one in forecast.stages]),
-        ("parameters that train", [f"{one.model.parameters:,}" for one in forecast.stages]),
-        (
-            "parameters frozen",
-            [f"{one.model.shape.parameters - one.model.parameters:,}" for one in forecast.stages],
-        ),
+        ("samples", [f"{stage.workload.corpus.rows:,}" for stage in stages]),
+        ("steps", [f"{stage.steps:,}" for stage in stages]),
+        ("tokens per step", [f"{stage.workload.sampled_steps.tokens:,.0f}" for stage in stages]),
+        ("longest sample, tokens", [f"{stage.workload.longest_sample:,}" for stage in stages]),
+        ("trainable parameters", [f"{stage.model.parameters:,}" for stage in stages]),
+        ("frozen parameters", [f"{stage.model.shape.parameters - stage.model.parameters:,}" for stage in stages]),
     ]
-    for part in ("vision", "connector", "body", "logits"):
-        flops = [getattr(one.flops, part) for one in forecast.stages]
-        told = [f"{one.forward / 1e12:,.3g} + {one.backward / 1e12:,.3g}" for one in flops]
-        rows.append((f"TFLOP a step, {part}", told))
+    for component in ("vision", "connector", "body", "logits"):
+        flops = [getattr(stage.flops, component) for stage in stages]
+        cells = [f"{passes.forward / 1e12:,.3g} + {passes.backward / 1e12:,.3g}" for passes in flops]
+        rows.append((f"TFLOP per step, {component}", cells))
     rows += [
-        ("EFLOP in all", [f"{one.flops.total * one.steps / 1e18:,.3g}" for one in forecast.stages]),
-        ("a checkpoint", [_bytes(one.checkpoint) for one in forecast.stages]),
-        ("the result", [_bytes(one.result) for one in forecast.stages]),
-        ("blocks", [_bytes(one.workload.corpus.bytes) for one in forecast.stages]),
+        ("total EFLOP", [f"{stage.flops.total * stage.steps / 1e18:,.3g}" for stage in stages]),
+        ("checkpoint", [_bytes(stage.checkpoint) for stage in stages]),
+        ("artifact", [_bytes(stage.result) for stage in stages]),
+        ("blocks", [_bytes(stage.workload.corpus.bytes) for stage in stages]),
     ]
-    for name, told in rows:
-        table.add_row(name, *told)
-    sources = dict.fromkeys(f"{name}: {one.source}" for name, one in forecast.corpora.items())
-    table.caption = "\n".join([*sources, "FLOPs: forward + backward, without what is recomputed"])
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    sources = dict.fromkeys(f"{name}: {corpus.source}" for name, corpus in forecast.corpora.items())
+    table.caption = "\n".join([*sources, "FLOPs: forward + backward, without recomputation"])
     table.caption_justify = "left"
     return table
 
 
-def ways_table(stage: StageForecast) -> Table:
-    """The recipe's way, the fastest_feasible, and the best of each kind that is not it, with why."""
+def candidates_table(stage: StageForecast) -> Table:
+    """Return a table of the recipe's own configuration, the fastest one, and the best alternatives, with verdicts."""
     title = f"{stage.stage} on {stage.target.label}"
     table = Table(title=title, title_justify="left")
     table.add_column("ZeRO", no_wrap=True)
-    for heading in ("packs", "states", "activations", "logits", "peak", "a step", "all"):
+    for heading in ("packs", "states", "activations", "logits", "peak", "per step", "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for option, verdict in _few(stage):
-        held = option.memory
-        states = held.weights + held.optimizer + held.gradients + held.bucket
+    for candidate, verdict in _representatives(stage):
+        memory = candidate.memory
+        states = memory.weights + memory.optimizer + memory.gradients + memory.bucket
         cells = [
-            option.way.mode,
-            f"{option.way.max_tokens_per_pack:,}",
-            *(_gigabytes(part) for part in (states, held.activations, held.logits, held.peak)),
-            _time(option.seconds.total),
-            _time(option.seconds.total * stage.steps),
+            candidate.config.short_description,
+            f"{candidate.config.max_tokens_per_pack:,}",
+            *(_gigabytes(size) for size in (states, memory.activations, memory.logits, memory.peak)),
+            _time(candidate.seconds.total),
+            _time(candidate.seconds.total * stage.steps),
         ]
-        style = "red" if option.infeasible else "green" if option is stage.best else None
+        style = "red" if candidate.infeasible else "green" if candidate is stage.best else None
         table.add_row(*cells, verdict, style=style)
-    seconds = stage.asked.seconds
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in asdict(seconds).items())
-    sent = stage.asked.traffic.sent(stage.target.room.world_size)
-    largest = "none" if stage.largest_pack is None else f"{stage.largest_pack:,}"
-    table.caption = (
-        f"GB of a worker's memory, {_gigabytes(stage.target.room.device)} usable; too much (at its peak); "
-        "bf16 sums: of packs' gradients\n"
-        f"largest packs that fit as the recipe is: {largest}\n"
-        f"a step of the recipe's: {parts} s; each worker sends {_bytes(sent)}; "
-        f"{stage.target.speed_of(stage.stage).source}"
-    )
+    table.caption = _candidates_caption(stage)
     table.caption_justify = "left"
     return table
 
 
-def _few(stage: StageForecast) -> list[tuple[Candidate, str]]:
-    """The recipe's own, the cheapest, and for each ZeRO stage the fastest others: of those that fit, and that don't."""
-    shown = [(stage.asked, f"recipe's: {_against(stage.asked)}".rstrip(": "))]
+def _candidates_caption(stage: StageForecast) -> str:
+    planned, target = stage.planned, stage.target
+    terms = ", ".join(f"{name} {seconds:.3g}" for name, seconds in asdict(planned.seconds).items())
+    largest = "none" if stage.largest_pack is None else f"{stage.largest_pack:,}"
+    return (
+        f"GB per worker, {_gigabytes(target.budget.device)} usable; OOM (phase of the peak); "
+        "bf16 sums: gradients of packs are summed in bf16\n"
+        f"largest packs that fit with the recipe's settings: {largest}\n"
+        f"the recipe's step: {terms} s; each worker sends {_bytes(planned.traffic.bytes_sent(target.budget.world_size))}; "
+        f"{target.speed_of(stage.stage).source}"
+    )
+
+
+def _representatives(stage: StageForecast) -> list[tuple[Candidate, str]]:
+    """Return the candidates to display with their verdicts.
+
+    These are the recipe's own, the best, and for each ZeRO stage the fastest others, feasible and infeasible.
+    """
+    shown = [(stage.planned, f"recipe: {_objection(stage.planned)}".rstrip(": "))]
     if stage.best is not None:
-        if stage.best.way == stage.asked.way:
-            shown = [(stage.best, "recipe's: fastest")]
+        if stage.best.config == stage.planned.config:
+            shown = [(stage.best, "recipe: fastest")]
         else:
             shown.append((stage.best, "fastest"))
-    told = {option.way for option, _ in shown}
-    for zero in range(4):
-        own = [one for one in stage.options if one.way.zero_stage == zero and one.way not in told]
-        fitting = sorted((one for one in own if not one.infeasible), key=lambda one: one.seconds.total)
-        failing = sorted((one for one in own if one.infeasible), key=lambda one: one.seconds.total)
-        if fitting and stage.best is not None:
-            slower = fitting[0].seconds.total / stage.best.seconds.total - 1
-            shown.append((fitting[0], _against(fitting[0]) or (f"{slower:+.0%}" if slower > 0.005 else "as fast")))
-        if failing:
-            shown.append((failing[0], _against(failing[0])))
+    shown_configs = {candidate.config for candidate, _ in shown}
+    for zero_stage in range(4):
+        others = sorted(
+            (
+                candidate
+                for candidate in stage.candidates
+                if candidate.config.zero_stage == zero_stage and candidate.config not in shown_configs
+            ),
+            key=lambda candidate: candidate.seconds.total,
+        )
+        feasible = next((candidate for candidate in others if not candidate.infeasible), None)
+        infeasible = next((candidate for candidate in others if candidate.infeasible), None)
+        if feasible is not None and stage.best is not None:
+            slowdown = feasible.seconds.total / stage.best.seconds.total - 1
+            shown.append((feasible, _objection(feasible) or (f"{slowdown:+.0%}" if slowdown > 0.005 else "as fast")))
+        if infeasible is not None:
+            shown.append((infeasible, _objection(infeasible)))
     return shown
 
 
-def _against(option: Candidate) -> str:
-    """What speaks against it, beside its peak; all of it is in the data."""
-    if option.infeasible:
-        return f"too much ({option.memory.at})"
-    return "bf16 sums" if option.warning else ""
+def _objection(candidate: Candidate) -> str:
+    """Return a short form of the reason against the candidate, or an empty string."""
+    if candidate.infeasible:
+        return f"OOM ({candidate.memory.peak_phase})"
+    return "bf16 sums" if candidate.warning else ""
 
 
 def totals_table(forecasts: Sequence[Forecast]) -> Table:
-    """Time and cost, a line a recipe or cluster."""
+    """Return a table of time and cost with a row for each recipe and target."""
     table = Table(title="time and cost", title_justify="left")
-    for heading in ("recipe", "on"):
+    for heading in ("recipe", "target"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("prepare", "pretrain", "finetune", "all", "node-hours", "worker-hours", "cost"):
+    for heading in ("prepare", "pretrain", "finetune", "total", "node-hours", "worker-hours", "cost"):
         table.add_column(heading, justify="right")
-    for one in forecasts:
-        by_stage = {stage.stage: _time(stage.seconds) for stage in one.stages}
-        workers = one.target.room.world_size
+    for forecast in forecasts:
+        by_stage = {stage.stage: _time(stage.seconds) for stage in forecast.stages}
+        workers = forecast.target.budget.world_size
         table.add_row(
-            one.name,
-            one.target.label,
-            _time(3600 * sum(plan.hours for plan in one.prepare.values())),
+            forecast.name,
+            forecast.target.label,
+            _time(3600 * sum(plan.hours for plan in forecast.prepare.values())),
             by_stage.get("pretrain", "-"),
             by_stage["finetune"],
-            _time(3600 * one.hours),
-            f"{one.node_hours:.2f}",
-            f"{sum(stage.seconds for stage in one.stages) / 3600 * workers:.2f}",
-            "does not fit" if not one.fits else "-" if one.cost is None else f"{one.cost:,.2f}",
-            style=None if one.fits else "red",
+            _time(3600 * forecast.hours),
+            f"{forecast.node_hours:.2f}",
+            f"{sum(stage.seconds for stage in forecast.stages) / 3600 * workers:.2f}",
+            "does not fit" if not forecast.fits else "-" if forecast.cost is None else f"{forecast.cost:,.2f}",
+            style=None if forecast.fits else "red",
         )
-    table.caption = "evaluating and the start of nodes are not counted; the recipe's own settings"
+    table.caption = "with the recipe's own settings; without evaluation and node startup"
     table.caption_justify = "left"
     return table
 
 
 def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
-    """Preparing, a line a corpus."""
-    table = Table(title="preparing", title_justify="left")
+    """Return a table of corpus preparation with a row for each plan."""
+    table = Table(title="corpus preparation", title_justify="left")
     table.add_column("corpus", no_wrap=True)
-    for heading in ("nodes", "images/s", "held by", "time", "requests/s", "blocks", "most nodes"):
-        table.add_column(heading, justify="left" if heading == "held by" else "right", no_wrap=True)
-    for name, one in plans:
+    for heading in ("nodes", "images/s", "bottleneck", "time", "requests/s", "blocks", "max nodes"):
+        table.add_column(heading, justify="left" if heading == "bottleneck" else "right", no_wrap=True)
+    for name, plan in plans:
         table.add_row(
             name,
-            f"{one.nodes:,}",
-            f"{one.rate:,.0f}",
-            one.bound,
-            _time(3600 * one.hours),
-            f"{one.requests_per_second:,.0f}",
-            _bytes(one.stored),
-            "-" if one.nodes_at_most >= MANY else f"{one.nodes_at_most:,}",
+            f"{plan.nodes:,}",
+            f"{plan.images_per_second:,.0f}",
+            plan.bottleneck,
+            _time(3600 * plan.hours),
+            f"{plan.requests_per_second:,.0f}",
+            _bytes(plan.stored_bytes),
+            "-" if plan.max_nodes >= UNLIMITED_NODES else f"{plan.max_nodes:,}",
         )
     return table
 
@@ -173,16 +184,16 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def data(forecast: Forecast) -> dict[str, Any]:
-    """All of a forecast, JSON-able; bytes, seconds, hours, FLOPs."""
+def forecast_data(forecast: Forecast) -> dict[str, Any]:
+    """Return the whole forecast as JSON-serializable values, in bytes, seconds, hours and FLOPs."""
     return {
         "recipe": forecast.name,
-        "on": forecast.target.label,
+        "target": forecast.target.label,
         "speed": asdict(forecast.target.speed),
         "parameters": forecast.shape.parameters,
-        "corpora": {name: {"source": one.source, "rows": one.rows} for name, one in forecast.corpora.items()},
-        "prepare": {name: asdict(one) for name, one in forecast.prepare.items()},
-        "stages": {one.stage: _stage(one) for one in forecast.stages},
+        "corpora": {name: {"source": size.source, "rows": size.rows} for name, size in forecast.corpora.items()},
+        "prepare": {name: asdict(plan) for name, plan in forecast.prepare.items()},
+        "stages": {stage.stage: _stage_data(stage) for stage in forecast.stages},
         "hours": forecast.hours,
         "node_hours": forecast.node_hours,
         "cost": forecast.cost,
@@ -190,27 +201,27 @@ def data(forecast: Forecast) -> dict[str, Any]:
     }
 
 
-def _stage(stage: StageForecast) -> dict[str, Any]:
+def _stage_data(stage: StageForecast) -> dict[str, Any]:
     return {
         "steps": stage.steps,
-        "trained": stage.model.parameters,
+        "trainable_parameters": stage.model.parameters,
         "flops_per_step": asdict(stage.flops),
         "seconds": stage.seconds,
         "mfu": stage.mfu,
         "largest_pack_tokens": stage.largest_pack,
         "checkpoint_bytes": stage.checkpoint,
         "result_bytes": stage.result,
-        "recipe": _option(stage.asked),
-        "best": None if stage.best is None else _option(stage.best),
-        "options": [_option(one) for one in stage.options],
+        "planned": _candidate_data(stage.planned),
+        "best": None if stage.best is None else _candidate_data(stage.best),
+        "candidates": [_candidate_data(candidate) for candidate in stage.candidates],
     }
 
 
-def _option(option: Candidate) -> dict[str, Any]:
+def _candidate_data(candidate: Candidate) -> dict[str, Any]:
     return {
-        "way": asdict(option.way),
-        "memory": asdict(option.memory),
-        "step_seconds": asdict(option.seconds),
-        "traffic": asdict(option.traffic),
-        "infeasible": option.infeasible,
+        "config": asdict(candidate.config),
+        "memory": asdict(candidate.memory),
+        "step_time_s": asdict(candidate.seconds),
+        "traffic": asdict(candidate.traffic),
+        "infeasible": candidate.infeasible,
     }

@@ -1,7 +1,8 @@
-"""A model's scores on held-out questions.
+"""Evaluation of a model on held-out questions.
 
-`questions` reads one's own question files, `official` those of the paper's seven benchmarks. `answer` has a model
-answer them, by Ray Data; `kept` keeps what it said on the way. `answers` reads anybody's answer files. `score` turns
-answers and references into figures and is pure; `scoring` joins files to rules; `judge` asks a program where no rule
-can tell. `compare` sets evaluations side by side, `compare_page` shows it.
+`questions` reads custom question files, `official_benchmarks` the official files of seven benchmarks; `benchmarks`
+loads either by name and scores files of answers. `generation` answers questions with Ray Data actors that run a model
+with one of the `engines`; `prediction_store` keeps the answers for resuming. `answer_files` reads files of answers in
+LLaVA's and the official formats. `metrics` computes scores and is pure; `judge` asks an external program where no
+metric applies. `compare` compares evaluations, and `comparison_page` renders the comparison as HTML.
 """

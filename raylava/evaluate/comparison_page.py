@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page: the differences, and the questions where models part, with images."""
+"""Renders comparisons as one self-contained HTML page: score differences, and questions on which models differ."""
 
 import base64
 import html
@@ -7,69 +7,72 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from raylava.corpus.images import decode
+from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow
-from raylava.evaluate.compare import Asked, Comparison, Difference
+from raylava.evaluate.compare import ComparedQuestion, Comparison, Difference
 from raylava.storage import StoragePath, storage_path
 
-SHOWN = 48  # questions of each benchmark
-_SIDE = 320  # pixels of a image's longer side
+_MAX_QUESTIONS = 48  # per benchmark
+_MAX_SIDE = 320  # pixels of an image's longer side
 _MAX_PIXELS = 64_000_000
 
 
 def page(comparisons: Sequence[Comparison]) -> str:
-    """The whole page; what files say is escaped."""
-    return _PAGE.format(body="".join(_section(one) for one in comparisons))
+    """Return the HTML of the page; all text from files is escaped."""
+    return _PAGE.format(body="".join(_section(comparison) for comparison in comparisons))
 
 
-def _section(one: Comparison) -> str:
-    means = "".join(f"<tr><td>{html.escape(name)}</td><td>{mean:.3f}</td></tr>" for name, mean in one.credit.items())
-    first = next(iter(one.credit))
-    told = "".join(f"<p>{_told(difference, first)}</p>" for difference in one.differences)
-    apart = [asked for asked in one.asked if asked.parts]
-    cards = "".join(_card(asked, list(one.credit), storage_path(one.images)) for asked in apart[:SHOWN])
-    note = f"{len(apart)} of {len(one.asked)} questions are answered better by one than by another"
-    note += f"; the first {SHOWN} are shown." if len(apart) > SHOWN else "."
+def _section(comparison: Comparison) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{mean:.3f}</td></tr>" for name, mean in comparison.mean_scores.items()
+    )
+    names = list(comparison.mean_scores)
+    differences = "".join(f"<p>{_sentence(difference, names[0])}</p>" for difference in comparison.differences)
+    differing = [question for question in comparison.questions if question.differs]
+    cards = "".join(_card(question, names, storage_path(comparison.images)) for question in differing[:_MAX_QUESTIONS])
+    note = f"The scores differ on {len(differing)} of {len(comparison.questions)} questions"
+    note += f"; the first {_MAX_QUESTIONS} are shown." if len(differing) > _MAX_QUESTIONS else "."
     return (
-        f"<h2>{html.escape(one.benchmark)}</h2><table><tr><th>model</th><th>mean credit</th></tr>{means}</table>"
-        f"{told}<p>{note}</p><main>{cards}</main>"
+        f"<h2>{html.escape(comparison.benchmark)}</h2><table><tr><th>model</th><th>mean score</th></tr>{rows}</table>"
+        f"{differences}<p>{note}</p><main>{cards}</main>"
     )
 
 
-def _told(one: Difference, first: str) -> str:
-    interval = f"{one.low:+.3f} to {one.high:+.3f}"
-    verdict = " The interval spans zero: these questions don't tell." if one.spans_zero else ""
+def _sentence(difference: Difference, baseline: str) -> str:
+    interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+    verdict = " The interval spans zero: these questions do not separate the models." if difference.spans_zero else ""
     return (
-        f"<b>{html.escape(one.name)}</b> against {html.escape(first)}: <b>{one.difference:+.3f}</b> "
+        f"<b>{html.escape(difference.name)}</b> against {html.escape(baseline)}: <b>{difference.difference:+.3f}</b> "
         f"(95 % interval {interval}, paired bootstrap over questions).{verdict}"
     )
 
 
-def _card(asked: Asked, names: Sequence[str], images: StoragePath) -> str:
+def _card(question: ComparedQuestion, names: Sequence[str], images: StoragePath) -> str:
     rows = "".join(
-        f'<p class="{"right" if credit == max(asked.credit) else "wrong"}"><small>{html.escape(name[0])}</small> '
-        f"{html.escape(said) or '(nothing)'}</p>"
-        for name, said, credit in zip(names, asked.said, asked.credit, strict=True)
+        f'<p class="{"right" if score == max(question.scores) else "wrong"}"><small>{html.escape(name[0])}</small> '
+        f"{html.escape(answer) or '(no answer)'}</p>"
+        for name, answer, score in zip(names, question.answers, question.scores, strict=True)
     )
-    references = html.escape(", ".join(dict.fromkeys(asked.references)))
+    references = html.escape(", ".join(dict.fromkeys(question.references)))
     return (
-        f"<figure>{_image(asked, images)}<figcaption><p>{html.escape(asked.text)}</p>{rows}"
-        f"<small>{html.escape(asked.question_id)}: {references}</small></figcaption></figure>"
+        f"<figure>{_image(question, images)}<figcaption><p>{html.escape(question.text)}</p>{rows}"
+        f"<small>{html.escape(question.question_id)}: {references}</small></figcaption></figure>"
     )
 
 
-def _image(asked: Asked, images: StoragePath) -> str:
-    if asked.image is None:
+def _image(question: ComparedQuestion, images: StoragePath) -> str:
+    """Return the question's image, downscaled and inlined, or the reason why it cannot be shown."""
+    if question.image is None:
         return ""
     try:
-        image = Image.fromarray(decode((images / asked.image).read_bytes(), _MAX_PIXELS))
+        image = Image.fromarray(decode_image((images / question.image).read_bytes(), _MAX_PIXELS))
     except (OSError, BadRow) as problem:
-        return f"<em>{html.escape(asked.image)}: {html.escape(str(problem))}</em>"
-    image.thumbnail((_SIDE, _SIDE))
+        return f"<em>{html.escape(question.image)}: {html.escape(str(problem))}</em>"
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
     content = io.BytesIO()
-    image.save(content, "PNG" if max(image.size) < _SIDE else "JPEG", quality=85)
+    image.save(content, "PNG" if max(image.size) < _MAX_SIDE else "JPEG", quality=85)
     encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{html.escape(asked.image)}" src="data:image;base64,{encoded}">'
+    return f'<img alt="{html.escape(question.image)}" src="data:image;base64,{encoded}">'
 
 
 _PAGE = """<!doctype html>

@@ -1,6 +1,6 @@
-"""A judge that is somebody else's program: it reads a prompt on standard input and prints a grade from 0 to 1.
+"""Grading by a judge: an external program that reads a prompt on stdin and prints a grade from 0 to 1.
 
-Nothing here calls a network; what the program does is its owner's business.
+This module makes no network calls; the program may.
 """
 
 import json
@@ -8,14 +8,15 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 
-from raylava.console import ProgressBar
 from raylava.errors import RunError, UserError
-from raylava.evaluate.questions import Answer, Question
+from raylava.evaluate.questions import GeneratedAnswer, Question
+from raylava.progress import ProgressBar
 from raylava.storage import StoragePath
 
-_SECONDS = 600  # that a judge may take for one answer
+_TIMEOUT_S = 600  # per answer
 
-PROMPT = """Grade an answer to a question about a image, from 0.0 (wrong) to 1.0 (right), by how much of the truth it
+# Rewording the prompt may change grades.
+PROMPT = """Grade an answer to a question about a picture, from 0.0 (wrong) to 1.0 (right), by how much of the truth it
 has.
 In the truth, <AND> joins parts that must all be there, <OR> parts of which one suffices.
 
@@ -27,50 +28,56 @@ Print the grade alone, as a number.
 """
 
 
-def graded(
-    questions: Sequence[Question], answers: Sequence[Answer], command: str, kept: StoragePath, bar: ProgressBar
+def grade_answers(
+    questions: Sequence[Question],
+    answers: Sequence[GeneratedAnswer],
+    command: str,
+    grades_file: StoragePath,
+    progress: ProgressBar,
 ) -> dict[str, float | None]:
-    """A grade for each answer, by question id; None where there is no answer.
+    """Return a grade for each answer by question id, or None where there is no answer.
 
-    `kept` is the file that grades are kept in as they come: a judge may cost money, and is not asked twice.
-
-    Raises UserError for a program that is not there, RunError where it fails or prints no number from 0 to 1.
+    Grades are saved to `grades_file` one by one and reused from it, because a judge may charge for each call. Raises
+    UserError if the program cannot be run, and RunError if it fails or prints no number from 0 to 1.
     """
-    found: dict[str, float | None] = json.loads(kept.read_bytes()) if kept.exists() else {}
+    grades: dict[str, float | None] = json.loads(grades_file.read_bytes()) if grades_file.exists() else {}
     for question, answer in zip(questions, answers, strict=True):
-        if question.question_id not in found:
-            found[question.question_id] = None if answer.text is None else _grade(question, answer.text, command)
-            kept.write_bytes(json.dumps(found).encode())
-        bar.update(len(found), len(questions))
-    return found
+        if question.question_id not in grades:
+            grades[question.question_id] = None if answer.text is None else _grade(question, answer.text, command)
+            grades_file.write_bytes(json.dumps(grades).encode())
+        progress.update(len(grades), len(questions))
+    return grades
 
 
-def _parsed(command: str) -> list[str]:
+def _grade(question: Question, answer: str, command: str) -> float:
+    prompt = PROMPT.format(question=question.text, truth=question.references[0], answer=answer)
+    process = _run_judge(question, prompt, command)
+    status = f"{question.question_id}: the judge exited with status {process.returncode} and printed"
     try:
-        return shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--judge {command}: {error}; quote it as for a shell") from error
+        grade = float(process.stdout.split()[-1])
+    except (ValueError, IndexError) as error:
+        output = process.stdout[-80:] or process.stderr[-200:]
+        raise RunError(f"{status} no number but {output!r}; it must print a grade from 0 to 1") from error
+    if process.returncode != 0 or not 0 <= grade <= 1:
+        raise RunError(f"{status} {grade}; it must exit with status 0 and print a grade from 0 to 1")
+    return grade
 
 
-def _grade(question: Question, text: str, command: str) -> float:
-    prompt = PROMPT.format(question=question.text, truth=question.references[0], answer=text)
+def _run_judge(question: Question, prompt: str, command: str) -> "subprocess.CompletedProcess[str]":
     try:
-        run = subprocess.run(
-            _parsed(command), input=prompt, capture_output=True, text=True, timeout=_SECONDS, check=False
+        return subprocess.run(
+            _split(command), input=prompt, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except OSError as error:
         raise UserError(
             f"--judge {command}: cannot be run ({error.strerror}); give a program and its arguments"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"{question.question_id}: the judge took longer than {_SECONDS} s") from error
+        raise RunError(f"{question.question_id}: the judge took longer than {_TIMEOUT_S} s") from error
+
+
+def _split(command: str) -> list[str]:
     try:
-        grade = float(run.stdout.split()[-1])
-    except (ValueError, IndexError) as error:
-        told = run.stdout[-80:] or run.stderr[-200:]
-        raise RunError(
-            f"{question.question_id}: the judge ended with {run.returncode} and printed no number but {told!r}"
-        ) from error
-    if run.returncode != 0 or not 0 <= grade <= 1:
-        raise RunError(f"{question.question_id}: the judge ended with {run.returncode} and printed {grade}")
-    return grade
+        return shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--judge {command}: {error}; quote it as in a shell command") from error

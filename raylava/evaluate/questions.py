@@ -1,6 +1,6 @@
-"""Benchmark files → questions with references: JSONL of one a line, or LLaVA JSON where each human turn is one.
+"""Custom benchmark files: JSONL with one question per line, or LLaVA JSON, where each human turn is a question.
 
-A turn of LLaVA JSON is asked with the conversation before it, reference answers included.
+The history of a question from LLaVA JSON is the conversation before it, with the reference answers.
 """
 
 import dataclasses
@@ -19,16 +19,18 @@ from raylava.errors import UserError
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath
 
-_VQA_ANSWERS = 4  # fewer, and no answer can earn its whole credit: each is left out in turn, and three must match
+# With fewer references no answer can score 1: each is left out in turn, and three of the others must match.
+_MIN_VQA_REFERENCES = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `image` is a path below the benchmark's image folder, or None for text alone.
+    """One question of a benchmark.
 
-    `references` are what its benchmark scores by: right answers, mostly. `history` is the conversation before it, as
-    (question, answer) pairs; the image is shown at its start. `unit` names those that are scored together (MME's two
-    of a image, MMVP's pair).
+    `image` is a path below the benchmark's image folder, or None for a text-only question. `references` is what the
+    metric compares with, in most benchmarks the correct answers. `history` holds the (question, answer) pairs that
+    precede it; the image belongs to the first turn. Questions of the same `unit` are scored together (the two of an
+    image in MME, a pair in MMVP).
     """
 
     question_id: str
@@ -41,8 +43,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model said; `text` is None, with the `problem`, when the question's image could not be shown."""
+class GeneratedAnswer:
+    """A model's answer. If the image cannot be shown, `text` is None and `problem` says why."""
 
     question_id: str
     prompt: str
@@ -51,89 +53,99 @@ class Answer:
 
 
 def read_questions(file: StoragePath, benchmark: Benchmark) -> list[Question]:
-    """All selected questions of a benchmark. Raises UserError when the file holds none or is neither format."""
+    """Return the questions of a custom benchmark that its filters select.
+
+    Raises UserError if the file is missing, is in neither format, has no selected question, or has a question that its
+    metric cannot score.
+    """
     if not file.exists():
         raise UserError(f"evaluate.{benchmark.name}.questions: {file}: no such file")
-    read = _from_jsonl if file.name.endswith(".jsonl") else _from_llava
-    questions = [_in_category(question, benchmark) for question in read(file, benchmark)]
+    read = _read_jsonl if file.name.endswith(".jsonl") else _read_llava
+    questions = [_categorize(question, benchmark) for question in read(file, benchmark)]
     questions = questions[: benchmark.max_rows]
     if not questions:
-        raise UserError(f"evaluate.{benchmark.name}: {file} holds no question that include and exclude select")
+        raise UserError(f"evaluate.{benchmark.name}: include and exclude select no question of {file}")
     _check_ids(questions, file)
-    return [_scorable(question, benchmark.metric, file) for question in questions]
+    return [_validate_references(question, benchmark.metric, file) for question in questions]
+
+
+def questions_fingerprint(questions: list[Question], image_sizes: dict[str, int]) -> str:
+    """Return the SHA-256 of the questions, their references and the sizes of their images in bytes."""
+    entries = [asdict(question) | {"bytes": image_sizes.get(question.image or "")} for question in questions]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _check_ids(questions: list[Question], file: StoragePath) -> None:
     seen: set[str] = set()
     for question in questions:
         if question.question_id in seen:
-            raise UserError(f"{file}: two questions are called {question.question_id!r}; answers go by it, rename one")
+            raise UserError(
+                f"{file}: two questions have the id {question.question_id!r}; answers are matched by id, so rename one"
+            )
         seen.add(question.question_id)
 
 
-def _scorable(question: Question, rule: str, file: StoragePath) -> Question:
-    """The question with references as its rule wants them. Raises UserError where it could never be right."""
-    where = f"{file}: question {question.question_id!r}"
+def _validate_references(question: Question, metric: str, file: StoragePath) -> Question:
+    """Return the question with its references in the form the metric needs.
+
+    Raises UserError if no answer to the question could be scored as correct.
+    """
+    name = f"{file}: question {question.question_id!r}"
     if not question.references:
-        raise UserError(f"{where} has no answer; give one, or leave the question out")
-    if rule == "vqa_accuracy" and len(question.references) < _VQA_ANSWERS:
-        raise UserError(f"{where} has {len(question.references)} answers; vqa_accuracy wants {_VQA_ANSWERS} or more")
-    if rule != "yes_no":
+        raise UserError(f"{name} has no answer; add one, or remove the question")
+    if metric == "vqa_accuracy" and len(question.references) < _MIN_VQA_REFERENCES:
+        count = len(question.references)
+        raise UserError(f"{name} has {count} answers; vqa_accuracy needs at least {_MIN_VQA_REFERENCES}")
+    if metric != "yes_no":
         return question
     labels = tuple(reference.strip().lower() for reference in question.references)
     if labels[0] not in ("yes", "no"):
-        raise UserError(f"{where} has the answer {question.references[0]!r}; yes_no wants yes or no")
+        raise UserError(f"{name} has the answer {question.references[0]!r}; yes_no needs yes or no")
     return dataclasses.replace(question, references=labels)
 
 
-def identity(questions: list[Question], images: dict[str, int]) -> str:
-    """SHA-256 over the questions with their references and the sizes of their images."""
-    facts = [asdict(question) | {"bytes": images.get(question.image or "")} for question in questions]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _from_jsonl(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
+def _read_jsonl(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
     for number, line in enumerate(file.read_bytes().decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
-            if matches_filters(raw, benchmark.include, benchmark.exclude):
-                yield _jsonl_question(raw)
+            fields = json.loads(line)
+            if matches_filters(fields, benchmark.include, benchmark.exclude):
+                yield _jsonl_question(fields)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}:{number}: not a question ({error!r}); each line has question_id, text, answer (or answers), "
-                "and may have image and category"
+                f"{file}:{number}: not a question ({error!r}); each line needs question_id, text and answer (or "
+                "answers), and may have image and category"
             ) from error
 
 
-def _jsonl_question(raw: dict[str, Any]) -> Question:
-    known = raw["answers"] if "answers" in raw else [raw["answer"]]
-    references = tuple(str(one["answer"] if isinstance(one, dict) else one) for one in known)
-    return Question(
-        str(raw["question_id"]), raw.get("image"), str(raw["text"]), str(raw.get("category", "all")), references
-    )
+def _jsonl_question(fields: dict[str, Any]) -> Question:
+    answers = fields["answers"] if "answers" in fields else [fields["answer"]]
+    references = tuple(str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers)
+    question_id, category = str(fields["question_id"]), str(fields.get("category", "all"))
+    return Question(question_id, fields.get("image"), str(fields["text"]), category, references)
 
 
-def _from_llava(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
-    for number, located in enumerate(FORMATS["llava_json"].locate(file)):
-        if not matches_filters(located.raw, benchmark.include, benchmark.exclude):
+def _read_llava(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
+    for number, row_ref in enumerate(FORMATS["llava_json"].scan(file)):
+        if not matches_filters(row_ref.raw, benchmark.include, benchmark.exclude):
             continue
         try:
-            row = parse_row(located.raw, f"#{number}")
-        except BadRow as bad:
-            raise UserError(f"{file}: row {number} cannot be asked: {bad}") from bad
+            row = parse_row(row_ref.raw, f"#{number}")
+        except BadRow as problem:
+            raise UserError(f"{file}: row {number} is not a conversation: {problem}") from problem
         if len(row.images) > 1:
-            raise UserError(f"{file}: row {number} has {len(row.images)} images; a question takes one")
+            raise UserError(f"{file}: row {number} has {len(row.images)} images; a question has at most one")
         image = str(row.images[0]) if row.images else None
         history: tuple[tuple[str, str], ...] = ()
-        for turn, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
+        for index, (human, answer) in enumerate(zip(row.turns[::2], row.turns[1::2], strict=False)):
             text = human.text.replace(IMAGE_TOKEN, "").strip()
-            yield Question(f"{row.sample_id}-{turn}", image, text, "all", (answer.text,), history)
+            yield Question(f"{row.sample_id}-{index}", image, text, "all", (answer.text,), history)
             history = (*history, (text, answer.text))
 
 
-def _in_category(question: Question, benchmark: Benchmark) -> Question:
+def _categorize(question: Question, benchmark: Benchmark) -> Question:
+    """Return the question with the first category whose pattern matches its text, or unchanged if none does."""
     for category, pattern in benchmark.categories.items():
         if re.search(pattern, question.text):
             return dataclasses.replace(question, category=category)

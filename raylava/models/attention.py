@@ -1,7 +1,7 @@
-"""Attention over packs: each sample of a row attends to itself alone, work Σ tᵢ² where a masked row does T².
+"""Variable-length attention over packs: each sample attends to itself only, so work is Σ tᵢ² instead of T².
 
-transformers knows it as VARLEN once `register` was called; the same code on every device. Padding and caches have no
-place here: this is for training on packs.
+transformers knows the implementation as VARLEN after `register_varlen`; the same code runs on every device. It is for
+training on packs and supports neither padding nor a KV cache.
 """
 
 from typing import Any
@@ -24,34 +24,35 @@ def varlen_attention(
     cu_seqlens: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sample: (1, T, heads, head size) from (1, heads, T, head size) queries.
+    """Compute causal attention within each sample of a pack.
 
-    `cu_seqlens` (samples + 1,) int32 on the host: where each sample starts, and T. Keys and values may have fewer
-    heads. Dropout, which no model of raylava's registry uses, is not applied.
+    `query` is (1, heads, T, head size), `key` and `value` (1, KV heads, T, head size); the result is (1, T, heads, head
+    size). `cu_seqlens`, (samples + 1,) int32 on the host, holds the start of each sample and T. Dropout is not applied;
+    no registered model uses it.
     """
     assert attention_mask is None, "a pack has no padding"
     heads = query.shape[1]
     lengths = cu_seqlens.diff().tolist()
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    attended = [
-        scaled_dot_product_attention(q, _per_head(k, heads), _per_head(v, heads), is_causal=True, scale=scaling)
-        for q, k, v in parts
+    samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = [
+        scaled_dot_product_attention(q, _repeat_kv(k, heads), _repeat_kv(v, heads), is_causal=True, scale=scaling)
+        for q, k, v in samples
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _per_head(shared: Tensor, heads: int) -> Tensor:
-    """Keys or values for each query head; a view where all share one head, as in Gemma-2B."""
-    own = shared.shape[1]
-    if own == 1:
-        return shared.expand(-1, heads, -1, -1)
-    return shared if own == heads else shared.repeat_interleave(heads // own, dim=1)
+def _repeat_kv(states: Tensor, heads: int) -> Tensor:
+    """Repeat key or value heads for all query heads; a view where there is one KV head, as in Gemma 2B."""
+    kv_heads = states.shape[1]
+    if kv_heads == 1:
+        return states.expand(-1, heads, -1, -1)
+    return states if kv_heads == heads else states.repeat_interleave(heads // kv_heads, dim=1)
 
 
-def register() -> None:
-    """Make VARLEN a name that models may be loaded with. It is never compiled: packs differ in the number of samples.
+def register_varlen() -> None:
+    """Register VARLEN with transformers. It is excluded from torch.compile: the number of samples varies by pack.
 
-    Only here, as torch's compiler takes a second to import, in processes that have no model as well.
+    `torch.compiler` is used inside the function because importing it takes a second, also in processes without a model.
     """
     from transformers import AttentionInterface
 

@@ -1,17 +1,19 @@
-"""The Hugging Face folder of a trained model: weights, processor, chat template, generation config.
+"""Export a model as a Hugging Face folder: weights, processor, chat template, generation config.
 
-Plain transformers loads it with no raylava import; its processor computes the pixels that training saw.
+Plain transformers loads the folder without raylava; its processor computes the same pixels as preparation.
 """
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from raylava.models.registry import LanguageSpec, VisionSpec
+from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
+from raylava.storage import storage_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import (
         GenerationConfig,
         LlavaForConditionalGeneration,
@@ -20,57 +22,73 @@ if TYPE_CHECKING:
     )
 
 
-def publish(
+def export_model(
     llava: "LlavaForConditionalGeneration",
-    weights: dict[str, Tensor] | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    vision: VisionSpec,
-    language: LanguageSpec,
-    fit: str,
+    weights: "dict[str, Tensor] | None",
+    model: ResolvedModel,
+    image_aspect: str,
     folder: Path,
 ) -> None:
-    """Write the model to a local folder. `weights` replace the module's own; `fit` is pad or crop."""
-    llava.generation_config = generation_config(tokenizer, language)
+    """Write the model to a local folder. `weights` replace the module's own; `image_aspect` is pad or crop."""
+    tokenizer = load_tokenizer(model.language)
+    llava.generation_config = generation_config(tokenizer, model.language)
     llava.save_pretrained(folder, state_dict=weights)
-    processor(tokenizer, vision, language, fit).save_pretrained(folder)
+    build_processor(tokenizer, model.vision, model.language, image_aspect).save_pretrained(folder)
+
+
+def export_untrained(model: ResolvedModel, seed: int, image_aspect: str, output: str) -> None:
+    """Write the model before any training to `output`: pretrained backbones and a randomly initialized connector."""
+    import torch
+
+    from raylava.models.llava import build_llava
+
+    llava = build_llava(model, seed, torch.bfloat16)
+    folder = Path(tempfile.mkdtemp(prefix="raylava-untrained-"))
+    try:
+        export_model(llava, None, model, image_aspect, folder)
+        storage_path(output).upload_folder(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def generation_config(tokenizer: "PreTrainedTokenizerBase", language: LanguageSpec) -> "GenerationConfig":
-    """Greedy, and stopping on the end of a turn as well as on the end of a text."""
+    """Return a greedy config that stops at the end of a turn as well as at the end of the text."""
     from transformers import GenerationConfig
 
-    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(language.template.close)]
+    stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(language.template.close)]
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops,
+        eos_token_id=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
 
 
-def processor(
-    tokenizer: "PreTrainedTokenizerBase", vision: VisionSpec, language: LanguageSpec, fit: str
+def build_processor(
+    tokenizer: "PreTrainedTokenizerBase", vision: VisionSpec, language: LanguageSpec, image_aspect: str
 ) -> "LlavaProcessor":
-    """Pixels by the same arithmetic as corpus/images.py, and one placeholder for each image token."""
+    """Return the processor whose pixels equal those of corpus/images.py, with one placeholder per image token.
+
+    It uses Pillow, as preparation does. Where torchvision is installed, AutoProcessor selects a torchvision variant
+    whose pixels differ slightly unless it is given backend="pil"; no file in the folder can request that
+    (transformers 5.23).
+    """
     from transformers import LlavaImageProcessorPil, LlavaProcessor
 
     size = vision.pixels.size
-    whole = {"height": size, "width": size}
-    # Pillow's arithmetic, as in preparation. Where torchvision is installed, plain AutoProcessor takes its own
-    # variant, whose
-    # pixels differ a little, unless it is told backend="pil"; no file in the folder can say so (transformers 5.23).
-    images = LlavaImageProcessorPil(
-        do_pad=fit == "pad",
+    square = {"height": size, "width": size}
+    image_processor = LlavaImageProcessorPil(
+        do_pad=image_aspect == "pad",
         do_resize=True,
-        size=whole if fit == "pad" else {"shortest_edge": size},
-        do_center_crop=fit == "crop",
-        crop_size=whole,
+        size=square if image_aspect == "pad" else {"shortest_edge": size},
+        do_center_crop=image_aspect == "crop",
+        crop_size=square,
         image_mean=list(vision.pixels.mean),
         image_std=list(vision.pixels.std),
     )
     return LlavaProcessor(
-        images,
-        _for_generation(tokenizer),
+        image_processor,
+        _configure_for_generation(tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=vision.select_strategy,
         num_additional_image_tokens=int(vision.has_cls),
@@ -79,8 +97,8 @@ def processor(
     )
 
 
-def _for_generation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Pad on the left, as generation needs, and leave `<bos>` to the chat template, which writes it already."""
+def _configure_for_generation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Pad on the left, as generation requires, and do not add `<bos>`, which the chat template writes already."""
     from tokenizers.processors import Sequence
 
     tokenizer.padding_side = "left"

@@ -1,46 +1,47 @@
-"""Assemble LlavaForConditionalGeneration from two backbones; say what trains when; compute the loss of a pack.
+"""Build LlavaForConditionalGeneration from two backbones, select what trains in each stage, compute a pack's loss.
 
-Weights come from safetensors only, and never with remote code. Knows nothing of DeepSpeed or Ray.
+Weights are loaded from safetensors only, and never with remote code. Nothing here depends on DeepSpeed or Ray.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylava.config.recipe import Model
+from raylava.config.recipe import StageName
 from raylava.errors import UserError
-from raylava.models.attention import VARLEN, register
+from raylava.models.attention import VARLEN, register_varlen
 from raylava.models.registry import (
     FEATURE_LAYER,
     VISION_FAMILIES,
     LanguageSpec,
+    ResolvedModel,
     VisionSpec,
     backbone_path,
     load_tokenizer,
-    vocabulary_for,
+    padded_vocabulary,
 )
 from raylava.models.templates import IMAGE_TOKEN
+from raylava.storage import storage_path
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-StageName = Literal["pretrain", "finetune"]
-CONNECTOR = "model.multi_modal_projector."  # the names of the connector's weights start so
+CONNECTOR = "model.multi_modal_projector."  # prefix of the connector's weight names
 VISION_TOWER = "model.vision_tower."
 CONNECTOR_FILE = "connector.safetensors"
 
 
 @dataclass(frozen=True)
 class PackTensors:
-    """One pack, ready for the model: T tokens of several samples in one row, N images, S supervised tokens.
+    """The model inputs of one pack: T tokens of several samples in one row, N images, S loss tokens.
 
     input_ids (1, T) int64, image tokens expanded; position_ids (1, T) int64, restarting at 0 with each sample;
-    pixel_values (N, 3, size, size); `target_positions` (S,) int64 positions whose next token is supervised; `labels` (S,) int64;
-    `cu_seqlens` (samples + 1,) int32, where each sample starts, and T: it stays on the host.
+    pixel_values (N, 3, size, size); target_positions (S,) int64, the positions whose next token is in the loss;
+    labels (S,) int64; cu_seqlens (samples + 1,) int32, the start of each sample and T, which stays on the host.
     """
 
     input_ids: Tensor
@@ -51,7 +52,7 @@ class PackTensors:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
-        """On the device, pixels in the model's floating type."""
+        """Copy the tensors to the device, and cast pixels to the model's dtype."""
         return PackTensors(
             self.input_ids.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
@@ -63,11 +64,11 @@ class PackTensors:
 
 
 class PackLoss(nn.Module):
-    """LLaVA as training sees it: a pack in, the sum of the supervised tokens' cross-entropies out (a scalar, fp32).
+    """The training forward pass: maps a pack to the sum of its loss tokens' cross-entropies (a scalar, fp32).
 
-    Logits are computed at the kept positions only. Samples of a pack don't see each other: with `varlen` attention each
-    is attended to by itself, with any other transformers masks them apart where positions restart, provided that no
-    attention mask is passed and no cache is used.
+    Logits are computed at the target positions only. Samples of a pack do not attend to each other: `varlen` attention
+    computes each sample separately; for other implementations transformers builds a block-diagonal mask from the
+    restarting positions, which requires that no attention mask is passed and no cache is used.
     """
 
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
@@ -84,6 +85,7 @@ class PackLoss(nn.Module):
         labels: Tensor,
         cu_seqlens: Tensor,
     ) -> Tensor:
+        """Return the summed loss of a pack; the arguments are those of PackTensors."""
         logits = self.logits(input_ids, position_ids, pixel_values, target_positions, cu_seqlens)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -95,7 +97,7 @@ class PackLoss(nn.Module):
         target_positions: Tensor,
         cu_seqlens: Tensor,
     ) -> Tensor:
-        """(S, vocabulary) logits at the kept positions."""
+        """Return the (S, vocabulary) logits at the target positions."""
         hidden = self.llava.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -107,21 +109,21 @@ class PackLoss(nn.Module):
 
 
 def build_llava(
-    model: Model, vision: VisionSpec, seed: int, dtype: torch.dtype, attention: str = "sdpa"
+    model: ResolvedModel, seed: int, dtype: torch.dtype, attn_implementation: str = "sdpa"
 ) -> "LlavaForConditionalGeneration":
-    """Both backbones with their weights and a connector drawn from `seed`, or read from `model.connector.weights`.
+    """Load both backbones and initialize the connector from `seed`, or from the connector artifact that is named.
 
-    `attention` is transformers' name of an implementation, or VARLEN, which the vision tower has no use for.
+    `attn_implementation` is transformers' name of an implementation, or VARLEN, for which the vision tower uses sdpa.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tokenizer = load_tokenizer(model.language)
-    tower = load_vision(model, vision, dtype, "sdpa" if attention == VARLEN else attention)
-    language = _load_language(model, dtype, attention)
+    tower = load_vision_tower(model.vision, dtype, "sdpa" if attn_implementation == VARLEN else attn_implementation)
+    language = _load_language_model(model.language, dtype, attn_implementation)
     _resize_embeddings(language, len(tokenizer))
-    config = _config(tower, language, vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    with torch.device("meta"):  # only the frame: every part of it is replaced by a real one below
+    config = _llava_config(tower, language, model.vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    with torch.device("meta"):  # the skeleton only: every part is replaced by a loaded one below
         llava = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -130,51 +132,52 @@ def build_llava(
     llava.model.language_model = language.model
     llava.lm_head = language.lm_head
     llava.tie_weights()
-    if model.connector.weights:
-        load_connector(llava, model.connector.weights)
+    if model.connector_weights:
+        load_connector(llava, model.connector_weights)
     assert not any(parameter.is_meta for parameter in llava.parameters())
     return llava
 
 
-def load_vision(model: Model, vision: VisionSpec, dtype: torch.dtype, attention: str = "sdpa") -> "PreTrainedModel":
-    """The vision tower with its weights."""
+def load_vision_tower(vision: VisionSpec, dtype: torch.dtype, attn_implementation: str = "sdpa") -> "PreTrainedModel":
+    """Load the vision tower with its weights."""
     import transformers
 
     model_class = getattr(transformers, VISION_FAMILIES[vision.family].model_class)
     return model_class.from_pretrained(
-        backbone_path(model.vision.name),
-        revision=model.vision.revision,
+        backbone_path(vision.name),
+        revision=vision.revision,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=attn_implementation,
         use_safetensors=True,
     )
 
 
-def _load_language(model: Model, dtype: torch.dtype, attention: str) -> "PreTrainedModel":
+def _load_language_model(language: LanguageSpec, dtype: torch.dtype, attn_implementation: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    register()
+    register_varlen()
     return AutoModelForCausalLM.from_pretrained(
-        backbone_path(model.language.name),
-        revision=model.language.revision,
+        backbone_path(language.name),
+        revision=language.revision,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation=attn_implementation,
         use_safetensors=True,
     )
 
 
 def _resize_embeddings(language: "PreTrainedModel", tokens: int) -> None:
-    """Add embedding rows for new tokens. They start at the mean of the old, so that none is likely to be generated."""
-    old = language.get_input_embeddings().weight.shape[0]
-    if tokens <= old:
+    """Add embedding rows for new tokens, initialized to the mean of the old rows so that they are rarely generated."""
+    rows = language.get_input_embeddings().weight.shape[0]
+    if tokens <= rows:
         return
-    language.resize_token_embeddings(vocabulary_for(tokens, old), mean_resizing=False)
-    for table in {language.get_input_embeddings(), language.get_output_embeddings()}:
+    language.resize_token_embeddings(padded_vocabulary(tokens, rows), mean_resizing=False)
+    for embeddings in {language.get_input_embeddings(), language.get_output_embeddings()}:
         with torch.no_grad():
-            table.weight[old:] = table.weight[:old].float().mean(dim=0).to(table.weight.dtype)
+            mean = embeddings.weight[:rows].float().mean(dim=0)
+            embeddings.weight[rows:] = mean.to(embeddings.weight.dtype)
 
 
-def _config(
+def _llava_config(
     tower: "PreTrainedModel", language: "PreTrainedModel", vision: VisionSpec, image_token_id: int
 ) -> "LlavaConfig":
     from transformers import LlavaConfig
@@ -192,46 +195,44 @@ def _config(
 
 
 def set_trainable(llava: "LlavaForConditionalGeneration", stage: StageName, vision: bool = False) -> None:
-    """Pretraining trains the connector; finetuning the connector and the language model; the tower if `vision`."""
+    """Set requires_grad: the connector in pretraining, also the language model in finetuning, the tower if `vision`."""
     for name, parameter in llava.named_parameters():
         if name.startswith(CONNECTOR):
-            trains = True
+            trainable = True
         elif name.startswith(VISION_TOWER):
-            trains = vision
+            trainable = vision
         else:
-            trains = stage == "finetune"
-        parameter.requires_grad_(trains)
+            trainable = stage == "finetune"
+        parameter.requires_grad_(trainable)
 
 
 def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:
-    """Names of the weights that train now."""
+    """Return the names of the trainable weights."""
     return {name for name, parameter in llava.named_parameters() if parameter.requires_grad}
 
 
 def load_connector(llava: "LlavaForConditionalGeneration", folder: str) -> None:
-    """Put a connector artifact's weights in place, strictly."""
+    """Load a connector artifact's weights into the model. Raises RuntimeError when names or shapes differ."""
     connector = llava.model.multi_modal_projector
     weights = load_file(_connector_file(folder))
     connector.load_state_dict({name.removeprefix(CONNECTOR): value for name, value in weights.items()}, strict=True)
 
 
-def check_connector(folder: str, vision: VisionSpec, language: LanguageSpec) -> None:
-    """Raise UserError unless the connector artifact's widths fit both backbones."""
+def validate_connector(folder: str, vision: VisionSpec, language: LanguageSpec) -> None:
+    """Raise UserError unless the connector artifact's widths match both backbones."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(_connector_file(folder), framework="pt") as file:
-            inner, outer = (file.get_slice(f"{CONNECTOR}linear_{layer}.weight").get_shape() for layer in (1, 2))
+            first, second = (file.get_slice(f"{CONNECTOR}linear_{layer}.weight").get_shape() for layer in (1, 2))
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.connector.weights={folder}: no raylava connector there ({error})") from error
-    if inner[1] != vision.width or outer[0] != language.width:
+    if first[1] != vision.width or second[0] != language.width:
         raise UserError(
-            f"model.connector.weights={folder}: it joins widths {inner[1]} → {outer[0]}, but {vision.name} is "
-            f"{vision.width} wide and {language.name} {language.width}; use a connector pretrained for this pair"
+            f"model.connector.weights={folder}: it maps width {first[1]} to {second[0]}, but {vision.name} has width "
+            f"{vision.width} and {language.name} {language.width}; use a connector pretrained for this pair"
         )
 
 
 def _connector_file(folder: str) -> Path:
-    from raylava.storage import storage_path
-
     return storage_path(folder).local_copy() / CONNECTOR_FILE

@@ -1,7 +1,7 @@
-"""The registry: which vision and language families there are, and what raylava must know of each.
+"""The registry of vision and language families, and the resolution of a recipe's backbones.
 
-A recipe names a backbone by hub id or folder; here it becomes a VisionSpec or LanguageSpec. Reads configuration files
-only: weights are llava.py's business.
+A recipe names a backbone by hub id or folder; `resolve_model` turns these names into a ResolvedModel, which is
+serializable and passed to every stage. Only configuration files are read here; llava.py loads weights.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylava.config.recipe import Language, Vision
+from raylava.config.recipe import Language, Model, Vision
 from raylava.errors import UserError
-from raylava.models.templates import GEMMA, Template
+from raylava.models.templates import GEMMA, IMAGE_TOKEN, Template
 from raylava.storage import storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VOCABULARY_MULTIPLE = 64  # embedding rows are padded to this, which matrix units like
-FEATURE_LAYER = -2  # hidden_states[-2], for every family (LLaVA; kept by LLaVA-Gemma for CLIP and DINOv2)
+_VOCABULARY_MULTIPLE = 64  # added embedding rows are padded to a multiple of this, for efficient matrix products
+FEATURE_LAYER = -2  # hidden_states[-2] of the tower, for every family (LLaVA; LLaVA-Gemma for CLIP and DINOv2)
 
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """What the members of one vision family share. `model_class` is a name in transformers."""
+    """What the members of a vision family share. `model_class` is the name of a class in transformers."""
 
     model_types: tuple[str, ...]
     model_class: str
@@ -34,7 +34,7 @@ class VisionFamily:
 
 @dataclass(frozen=True)
 class LanguageFamily:
-    """What the members of one language family share."""
+    """What the members of a language family share."""
 
     model_types: tuple[str, ...]
     template: Template
@@ -52,7 +52,7 @@ LANGUAGE_FAMILIES = {
 
 @dataclass(frozen=True)
 class KnownVision:
-    """What can be said of a published backbone without the network. `image_size` in pixels a side."""
+    """What is known of a published backbone without network access. Sizes in pixels."""
 
     family: str
     image_size: int
@@ -76,7 +76,7 @@ KNOWN_LANGUAGE = {
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How a image becomes the backbone's input: `size` pixels a side; mean and std per RGB channel, in [0, 1]."""
+    """How an image becomes the backbone's input: `size` in pixels per side; mean and std per RGB channel, in [0, 1]."""
 
     size: int
     mean: tuple[float, float, float]
@@ -85,9 +85,10 @@ class PixelRule:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A vision backbone, resolved. `image_tokens` is what one image costs in the language model's sequence."""
+    """A resolved vision backbone. `width` is its hidden size."""
 
     name: str
+    revision: str
     family: str
     pixels: PixelRule
     patch_size: int
@@ -99,23 +100,25 @@ class VisionSpec:
 
     @property
     def image_tokens(self) -> int:
+        """Tokens that one image occupies in the language model's sequence."""
         return (self.pixels.size // self.patch_size) ** 2
 
     @property
     def select_strategy(self) -> str:
-        """transformers' name for the CLS rule: `default` drops the first token, `full` keeps all."""
+        """transformers' name of the CLS rule: `default` drops the first token, `full` keeps all."""
         return "default" if self.has_cls else "full"
 
-    def identity(self) -> dict[str, Any]:
-        """What of the backbone decides prepared blocks: pixels and token count, not its weights."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what determines prepared blocks: pixels and token count, not weights."""
         return {"pixels": asdict(self.pixels), "image_tokens": self.image_tokens}
 
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """A language model, resolved. `width` is its hidden size."""
+    """A resolved language model. `width` is its hidden size, `vocabulary` its number of embedding rows."""
 
     name: str
+    revision: str
     family: str
     width: int
     vocabulary: int
@@ -125,21 +128,45 @@ class LanguageSpec:
         return LANGUAGE_FAMILIES[self.family].template
 
 
-def check_known(language: Language, vision: Vision) -> None:
-    """Refuse, without network or weights, a backbone that raylava cannot know what to do with. Raises UserError."""
-    _known_family(vision.name, vision.family, VISION_FAMILIES, {k: v.family for k, v in KNOWN_VISION.items()}, "vision")
-    _known_family(language.name, language.family, LANGUAGE_FAMILIES, KNOWN_LANGUAGE, "language")
+@dataclass(frozen=True)
+class ResolvedModel:
+    """The model of a recipe with its backbones resolved: all that stages need to know about it, serializable.
+
+    `connector_weights` is the location of a connector artifact that replaces random initialization.
+    """
+
+    language: LanguageSpec
+    vision: VisionSpec
+    connector_weights: str | None = None
+
+
+def validate_backbones(language: Language, vision: Vision) -> None:
+    """Refuse an unknown backbone without network access or weights. Raises UserError."""
+    known_vision = {name: known.family for name, known in KNOWN_VISION.items()}
+    _validate_family(vision.name, vision.family, VISION_FAMILIES, known_vision, "vision")
+    _validate_family(language.name, language.family, LANGUAGE_FAMILIES, KNOWN_LANGUAGE, "language")
+
+
+def resolve_model(model: Model) -> ResolvedModel:
+    """Resolve both backbones from their configuration files. Raises UserError when one is missing or unsupported."""
+    return ResolvedModel(resolve_language(model.language), resolve_vision(model.vision), model.connector.weights)
 
 
 def resolve_vision(vision: Vision) -> VisionSpec:
-    """The backbone's facts from its configuration files. Raises UserError when it is missing, unknown or unfit."""
+    """Resolve a vision backbone from its config and preprocessor files. Raises UserError when it is unsupported."""
     config = read_config(vision.name, vision.revision, "vision")
     family = vision.family or _family_of(config["model_type"], VISION_FAMILIES, vision.name, "vision")
     tower = config.get("vision_config", config)
     processor = _read_json(vision.name, vision.revision, "preprocessor_config.json")
     if processor is None:
         raise UserError(f"model.vision.name={vision.name}: has no preprocessor_config.json; give a folder that has one")
-    size = vision.image_size or _input_size(processor) or tower["image_size"]
+    size = vision.image_size or _processor_size(processor) or tower["image_size"]
+    _validate_image_size(vision, family, size, tower)
+    pixels = PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
+    return VisionSpec(vision.name, vision.revision, family, pixels, tower["patch_size"], tower["hidden_size"])
+
+
+def _validate_image_size(vision: Vision, family: str, size: int, tower: dict[str, Any]) -> None:
     patch = tower["patch_size"]
     if size % patch:
         raise UserError(
@@ -148,70 +175,66 @@ def resolve_vision(vision: Vision) -> VisionSpec:
         )
     if family == "clip" and size != tower["image_size"]:
         raise UserError(f"model.vision.image_size={size}: {vision.name} takes {tower['image_size']} only; leave it out")
-    rule = PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
-    return VisionSpec(vision.name, family, rule, patch, tower["hidden_size"])
 
 
 def resolve_language(language: Language) -> LanguageSpec:
-    """The language model's facts from its config.json. Raises UserError when it is missing or of an unknown family."""
+    """Resolve a language model from its config.json. Raises UserError when it is missing or of an unknown family."""
     config = read_config(language.name, language.revision, "language")
     family = language.family or _family_of(config["model_type"], LANGUAGE_FAMILIES, language.name, "language")
-    return LanguageSpec(language.name, family, config["hidden_size"], config["vocab_size"])
+    return LanguageSpec(language.name, language.revision, family, config["hidden_size"], config["vocab_size"])
 
 
-def load_tokenizer(language: Language) -> "PreTrainedTokenizerBase":
-    """The language model's tokenizer, with `<image>` as a special token. Raises UserError when it has none."""
+def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBase":
+    """Load the language model's tokenizer and add `<image>` as a special token. Raises UserError when it has none."""
     from transformers import AutoTokenizer
-
-    from raylava.models.templates import IMAGE_TOKEN
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone_path(language.name), revision=language.revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.language.name={language.name}: no tokenizer could be loaded there ({error})") from error
+        raise UserError(f"model.language.name={language.name}: cannot load a tokenizer from there ({error})") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer
 
 
-def vocabulary_for(tokens: int, rows: int) -> int:
-    """Embedding rows of a language model that has `rows` of them, once it knows so many `tokens`."""
+def padded_vocabulary(tokens: int, rows: int) -> int:
+    """Return the embedding rows that a language model with `rows` rows needs for a tokenizer of `tokens` tokens."""
     return rows if tokens <= rows else -(-tokens // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
-def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 over the tokenizer's whole serialisation: models that share a tokenizer share blocks."""
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the SHA-256 of the tokenizer's serialization. Models that share a tokenizer can share blocks."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def weights_identity(name: str, revision: str) -> dict[str, str]:
-    """What names a backbone's weights: the content of a folder's files, or a hub id and the commit it stands at."""
+    """Identify a backbone's weights: SHA-256 by file for a folder, id and commit for a hub id."""
     folder = storage_path(backbone_path(name))
     if not is_folder(name):
         return {"hub": name, "commit": _hub_commit(name, revision)}
-    return {file: _file_hash(str(folder / file)) for file, _ in folder.walk_files() if _decides_weights(file)}
+    return {file: _file_sha256(str(folder / file)) for file, _ in folder.walk_files() if _is_weights_file(file)}
 
 
 def is_folder(name: str) -> bool:
-    """Whether a backbone's name means a folder (a path or URI) rather than a hub id."""
+    """Return whether a backbone's name is a folder (a path or URI) rather than a hub id."""
     return "://" in name or name.startswith((".", "/", "~")) or Path(name).is_dir()
 
 
-def located(name: str) -> str:
-    """A backbone's name that means the same on every node: folders by absolute path or URI, hub ids as they are."""
+def absolute_name(name: str) -> str:
+    """Return a backbone's name that is valid on every node: folders as absolute path or URI, hub ids unchanged."""
     return storage_path(name).uri if is_folder(name) else name
 
 
 def backbone_path(name: str) -> str:
-    """What transformers' `from_pretrained` takes for a backbone: a local folder, fetched if need be, or the hub id."""
+    """Return what `from_pretrained` takes: a local folder, downloaded if it is remote, or the hub id."""
     return str(storage_path(name).local_copy()) if is_folder(name) else name
 
 
-def _decides_weights(file: str) -> bool:
+def _is_weights_file(file: str) -> bool:
     return "/" not in file and file.endswith((".safetensors", ".safetensors.index.json", "config.json"))
 
 
 @cache
-def _file_hash(uri: str) -> str:
+def _file_sha256(uri: str) -> str:
     return storage_path(uri).sha256()
 
 
@@ -221,7 +244,7 @@ def _hub_commit(name: str, revision: str) -> str:
 
     try:
         return str(model_info(name, revision=revision).sha)
-    except Exception:  # offline or gated: the cached snapshot's folder name is the commit it was fetched at
+    except Exception:  # offline or gated: the folder name of the cached snapshot is its commit
         from huggingface_hub import snapshot_download
 
         try:
@@ -233,7 +256,7 @@ def _hub_commit(name: str, revision: str) -> str:
 
 
 def read_config(name: str, revision: str, role: str) -> dict[str, Any]:
-    """A backbone's config.json; `role` (language, vision) is for the message. Raises UserError when there is none."""
+    """Read a backbone's config.json; `role` (language, vision) names the key in messages. Raises UserError."""
     config = _read_json(name, revision, "config.json")
     if config is None or "model_type" not in config:
         raise UserError(
@@ -243,20 +266,21 @@ def read_config(name: str, revision: str, role: str) -> dict[str, Any]:
 
 
 def _read_json(name: str, revision: str, file: str) -> dict[str, Any] | None:
-    from transformers.utils import cached_file
-
     if is_folder(name):
         path = storage_path(name) / file
         return json.loads(path.read_bytes()) if path.exists() else None
+
+    from transformers.utils import cached_file
+
     try:
-        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        cached = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise UserError(f"{name}: not a folder here, and the hub has no such model or cannot be reached") from error
-    return json.loads(Path(found).read_text()) if found else None
+        raise UserError(f"{name}: not a local folder, and the hub has no such model or cannot be reached") from error
+    return json.loads(Path(cached).read_text()) if cached else None
 
 
-def _input_size(processor: dict[str, Any]) -> int | None:
-    """Pixels a side that the stock processor hands on: its crop when it crops, else its size."""
+def _processor_size(processor: dict[str, Any]) -> int | None:
+    """Return the output size of the stock image processor in pixels: its crop when it crops, else its size."""
     keys = ("crop_size", "size") if processor.get("do_center_crop") else ("size",)
     for key in keys:
         size = processor.get(key)
@@ -268,21 +292,22 @@ def _input_size(processor: dict[str, Any]) -> int | None:
 
 
 def _family_of(model_type: str, families: dict[str, Any], name: str, role: str) -> str:
-    for family, facts in families.items():
-        if model_type in facts.model_types:
+    for family, members in families.items():
+        if model_type in members.model_types:
             return family
     raise UserError(
-        f"model.{role}.name={name}: {model_type!r} is not a {role} family raylava knows; known: {', '.join(families)}"
+        f"model.{role}.name={name}: {model_type!r} is not a supported {role} family; "
+        f"choose one of: {', '.join(families)}"
     )
 
 
-def _known_family(name: str, given: str | None, families: dict[str, Any], known: dict[str, str], role: str) -> None:
-    if given is not None and given not in families:
-        raise UserError(f"model.{role}.family={given!r} is not known; known: {', '.join(families)}")
-    if given is None and not is_folder(name) and name not in known:
+def _validate_family(name: str, family: str | None, families: dict[str, Any], known: dict[str, str], role: str) -> None:
+    if family is not None and family not in families:
+        raise UserError(f"model.{role}.family={family!r} is not supported; choose one of: {', '.join(families)}")
+    if family is None and not is_folder(name) and name not in known:
         raise UserError(
-            f"model.{role}.name={name!r} is neither a folder nor a known hub id; known: {', '.join(known)}; "
-            f"for another one of these families set model.{role}.family ({', '.join(families)})"
+            f"model.{role}.name={name!r} is neither a folder nor a known hub id; choose one of: {', '.join(known)}; "
+            f"or, for another one of these families, set model.{role}.family ({', '.join(families)})"
         )
     if is_folder(name) and not storage_path(name).is_folder():
         raise UserError(f"model.{role}.name={name}: no such folder; give a Hugging Face folder or a hub id")

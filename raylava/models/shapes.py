@@ -1,6 +1,6 @@
-"""The dimensions of published backbones, as their config.json says, so that an estimate needs neither hub nor weights.
+"""Dimensions of published backbones, copied from their config.json, so that estimates need neither the hub nor weights.
 
-tests/cost holds them against transformers' own modules. Which backbones raylava trains is model/backbones.py's.
+`registry.py` lists the backbones that raylava trains.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ from raylava.config.recipe import Language, Model, Vision
 from raylava.models.registry import (
     KNOWN_VISION,
     load_tokenizer,
+    padded_vocabulary,
     read_config,
     resolve_vision,
-    vocabulary_for,
 )
 from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape, language_shape, vision_shape
 
@@ -70,16 +70,19 @@ VISION = {
 }
 
 
-def shape_of_model(model: Model) -> LlavaShape:
-    """The shape that a recipe's two backbones make together, `<image>` in the vocabulary.
+def model_shape(model: Model) -> LlavaShape:
+    """Return the shape of a recipe's model, with `<image>` added to the vocabulary.
 
-    Raises UserError for a backbone that is not published here and whose config.json cannot be read.
+    Raises UserError if a backbone is not listed in this module and its config.json cannot be read.
     """
     return LlavaShape(_language(model.language), _vision(model.vision))
 
 
-def configs_of_model(model: Model) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Both backbones' config.json, the language model's with room for `<image>`, and a image's patches."""
+def model_configs(model: Model) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return the configs of the language model and the vision tower, and the number of patches per image.
+
+    The vocabulary size in the language model's config includes `<image>`.
+    """
     config, _ = _vision_config(model.vision)
     return _language_config(model.language), config.get("vision_config", config), _vision(model.vision).patches
 
@@ -89,11 +92,11 @@ def _language(language: Language) -> LanguageShape:
 
 
 def _language_config(language: Language) -> dict[str, Any]:
-    known = LANGUAGE.get(language.name)
-    config = known or read_config(language.name, language.revision, "language")
+    published = LANGUAGE.get(language.name)
+    config = published or read_config(language.name, language.revision, "language")
     rows = config["vocab_size"]
-    tokens = rows + 1 if known else len(load_tokenizer(language))
-    return {**config, "vocab_size": vocabulary_for(tokens, rows)}
+    tokens = rows + 1 if published else len(load_tokenizer(language))
+    return {**config, "vocab_size": padded_vocabulary(tokens, rows)}
 
 
 def _vision(vision: Vision) -> VisionShape:
@@ -101,8 +104,8 @@ def _vision(vision: Vision) -> VisionShape:
 
 
 def _vision_config(vision: Vision) -> tuple[dict[str, Any], int]:
-    """The tower's configuration, and the pixels a side that it is shown."""
-    known = VISION.get(vision.name)
-    if known is None:
+    """Return the config of a vision tower and the side of its input images in pixels."""
+    published = VISION.get(vision.name)
+    if published is None:
         return read_config(vision.name, vision.revision, "vision"), resolve_vision(vision).pixels.size
-    return known, vision.image_size or KNOWN_VISION[vision.name].image_size
+    return published, vision.image_size or KNOWN_VISION[vision.name].image_size

@@ -1,6 +1,6 @@
-"""Chat templates as data: the pieces of a conversation's text, and the same thing as a Jinja template for Hugging Face.
+"""Chat templates as data: the parts of a conversation's text, and the equivalent Jinja template for Hugging Face.
 
-Pure. How pieces become token ids is corpus/conversation.py's business; which family uses which is backbones.py's.
+corpus/conversation.py tokenizes conversations with these parts; registry.py assigns templates to families.
 """
 
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ IMAGE_TOKEN = "<image>"
 
 @dataclass(frozen=True)
 class Template:
-    """How one language family writes a conversation. `*_open` and `turn_close` pair a control token with plain text.
+    """The text format of a conversation in one language family.
 
-    One exchange is: open, user_header, human text, close, gap, open, model_header, answer, close, gap.
-    Supervised are each answer, the close token and the gap after it (LLaVA-Gemma; Hinck et al. 2024).
+    An exchange is: open, user_header, human text, close, gap, open, model_header, answer, close, gap. The loss covers
+    each answer, its close token and the gap after it (LLaVA-Gemma; Hinck et al. 2024).
     """
 
-    begin: str  # control token before everything
-    open: str  # control token that opens a turn
-    close: str  # control token that ends a turn; generation stops on it
+    begin: str  # control token at the start
+    open: str  # control token that starts a turn
+    close: str  # control token that ends a turn; a stop token of generation
     user_header: str
     model_header: str
     gap: str  # plain text after a close token
 
     def human_text(self, text: str, images: int) -> str:
-        """A human turn's text: its images first, one a line, then the words (LLaVA's order)."""
+        """Return a human turn's text: one image token per line, then the words (LLaVA's order)."""
         return f"{IMAGE_TOKEN}\n" * images + text.replace(IMAGE_TOKEN, "").strip()
 
     def jinja(self) -> str:
-        """The chat template for `processor.apply_chat_template`: string content, or a list of text and image parts."""
+        """Return the template for `apply_chat_template`; content is a string, or a list of text and image parts."""
         return _JINJA.format(
             begin=_quoted(self.begin),
             open=_quoted(self.open),

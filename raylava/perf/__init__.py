@@ -1,5 +1,14 @@
-"""What a training step costs, as arithmetic. `shapes` has a model's dimensions and counts its parameters, `published`
-those of backbones on the hub; `flops` the arithmetic of a step, `memory` what a device holds, `traffic` what goes over
-the network; `hardware` the devices and prices; `choose` weighs ways to train against each other. Pure functions of
-configurations: no weights, no Ray. Training chooses and measures itself by them; a whole recipe is estimate's.
+"""Analytic model of one training step: parameters, FLOPs, memory, traffic, time, and a search over execution configs.
+
+All functions are pure: they take configurations and shapes, load no weights and import neither torch nor Ray.
+
+- `shapes`: dimensions and exact parameter counts of a language model, a vision tower and the connector.
+- `flops`: FLOPs of a step, forward and backward, by model part.
+- `memory`: peak memory of one device, as a table of named terms and phases.
+- `traffic`: bytes that a step's collectives move.
+- `hardware`: GPU data sheets, clusters and price tables.
+- `step_time`: seconds of a step on the slowest worker.
+- `search`: enumerates execution configs, predicts each one and selects the fastest that fits.
+
+`raylava.train` resolves its `auto` settings with this package; `raylava.estimate` predicts whole recipes with it.
 """

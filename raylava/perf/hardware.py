@@ -1,4 +1,7 @@
-"""What computes, and what it costs: devices by name, a cluster of them, a table of prices the user gives. Pure."""
+"""GPU data sheets, clusters of GPUs and price tables.
+
+All functions are pure except `read_prices`, which reads a file.
+"""
 
 import re
 from dataclasses import dataclass
@@ -11,9 +14,11 @@ from raylava.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. `flops` is its dense bf16 peak in FLOP/s (of fp16 where it has no bf16: V100, T4), `memory` in bytes, both
-    from the makers' data sheets; `link` is the bandwidth to its neighbours in a node, `network` its share of the
-    node's, both in bytes/s and one direction, as clouds commonly sell it.
+    """A GPU model.
+
+    `flops` is the dense bf16 peak in FLOP/s (fp16 on V100 and T4, which lack bf16) and `memory` is in bytes, both from
+    the vendor's data sheet. `link` is the bandwidth to other GPUs of the node and `network` the GPU's share of the
+    node's network bandwidth as cloud providers commonly offer it, both in bytes/s per direction.
     """
 
     name: str
@@ -27,7 +32,8 @@ def _device(name: str, teraflops: float, gigabytes: float, link: float, network:
     return Device(name, teraflops * 1e12, gigabytes * 1e9, link * 1e9, network * 1e9)
 
 
-# The first whose every word is in a device's name is taken: more words stand before fewer.
+# device_from_cuda_name() returns the first entry whose words all occur in the reported name, so that a more specific
+# name ("H100 PCIe") must precede a more general one ("H100").
 DEVICES = {
     "b200": _device("B200", 2250, 180, 900, 50),
     "h200": _device("H200", 989, 141, 450, 50),
@@ -48,69 +54,72 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs of one kind. `price` is a node's for an hour, None where no table names it."""
+    """Identical nodes with `gpus` GPUs each. `price_per_hour` is the price of one node, None if unknown."""
 
     nodes: int
-    gpus: int  # of a node
+    gpus: int
     device: Device
-    price: float | None = None
+    price_per_hour: float | None = None
 
     @property
     def world_size(self) -> int:
-        """All GPUs, one worker each."""
+        """Number of workers, one per GPU."""
         return self.nodes * self.gpus
 
     @property
     def bandwidth(self) -> float:
-        """Bytes/s that a GPU sends in rings over all of them, one direction.
+        """Bytes/s per direction that a GPU sends in ring collectives over the whole cluster.
 
-        Of a node's GPUs one sends to the next node in each ring, the others to their neighbours; with as many rings as
-        network cards, all cards carry a share of every GPU's bytes.
+        In each ring one GPU of a node sends to the next node and the others send to their neighbours. NCCL builds as
+        many rings as the node has network cards, so that all cards together carry the bytes of every GPU.
         """
         if self.nodes == 1:
             return self.device.link
         return min(self.device.link, self.device.network * self.gpus)
 
 
-def device(name: str) -> Device:
-    """The device of an option's value. Raises UserError for one that is not listed."""
-    found = DEVICES.get(name.lower())
-    if found is None:
-        raise UserError(f"--gpu {name}: not known; known: {', '.join(DEVICES)}")
-    return found
+def find_device(name: str) -> Device:
+    """Return the GPU that `--gpu` names. Raises UserError for an unknown name."""
+    device = DEVICES.get(name.lower())
+    if device is None:
+        raise UserError(f"--gpu {name}: unknown GPU; choose one of: {', '.join(DEVICES)}")
+    return device
 
 
-def device_named(reported: str) -> Device | None:
-    """The device that CUDA reports under this name ("NVIDIA H100 80GB HBM3"), None for one that is not listed."""
-    words = set(re.findall(r"\w+", reported))
-    return next((one for one in DEVICES.values() if words.issuperset(one.name.split())), None)
+def device_from_cuda_name(cuda_name: str) -> Device | None:
+    """Return the GPU with the name that CUDA reports, such as "NVIDIA H100 80GB HBM3"; None if it is not listed."""
+    words = set(re.findall(r"\w+", cuda_name))
+    return next((device for device in DEVICES.values() if words.issuperset(device.name.split())), None)
 
 
-def peak_flops(reported: str) -> float | None:
-    """The dense bf16 peak in FLOP/s of the device that is reported so; None for one that is not listed (a CPU)."""
-    found = device_named(reported)
-    return None if found is None else found.flops
+def peak_flops(cuda_name: str) -> float | None:
+    """Return the dense bf16 peak in FLOP/s of the GPU that CUDA reports under this name; None if it is not listed."""
+    device = device_from_cuda_name(cuda_name)
+    return None if device is None else device.flops
 
 
 def read_prices(path: str) -> dict[str, float]:
-    """A price table: YAML, `<gpu>x<gpus of the node>: price of the node for an hour`, in whatever currency.
+    """Read a price table: a YAML mapping of `<gpu>x<gpus per node>` to the price of such a node per hour.
 
-    Raises UserError for a file that is none.
+    The currency is the user's. Raises UserError if the file cannot be read or an entry has another form.
     """
-    found: dict[str, Any] = read_mapping(Path(path), "price table")
-    for key, value in found.items():
-        name, _, gpus = str(key).rpartition("x")
-        if (
-            name not in DEVICES
-            or not gpus.isdigit()
-            or not int(gpus)
-            or not isinstance(value, int | float)
-            or value < 0
-        ):
-            raise UserError(f"{path}: {key}: {value!r}: write such as `h100x8: 60.0`, a node's price for an hour")
-    return {str(key): float(value) for key, value in found.items()}
+    prices: dict[str, Any] = read_mapping(Path(path), "price table")
+    for key, price in prices.items():
+        if not _is_node_type(str(key)) or not isinstance(price, int | float) or price < 0:
+            raise UserError(
+                f"{path}: {key}: {price!r} is not a price; write such as `h100x8: 60.0`, a node's price per hour"
+            )
+    return {str(key): float(price) for key, price in prices.items()}
 
 
-def cluster(nodes: int, gpus: int, gpu: str, prices: dict[str, float] | None = None) -> Cluster:
-    """A cluster as options name it, at the price that the table has for it."""
-    return Cluster(nodes, gpus, device(gpu), (prices or {}).get(f"{gpu.lower()}x{gpus}"))
+def _is_node_type(key: str) -> bool:
+    name, _, gpus = key.rpartition("x")
+    return name in DEVICES and gpus.isdigit() and int(gpus) > 0
+
+
+def make_cluster(nodes: int, gpus: int, gpu: str, prices: dict[str, float] | None = None) -> Cluster:
+    """Return a cluster of `nodes` nodes with `gpus` GPUs of type `gpu`, priced by the table if it lists this node type.
+
+    Raises UserError for an unknown GPU.
+    """
+    return Cluster(nodes, gpus, find_device(gpu), (prices or {}).get(f"{gpu.lower()}x{gpus}"))

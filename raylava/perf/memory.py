@@ -1,23 +1,27 @@
-"""What one device holds while training: states, gradients, buckets, activations by pack, logits. Pure functions.
+"""Memory of one device during training, as a table of named terms.
 
-The rules were read off DeepSpeed 0.19 and transformers 5.23 by listing what they allocate (tests/cost/test_memory.py
-runs them and compares); sizes in bytes. `e` is 2 for bf16 and 4 for fp32.
+Each term is a function that returns bytes and documents its rule. PHASES lists the terms that are allocated in each
+phase of a step; the predicted peak is the largest phase total. The rules describe DeepSpeed 0.19 and transformers 5.23;
+tests/ray/perf/test_memory.py compares them with the allocations of a two-rank run.
 """
 
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from raylava.config.recipe import Training
 from raylava.perf.shapes import LanguageShape, LlavaShape
 
-REDUCE_BUCKET = 500_000_000  # DeepSpeed's own limit, in parameters; the engine makes no bucket larger than it needs
-GATHERED = 1_000_000_000  # DeepSpeed's max_live_parameters and max_reuse_distance
-_ALWAYS_WHOLE = 100_000  # its param_persistence_threshold: ZeRO-3 leaves smaller weights whole on each device
-_FP32 = 4
+REDUCE_BUCKET = 500_000_000  # parameters, DeepSpeed's default; the engine allocates no more than what trains
+GATHERED = 1_000_000_000  # parameters, DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
+_PERSISTENCE_THRESHOLD = 100_000  # parameters, DeepSpeed's stage3_param_persistence_threshold
+_FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """The fullest pack: its tokens, the supervised among them, its images."""
+    """The largest pack of a run: its tokens, how many of them contribute to the loss, and its images."""
 
     tokens: int
     loss_tokens: int
@@ -26,7 +30,7 @@ class PackShape:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a stage is trained: all that decides memory and speed and leaves the result as it is."""
+    """Settings of a training stage that determine memory and speed but not the result."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -35,43 +39,55 @@ class ExecutionConfig:
     max_tokens_per_pack: int
 
     @property
-    def name(self) -> str:
-        """In words: `ZeRO 2, recomputed, packs of 4,096`."""
-        return f"ZeRO {self.mode}, packs of {self.max_tokens_per_pack:,}"
+    def description(self) -> str:
+        """The settings in words, such as `ZeRO 2, recomputed, packs of 4,096`."""
+        return f"ZeRO {self.short_description}, packs of {self.max_tokens_per_pack:,}"
 
     @property
-    def mode(self) -> str:
-        """In words, without the size of packs: `2, recomputed`."""
-        kept = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
-        offloaded = " and ".join(name for name, is_so in kept if is_so)
-        words = [str(self.zero_stage)] + [f"host: {offloaded}"] * bool(offloaded)
-        return ", ".join(words + ["recomputed"] * self.activation_checkpointing)
+    def short_description(self) -> str:
+        """The settings in words without the pack size, such as `2, recomputed`."""
+        offloads = [("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)]
+        on_host = " and ".join(name for name, is_offloaded in offloads if is_offloaded)
+        words = [str(self.zero_stage)]
+        if on_host:
+            words.append(f"host: {on_host}")
+        if self.activation_checkpointing:
+            words.append("recomputed")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A stage's model: what trains beside the connector, and in what precision (bytes of a value)."""
+    """The model of a training stage: its shape, which parts train besides the connector, and the weights' precision."""
 
     shape: LlavaShape
-    language: bool
-    vision: bool
-    value: int
+    trains_language: bool
+    trains_vision: bool
+    bytes_per_value: int  # of weights and activations: 2 for bf16, 4 for fp32
 
     @classmethod
     def of(cls, shape: LlavaShape, stage: str, training: Training) -> "TrainableModel":
-        """As a recipe's stage (pretrain, finetune) trains it."""
-        return cls(shape, stage == "finetune", training.vision_lr is not None, 2 if training.precision == "bf16" else 4)
+        """Return the model as a recipe's `stage` (pretrain or finetune) trains it."""
+        return cls(
+            shape,
+            trains_language=stage == "finetune",
+            trains_vision=training.vision_lr is not None,
+            bytes_per_value=2 if training.precision == "bf16" else 4,
+        )
 
     @property
     def parameters(self) -> int:
-        """How many train."""
-        return self.shape.trained(self.language, self.vision)
+        """Number of trainable parameters."""
+        return self.shape.trained(self.trains_language, self.trains_vision)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one device, and of its share of its host. `rest` is held between steps, `peak` at most, in the phase
-    that `at` names.
+class MemoryBreakdown:
+    """Predicted bytes of one device; `host` is the bytes of the device's share of its host.
+
+    `at_rest` is allocated between steps. `peak` is the maximum over a step and `peak_phase` the phase that reaches it.
+    `activations` are the saved activations; they include backward temporaries, and `logits` is not zero, if the peak phase
+    allocates these.
     """
 
     weights: float
@@ -81,143 +97,296 @@ class Memory:
     gathered: float
     activations: float
     logits: float
-    rest: float
+    at_rest: float
     peak: float
-    at: str
+    peak_phase: str
     host: float
 
 
-def memory(model: TrainableModel, way: ExecutionConfig, load: PackShape, world_size: int) -> Memory:
-    """What a step whose fullest pack is `load` holds, when packs before it have left their gradients."""
-    states, host = _states(model, way, world_size)
-    gradients = 0.0 if way.offload_optimizer and way.zero_stage > 1 else _gradients(model, way, world_size)
-    bucket = float(min(REDUCE_BUCKET, model.parameters) * model.value * (way.zero_stage > 0))
-    gathered = _gathered(model, way)
-    saved, within = _activations(model, way, load)
-    logits = 3.0 * _FP32 * load.loss_tokens * model.shape.language.vocabulary
-    held = sum(states.values()) + gradients
-    phases = {
-        "vision tower": held + gathered + _vision_forward(model, load),
-        "loss": held + gathered + bucket * (way.zero_stage != 2) + saved + logits,
-        "backward": held + _gathered(model, way, times=2) + bucket + saved + within,
-        "update": held + bucket * (way.zero_stage != 2) + _update(model, way, world_size),
-    }
-    at = max(phases, key=lambda name: phases[name])
-    at_rest = (gradients + bucket) * (way.zero_stage == 3)
-    return Memory(
-        **states,
-        gradients=gradients,
-        bucket=bucket,
-        gathered=gathered,
-        activations=saved + within * (at == "backward"),
-        logits=logits * (at == "loss"),
-        rest=sum(states.values()) + at_rest,
-        peak=phases[at],
-        at=at,
-        host=host,
+@dataclass(frozen=True)
+class StepContext:
+    """The inputs of every term. `pack` is the largest pack; earlier packs of the step have left their gradients."""
+
+    model: TrainableModel
+    config: ExecutionConfig
+    pack: PackShape
+    world_size: int
+
+
+Term = Callable[[StepContext], float]
+
+
+# Terms: model states
+
+
+def weights(step: StepContext) -> float:
+    """ZeRO 0 to 2 hold all weights. ZeRO 3 holds a partition, which can be offloaded, and all small tensors."""
+    partition = 0.0 if step.config.offload_parameters else _weight_partition(step)
+    return partition + _persistent_weights(step)
+
+
+def optimizer_states(step: StepContext) -> float:
+    """Adam keeps two moments and fp32 master weights, partitioned by ZeRO 1 to 3, unless they are offloaded."""
+    return 0.0 if step.config.offload_optimizer else _optimizer_partition(step)
+
+
+def gradients(step: StepContext) -> float:
+    """Packs accumulate gradients until the update: whole and in the weights' precision with ZeRO 0 and 1, as an fp32
+    partition with ZeRO 2 and 3, which is on the host if the optimizer is offloaded.
+    """
+    if step.config.zero_stage < 2:
+        return float(step.model.parameters * step.model.bytes_per_value)
+    if step.config.offload_optimizer:
+        return 0.0
+    return step.model.parameters * _FP32 / step.world_size
+
+
+# Terms: communication buffers
+
+
+def reduce_bucket(step: StepContext) -> float:
+    """ZeRO 1 to 3 reduce gradients through a buffer that is no larger than the trainable parameters."""
+    if step.config.zero_stage == 0:
+        return 0.0
+    return float(min(REDUCE_BUCKET, step.model.parameters) * step.model.bytes_per_value)
+
+
+def retained_bucket(step: StepContext) -> float:
+    """ZeRO 1 and 3 keep the reduce bucket outside the backward pass; ZeRO 2 frees it after each backward pass."""
+    return 0.0 if step.config.zero_stage == 2 else reduce_bucket(step)
+
+
+def gathered_weights(step: StepContext) -> float:
+    """ZeRO 3 gathers full weights in the forward pass, up to DeepSpeed's limit on live parameters."""
+    return _gathered_copies(step, 1)
+
+
+def regathered_weights(step: StepContext) -> float:
+    """ZeRO 3 gathers full weights again in the backward pass while those of the forward pass are still allocated."""
+    return _gathered_copies(step, 2)
+
+
+def zero3_gradient_buffers(step: StepContext) -> float:
+    """ZeRO 3 alone keeps its gradient partition and its reduce bucket allocated between steps."""
+    if step.config.zero_stage < 3:
+        return 0.0
+    return gradients(step) + reduce_bucket(step)
+
+
+# Terms: activations and logits
+
+
+def vision_forward(step: StepContext) -> float:
+    """The vision tower of transformers returns the hidden states of all layers; one block is being computed."""
+    vision = step.model.shape.vision
+    hidden_states = (vision.layers + 1) * vision.width
+    block = 6 * vision.width + 2 * vision.intermediate
+    return float(step.pack.images * vision.tokens * step.model.bytes_per_value * (hidden_states + block))
+
+
+def saved_activations(step: StepContext) -> float:
+    """The forward pass saves activations of vision tower, connector, decoder layers and final norm for the backward
+    pass. Activation checkpointing reduces those of a decoder layer to its input and leaves the vision tower's.
+    """
+    language = step.model.shape.language
+    layer = _layer_input(step) if step.config.activation_checkpointing else _layer_activations(step)
+    final_norm = step.pack.tokens * _norm_values(step.model) * _FP32
+    return float(_vision_activations(step) + language.layers * layer + final_norm)
+
+
+def backward_temporaries(step: StepContext) -> float:
+    """The backward pass allocates the embedding's gradient and, for the layer at work, buffers of the MLP's size.
+
+    Activation checkpointing adds the recomputed layer. With ZeRO 3 it peaks before the layer's last MLP product is
+    computed, when the layer's weights are gathered again.
+    """
+    embedding = _embedding_gradient(step.model)
+    mlp_buffer = step.pack.tokens * step.model.shape.language.intermediate * step.model.bytes_per_value
+    if not step.config.activation_checkpointing:
+        return float(embedding + 2 * mlp_buffer)
+    recomputed_layer = _layer_activations(step)
+    if step.config.zero_stage == 3:
+        return float(recomputed_layer + embedding - mlp_buffer)
+    buffers = 4 if step.model.trains_language else 3
+    return float(recomputed_layer + embedding + buffers * mlp_buffer)
+
+
+def loss_logits(step: StepContext) -> float:
+    """The loss holds three fp32 tensors of shape (loss tokens, vocabulary): logits, log-softmax and gradient."""
+    return 3.0 * _FP32 * step.pack.loss_tokens * step.model.shape.language.vocabulary
+
+
+# Terms: optimizer update
+
+# fp32 copies of a rank's partition that the update allocates, by (ZeRO stage, bytes per value).
+_UPDATE_COPIES = {(1, 2): 1.5, (1, 4): 0.0, (2, 2): 2.0, (2, 4): 3.0, (3, 2): 3.0, (3, 4): 3.0}
+
+
+def update_temporaries(step: StepContext) -> float:
+    """AdamW allocates intermediate values, and fp32 gradients where they do not exist yet: a multiple of the partition
+    with ZeRO 1 to 3, at least one value per trainable parameter with ZeRO 0, nothing if the optimizer is offloaded.
+    """
+    model = step.model
+    if step.config.offload_optimizer:
+        return 0.0
+    if step.config.zero_stage == 0:
+        largest_tensor = max(size for size, _ in model.shape.tensors)
+        fp32_gradients = model.parameters if model.bytes_per_value == 2 else 0
+        return _FP32 * max(model.parameters, 2.0 * largest_tensor + fp32_gradients)
+    copies = _UPDATE_COPIES[step.config.zero_stage, model.bytes_per_value]
+    return copies * _FP32 * model.parameters / step.world_size
+
+
+# Terms: host memory
+
+
+def host_weights(step: StepContext) -> float:
+    """Parameter offload moves a rank's partition of the weights to the host."""
+    return _weight_partition(step) if step.config.offload_parameters else 0.0
+
+
+def host_optimizer_states(step: StepContext) -> float:
+    """Optimizer offload moves a rank's partition of the optimizer states to the host."""
+    return _optimizer_partition(step) if step.config.offload_optimizer else 0.0
+
+
+# The terms that are allocated in each phase of a step, between steps, and on the host.
+
+_MODEL_STATES: tuple[Term, ...] = (weights, optimizer_states, gradients)
+PHASES: Mapping[str, tuple[Term, ...]] = {
+    "vision tower": (*_MODEL_STATES, gathered_weights, vision_forward),
+    "loss": (*_MODEL_STATES, gathered_weights, retained_bucket, saved_activations, loss_logits),
+    "backward": (*_MODEL_STATES, regathered_weights, reduce_bucket, saved_activations, backward_temporaries),
+    "update": (*_MODEL_STATES, retained_bucket, update_temporaries),
+}
+AT_REST: tuple[Term, ...] = (weights, optimizer_states, zero3_gradient_buffers)
+ON_HOST: tuple[Term, ...] = (host_weights, host_optimizer_states)
+
+
+def predict_memory(model: TrainableModel, config: ExecutionConfig, pack: PackShape, world_size: int) -> MemoryBreakdown:
+    """Return the memory of a step whose largest pack is `pack`: the largest phase of PHASES and its breakdown."""
+    step = StepContext(model, config, pack, world_size)
+    totals = {phase: _total(terms, step) for phase, terms in PHASES.items()}
+    peak_phase = max(totals, key=lambda phase: totals[phase])
+
+    def in_peak(term: Term) -> float:
+        return term(step) if term in PHASES[peak_phase] else 0.0
+
+    return MemoryBreakdown(
+        weights=weights(step),
+        optimizer=optimizer_states(step),
+        gradients=gradients(step),
+        bucket=reduce_bucket(step),
+        gathered=gathered_weights(step),
+        activations=saved_activations(step) + in_peak(backward_temporaries),
+        logits=in_peak(loss_logits),
+        at_rest=_total(AT_REST, step),
+        peak=totals[peak_phase],
+        peak_phase=peak_phase,
+        host=_total(ON_HOST, step),
     )
 
 
-def _states(model: TrainableModel, way: ExecutionConfig, world_size: int) -> tuple[dict[str, float], float]:
-    """Weights and optimizer states on the device, and what of them is on the host. An fp32 copy of what trains is kept
-    even beside fp32 weights, but for stage 0.
-    """
-    shards = world_size if way.zero_stage else 1
-    copy = model.value == 2 or way.zero_stage > 0
-    optimizer = model.parameters * _FP32 * (2 + copy) / shards
-    whole = model.shape.parameters * model.value
-    if way.zero_stage < 3:
-        return _placed(float(whole), optimizer, way)
-    kept = _always_whole(model.shape) * model.value
-    sharded = whole / world_size
-    placed, host = _placed(sharded, optimizer, way)
-    return placed | {"weights": placed["weights"] + kept}, host
-
-
-def _placed(weights: float, optimizer: float, way: ExecutionConfig) -> tuple[dict[str, float], float]:
-    host = weights * way.offload_parameters + optimizer * way.offload_optimizer
-    device = {"weights": weights * (not way.offload_parameters), "optimizer": optimizer * (not way.offload_optimizer)}
-    return device, host
-
-
-def _always_whole(shape: LlavaShape) -> int:
-    return sum(size * count for size, count in shape.tensors if size < _ALWAYS_WHOLE)
-
-
-def _gradients(model: TrainableModel, way: ExecutionConfig, world_size: int) -> float:
-    """What packs leave behind until the update: whole in the weights' precision, or a shard in fp32."""
-    if way.zero_stage < 2:
-        return float(model.parameters * model.value)
-    return model.parameters * _FP32 / world_size
-
-
-def _gathered(model: TrainableModel, way: ExecutionConfig, times: int = 1) -> float:
-    """ZeRO-3's whole weights on the device; in the backward pass they are gathered anew beside those of the forward."""
-    if way.zero_stage < 3:
-        return 0.0
-    return float(min(GATHERED, times * (model.shape.parameters - _always_whole(model.shape))) * model.value)
-
-
-def _activations(model: TrainableModel, way: ExecutionConfig, load: PackShape) -> tuple[float, float]:
-    """What the forward pass keeps for the backward pass, and the most that this needs besides."""
-    language = model.shape.language
-    layer = load.tokens * _layer_bytes(language, model.language, way.zero_stage == 3, model.value)
-    norm = load.tokens * language.width * _FP32 * (1 + model.language)
-    inner = load.tokens * language.intermediate * model.value
-    embedding = language.embedding * model.value * model.language
-    vision = _vision_saved(model, load)
-    if not way.activation_checkpointing:
-        return float(vision + language.layers * layer + norm), float(embedding + 2 * inner)
-    inputs = load.tokens * language.layers * language.width * model.value
-    # ZeRO-3's most is reached when a layer's weights are gathered anew, before its last product is there.
-    temporary = 3 + model.language if way.zero_stage < 3 else -1
-    return float(vision + inputs + norm), float(layer + embedding + temporary * inner)
-
-
-def _layer_bytes(shape: LanguageShape, learns: bool, keeps_inputs: bool, value: int) -> int:
-    """Of a token, kept by one decoder layer: two norms in fp32, queries, keys, values, their outcome, and the MLP's
-    three products; the inputs of matrices too where these learn (ZeRO-3's linear layer keeps them in any case).
-    """
-    width, inner, attention = shape.width, shape.intermediate, shape.attention_width
-    norms = 2 * _FP32 * (width * (1 + learns) + 1)
-    products = 2 * attention + 2 * shape.kv_heads * shape.head_size + 3 * inner
-    inputs = (2 * width + attention + inner) * (learns or keeps_inputs)
-    return norms + value * (products + inputs) + _FP32 * shape.heads
-
-
-def _vision_saved(model: TrainableModel, load: PackShape) -> float:
-    """Kept by a tower that trains, which is never recomputed, and by the connector."""
-    vision, width = model.shape.vision, model.shape.language.width
-    connector = vision.patches * model.value * (vision.width + 2 * width)
-    layer = vision.tokens * model.value * (9 * vision.width + 3 * vision.intermediate)
-    return float(load.images * (connector + vision.layers * layer * model.vision))
-
-
-def _vision_forward(model: TrainableModel, load: PackShape) -> float:
-    """All hidden states, which transformers hands out, and one block at work."""
-    vision = model.shape.vision
-    states = (vision.layers + 1) * vision.width + 6 * vision.width + 2 * vision.intermediate
-    return float(load.images * vision.tokens * model.value * states)
-
-
-def _update(model: TrainableModel, way: ExecutionConfig, world_size: int) -> float:
-    """AdamW's intermediate values, and gradients in fp32 where they are not yet."""
-    half = model.value == 2
-    if way.offload_optimizer:
-        return 0.0
-    if way.zero_stage == 0:
-        largest = max(size for size, _ in model.shape.tensors)
-        return _FP32 * max(model.parameters, 2.0 * largest + model.parameters * half)
-    shards = {1: 1.5 * half, 2: 3.0 - half, 3: 3.0}[way.zero_stage]
-    return shards * _FP32 * model.parameters / world_size
-
-
-def checkpoint_bytes(model: TrainableModel, way: ExecutionConfig) -> float:
-    """Of one checkpoint: what trains, its fp32 copy and Adam's moments; frozen weights are left out."""
-    copy = model.value == 2 or way.zero_stage > 0
-    return float(model.parameters * (model.value + _FP32 * (2 + copy)))
+def checkpoint_bytes(model: TrainableModel, config: ExecutionConfig) -> float:
+    """Return the bytes of a checkpoint: trainable weights and their optimizer states; frozen weights are left out."""
+    return float(model.parameters * (model.bytes_per_value + _FP32 * _optimizer_values(model, config)))
 
 
 def result_bytes(model: TrainableModel) -> float:
-    """Of the artifact: the whole model, or the connector where it alone trains."""
-    return float((model.shape.parameters if model.language else model.parameters) * model.value)
+    """Return the bytes of the stage's artifact: the whole model, or the connector if the language model is frozen."""
+    parameters = model.shape.parameters if model.trains_language else model.parameters
+    return float(parameters * model.bytes_per_value)
+
+
+def _total(terms: tuple[Term, ...], step: StepContext) -> float:
+    """Add the terms from left to right. `sum` compensates rounding errors from Python 3.12 on, so that its result would
+    depend on the Python version.
+    """
+    return reduce(operator.add, (term(step) for term in terms))
+
+
+def _weight_partition(step: StepContext) -> float:
+    """Return a rank's bytes of all weights, trainable and frozen: 1 / world_size of them with ZeRO 3."""
+    whole = step.model.shape.parameters * step.model.bytes_per_value
+    return whole / step.world_size if step.config.zero_stage == 3 else float(whole)
+
+
+def _persistent_weights(step: StepContext) -> int:
+    """Return the bytes of the tensors that ZeRO 3 holds whole on every rank besides the partition."""
+    if step.config.zero_stage < 3:
+        return 0
+    return _persistent_parameters(step.model.shape) * step.model.bytes_per_value
+
+
+def _persistent_parameters(shape: LlavaShape) -> int:
+    return sum(size * count for size, count in shape.tensors if size < _PERSISTENCE_THRESHOLD)
+
+
+def _optimizer_partition(step: StepContext) -> float:
+    ranks = 1 if step.config.zero_stage == 0 else step.world_size
+    return step.model.parameters * _FP32 * _optimizer_values(step.model, step.config) / ranks
+
+
+def _optimizer_values(model: TrainableModel, config: ExecutionConfig) -> int:
+    """Return the fp32 values per trainable parameter: two moments and a master weight.
+
+    ZeRO 1 to 3 keep master weights besides fp32 weights too; ZeRO 0 keeps none in fp32.
+    """
+    has_master_weights = model.bytes_per_value == 2 or config.zero_stage > 0
+    return 3 if has_master_weights else 2
+
+
+def _gathered_copies(step: StepContext, copies: int) -> float:
+    """Return the bytes of so many full copies of the weights that ZeRO 3 partitions, within DeepSpeed's limit."""
+    if step.config.zero_stage < 3:
+        return 0.0
+    partitioned = step.model.shape.parameters - _persistent_parameters(step.model.shape)
+    return float(min(GATHERED, copies * partitioned) * step.model.bytes_per_value)
+
+
+def _vision_activations(step: StepContext) -> int:
+    """Return the bytes that the connector saves and, if it trains, the vision tower."""
+    model, vision = step.model, step.model.shape.vision
+    values = vision.patches * (vision.width + 2 * model.shape.language.width)
+    if model.trains_vision:
+        values += vision.layers * vision.tokens * (9 * vision.width + 3 * vision.intermediate)
+    return step.pack.images * values * model.bytes_per_value
+
+
+def _layer_input(step: StepContext) -> int:
+    """Return the bytes of a decoder layer's input, which activation checkpointing saves."""
+    return step.pack.tokens * step.model.shape.language.width * step.model.bytes_per_value
+
+
+def _layer_activations(step: StepContext) -> int:
+    """Return the bytes that one decoder layer saves without activation checkpointing."""
+    language, value = step.model.shape.language, step.model.bytes_per_value
+    norms = 2 * _FP32 * (_norm_values(step.model) + 1)  # and the reciprocal root mean square
+    log_sum_exp = _FP32 * language.heads
+    values = _layer_products(language)
+    # ZeRO 3 replaces torch's linear layer by one that saves its input even if the weight is frozen.
+    if step.model.trains_language or step.config.zero_stage == 3:
+        values += _layer_matmul_inputs(language)
+    return step.pack.tokens * (norms + log_sum_exp + value * values)
+
+
+def _norm_values(model: TrainableModel) -> int:
+    """Return the fp32 values per token that Gemma's RMSNorm saves: its input and, if its weight trains, the normalized
+    input.
+    """
+    width = model.shape.language.width
+    return 2 * width if model.trains_language else width
+
+
+def _layer_products(shape: LanguageShape) -> int:
+    """Return the values per token of queries, attention output, keys, values and the MLP's three products."""
+    return 2 * shape.attention_width + 2 * shape.kv_heads * shape.head_size + 3 * shape.intermediate
+
+
+def _layer_matmul_inputs(shape: LanguageShape) -> int:
+    """Return the values per token that enter the projections of attention (input, output) and MLP (input, output)."""
+    return shape.width + shape.attention_width + shape.width + shape.intermediate
+
+
+def _embedding_gradient(model: TrainableModel) -> int:
+    return model.shape.language.embedding * model.bytes_per_value if model.trains_language else 0

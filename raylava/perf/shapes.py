@@ -1,4 +1,4 @@
-"""A LLaVA's dimensions, from its parts' configuration files, and how many parameters they make: exactly."""
+"""Dimensions of a LLaVA model, read from the configurations of its parts, and its exact parameter counts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from raylava.errors import UserError
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A Gemma: gated MLP, grouped-query attention, no biases, the output layer tied to the embedding."""
+    """A Gemma language model: gated MLP, grouped-query attention, no biases, output layer tied to the embedding."""
 
     width: int
     intermediate: int
@@ -22,38 +22,41 @@ class LanguageShape:
 
     @property
     def attention_width(self) -> int:
-        """All heads' queries."""
+        """Width of the queries of all heads together."""
         return self.heads * self.head_size
 
     @property
     def matrices(self) -> int:
-        """Weights that multiply each token, of all layers."""
+        """Number of weights in all layers' matrices, which multiply every token."""
         attention = 2 * self.width * self.attention_width + 2 * self.width * self.kv_heads * self.head_size
         return self.layers * (attention + 3 * self.width * self.intermediate)
 
     @property
     def tensors(self) -> list[tuple[int, int]]:
-        """(size, how many of it) of all weights."""
+        """(size, count) pairs that cover all weight tensors."""
         queries, shared = self.width * self.attention_width, self.width * self.kv_heads * self.head_size
         layer = [(queries, 2), (shared, 2), (self.width * self.intermediate, 3), (self.width, 2)]
         return [(self.embedding, 1), (self.width, 1), *((size, count * self.layers) for size, count in layer)]
 
     @property
     def embedding(self) -> int:
-        """The embedding, which is the output layer too."""
+        """Number of weights of the embedding, which is also the output layer."""
         return self.vocabulary * self.width
 
     @property
     def parameters(self) -> int:
-        """All of them: the tied embedding once."""
+        """Number of parameters; the tied embedding counts once."""
         norms = (2 * self.layers + 1) * self.width
         return self.embedding + self.matrices + norms
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """A ViT. `positions` are those it has embeddings for, `patches` those of the images it is shown; `extra` counts
-    what its family has besides patches, blocks and the last norm; `has_cls` adds a token to the patches.
+    """A vision transformer.
+
+    `positions` is the number of position embeddings, `patches` the number of patches of an input image, `patch` a
+    patch's side in pixels. `has_cls` adds a class token to the patches. `extra` counts the parameters that the family
+    has besides patch and position embeddings, blocks and the last norm.
     """
 
     width: int
@@ -68,31 +71,32 @@ class VisionShape:
 
     @property
     def tokens(self) -> int:
-        """The sequence that its blocks see."""
+        """Sequence length in the blocks."""
         return self.patches + self.has_cls
 
     @property
     def patch_matrix(self) -> int:
-        """The weights that make a patch's 3 × patch × patch values an embedding."""
+        """Number of weights that embed the 3 × patch × patch values of a patch."""
         return 3 * self.patch**2 * self.width
 
     @property
     def matrices(self) -> int:
-        """Weights that multiply each token, of all blocks."""
+        """Number of weights in all blocks' matrices, which multiply every token."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.intermediate)
 
     @property
     def tensors(self) -> list[tuple[int, int]]:
-        """(size, how many of it) of all weights; what its family has besides counts as one."""
-        wide, inner = self.width**2, self.width * self.intermediate
-        layer = [(wide, 4), (inner, 2), (self.width, 9), (self.intermediate, 1)]
-        rest = [(self.patch_matrix, 1), (self.positions * self.width, 1), (self.extra, 1), (self.width, 2)]
-        rest += [(self.width, 1)] * self.patch_bias
-        return [*rest, *((size, count * self.layers) for size, count in layer)]
+        """(size, count) pairs that cover all weight tensors; `extra` counts as one tensor."""
+        attention, mlp = self.width**2, self.width * self.intermediate
+        layer = [(attention, 4), (mlp, 2), (self.width, 9), (self.intermediate, 1)]
+        outside = [(self.patch_matrix, 1), (self.positions * self.width, 1), (self.extra, 1), (self.width, 2)]
+        if self.patch_bias:
+            outside.append((self.width, 1))
+        return [*outside, *((size, count * self.layers) for size, count in layer)]
 
     @property
     def parameters(self) -> int:
-        """All of them, those that LLaVA does not use included."""
+        """Number of parameters, including those that LLaVA does not use."""
         biases = self.layers * (5 * self.width + self.intermediate)
         norms = (2 * self.layers + 1) * 2 * self.width
         patches = self.patch_matrix + self.patch_bias * self.width
@@ -101,51 +105,53 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class LlavaShape:
-    """A language model, a vision tower, and the connector between them: two linear layers with biases."""
+    """A language model, a vision tower and the connector between them: two linear layers with biases."""
 
     language: LanguageShape
     vision: VisionShape
 
     @property
     def connector_in(self) -> int:
-        """Weights of the first layer."""
+        """Number of weights of the connector's first layer, without biases."""
         return self.vision.width * self.language.width
 
     @property
     def connector_out(self) -> int:
-        """Weights of the second."""
+        """Number of weights of the connector's second layer, without biases."""
         return self.language.width**2
 
     @property
     def connector(self) -> int:
-        """The connector's parameters."""
+        """Number of parameters of the connector."""
         return self.connector_in + self.connector_out + 2 * self.language.width
 
     @property
     def tensors(self) -> list[tuple[int, int]]:
-        """(size, how many of it) of all weights."""
+        """(size, count) pairs that cover all weight tensors."""
         connector = [(self.connector_in, 1), (self.connector_out, 1), (self.language.width, 2)]
         return [*self.language.tensors, *self.vision.tensors, *connector]
 
     def trained(self, language: bool, vision: bool) -> int:
-        """Parameters that train: the connector, and those parts."""
-        return self.connector + language * self.language.parameters + vision * self.vision.parameters
+        """Return the number of parameters that train: the connector, and each part whose argument is true."""
+        language_parameters = self.language.parameters if language else 0
+        vision_parameters = self.vision.parameters if vision else 0
+        return self.connector + language_parameters + vision_parameters
 
     @property
     def parameters(self) -> int:
-        """All of the model's."""
+        """Number of parameters of the whole model."""
         return self.language.parameters + self.vision.parameters + self.connector
 
 
-def shape_of(config: Any) -> LlavaShape:
-    """The shape in a LlavaConfig."""
+def shape_from_config(config: Any) -> LlavaShape:
+    """Return the shape that a transformers LlavaConfig describes."""
     vision = config.vision_config.to_dict()
     pixels = math.isqrt(config.image_seq_length) * vision["patch_size"]
     return LlavaShape(language_shape(config.text_config.to_dict()), vision_shape(vision, pixels))
 
 
 def language_shape(config: Mapping[str, Any]) -> LanguageShape:
-    """The shape in a Gemma's config.json."""
+    """Return the shape that the config.json of a Gemma model describes."""
     return LanguageShape(
         width=config["hidden_size"],
         intermediate=config["intermediate_size"],
@@ -158,14 +164,14 @@ def language_shape(config: Mapping[str, Any]) -> LanguageShape:
 
 
 def vision_shape(config: Mapping[str, Any], pixels: int) -> VisionShape:
-    """The shape in a tower's config.json (or the vision part of it), shown images of so many pixels a side.
+    """Return the shape that the config.json of a vision tower, or its vision part, describes for square images.
 
-    Raises UserError for a family that is not known.
+    `pixels` is the images' side. Raises UserError for an unsupported family.
     """
     tower = config.get("vision_config", config)
     family = _FAMILIES.get(str(tower["model_type"]).removesuffix("_vision_model"))
     if family is None:
-        raise UserError(f"a vision tower of type {tower['model_type']}: known here: {', '.join(_FAMILIES)}")
+        raise UserError(f"unsupported vision tower type {tower['model_type']}; choose one of: {', '.join(_FAMILIES)}")
     return family(tower, pixels)
 
 
@@ -184,7 +190,7 @@ def _clip(config: Mapping[str, Any], pixels: int) -> VisionShape:
         positions=_grid(config["image_size"], patch) + 1,
         has_cls=True,
         patch_bias=False,
-        extra=width + 2 * width,  # the class embedding; the norm before the blocks
+        extra=width + 2 * width,  # class embedding; norm before the blocks
     )
 
 
@@ -199,7 +205,7 @@ def _dinov2(config: Mapping[str, Any], pixels: int) -> VisionShape:
         positions=_grid(config["image_size"], patch) + 1,
         has_cls=True,
         patch_bias=True,
-        extra=2 * width + 2 * layers * width,  # class and mask tokens; each block's two layer scales
+        extra=2 * width + 2 * layers * width,  # class and mask token; two layer scales per block
     )
 
 

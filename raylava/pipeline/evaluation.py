@@ -1,159 +1,179 @@
-"""The evaluate stage: a model answers a benchmark and is scored, as part of a recipe or by itself."""
+"""The evaluate stage: a model answers a benchmark and is scored, within a recipe or through `raylava evaluate`."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from raylava.artifacts import RECORD, Artifact, ArtifactSpec, fingerprint, load
+from raylava.artifacts import RECORD_FILE, Artifact, ArtifactSpec, fingerprint, load_artifact
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
-from raylava.console import Console, ProgressBar
 from raylava.errors import UserError
 from raylava.evaluate.benchmarks import LoadedBenchmark
-from raylava.evaluate.compare import ANSWERS, CREDIT, QUESTIONS
-from raylava.evaluate.engines import check_engine, check_precision
-from raylava.evaluate.generation import ActorPool, GenerationConfig, answer, answers_bytes
-from raylava.evaluate.judge import graded
-from raylava.evaluate.metrics.exact_match import majority
-from raylava.evaluate.metrics.registry import SCORING_VERSION, judged, score
-from raylava.evaluate.metrics.score_table import Result
+from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluate.engines import validate_engine, validate_precision
+from raylava.evaluate.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
+from raylava.evaluate.judge import grade_answers
+from raylava.evaluate.metrics.exact_match import majority_baseline
+from raylava.evaluate.metrics.registry import SCORING_VERSION, score_answers, score_grades
+from raylava.evaluate.metrics.score_table import BenchmarkResult
 from raylava.evaluate.prediction_store import PredictionStore
-from raylava.evaluate.questions import Answer, identity
-from raylava.models.registry import is_folder, located, weights_identity
+from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
+from raylava.models.registry import absolute_name, is_folder, weights_identity
 from raylava.pipeline.stage import Stage, run_stage
+from raylava.progress import ProgressBar, ProgressReporter
 from raylava.storage import StoragePath, storage_path
 
-GRADES = "grades.json"
-OFFICIAL_ANSWERS = "answers.json"  # what a judge is given
+GRADES_FILE = "grades.json"
+OFFICIAL_ANSWERS_FILE = "answers.json"  # the official mapping of question ids to answers, input of a judge
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model to be asked: where it is (a folder or hub id), what identifies it, the specs that it comes from."""
+class ModelRef:
+    """The model to evaluate: its location (a folder or hub id), its identity, and the artifacts it depends on."""
 
-    model: str
+    location: str
     identity: str
-    inputs: dict[str, ArtifactSpec]
+    inputs: Mapping[str, ArtifactSpec] = field(default_factory=dict)
 
 
-def evaluation(
-    label: str,
-    benchmark: Benchmark,
-    exam: LoadedBenchmark,
-    asked: Asked,
-    storage: StoragePath,
-    actors: ActorPool,
-    blank: bool = False,
-    judge: str = "",
-    engine: str = "transformers",
-    precision: str = "auto",
-) -> Stage:
-    """The stage that has a model answer a benchmark, and scores it. `blank` shows the mean colour for each image;
-    `judge` is the program that grades what no rule can, `engine` and `precision` are what the model runs by (its
-    rounding may decide a word).
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Everything that defines one evaluation.
+
+    `blank_images` replaces every image by the mean color; `judge` is the command that grades answers which no metric
+    can score; `engine` and `precision` select how the model runs, since rounding may change an answer.
     """
-    _check_images(label, exam)
-    content = {
-        "model": asked.identity,
-        "questions": identity(exam.questions, exam.image_sizes),
-        "benchmark": benchmark.fingerprint_fields(),
-        "blank_images": blank,
-        "scoring": SCORING_VERSION,
-    } | _unusual(engine, precision)
-    unjudged = ArtifactSpec("evaluate", content, storage)  # its answers serve any judge
-    spec = ArtifactSpec("evaluate", content | {"judge": _hidden(judge)}, storage) if judge else unjudged
-    how = (benchmark.prompt_suffix, benchmark.max_new_tokens, benchmark.batch_size)
-    asking = GenerationConfig(
-        asked.model, exam.image_root, *how, blank_images=blank, engine=engine, precision=precision
-    )
 
-    def build(bar: ProgressBar) -> dict[str, Any]:
-        answers = answer(exam.questions, asking, actors, bar, PredictionStore(unjudged.path))
-        result = _scored(benchmark.name, exam, answers, judge, spec.path, bar)
-        _keep(exam, answers, asked.identity, spec.path)
+    model: ModelRef
+    benchmark: Benchmark
+    loaded: LoadedBenchmark
+    actors: ActorPool
+    blank_images: bool = False
+    judge: str = ""
+    engine: str = "transformers"
+    precision: str = "auto"
+
+    def generation_config(self) -> GenerationConfig:
+        """Return how answers are generated."""
+        return GenerationConfig(
+            model=self.model.location,
+            image_root=self.loaded.image_root,
+            prompt_suffix=self.benchmark.prompt_suffix,
+            max_new_tokens=self.benchmark.max_new_tokens,
+            batch_size=self.benchmark.batch_size,
+            blank_images=self.blank_images,
+            engine=self.engine,
+            precision=self.precision,
+        )
+
+    def answer_fields(self) -> dict[str, Any]:
+        """Return what determines the answers and their scores, except for the judge."""
+        fields = {
+            "model": self.model.identity,
+            "questions": questions_fingerprint(self.loaded.questions, self.loaded.image_sizes),
+            "benchmark": self.benchmark.fingerprint_fields(),
+            "blank_images": self.blank_images,
+            "scoring": SCORING_VERSION,
+        }
+        non_default = {
+            name: value
+            for name, value, default in (
+                ("engine", self.engine, "transformers"),
+                ("precision", self.precision, "auto"),
+            )
+            if value != default
+        }
+        return fields | non_default
+
+
+class EvaluateStage(Stage):
+    """Generates a model's answers to a benchmark and scores them."""
+
+    unit = "questions"
+
+    def __init__(self, label: str, request: EvaluationRequest, storage: StoragePath) -> None:
+        """Raises UserError when none of the benchmark's images exist."""
+        _check_images(label, request.loaded)
+        super().__init__("evaluate", label, storage, request.model.inputs)
+        self._request = request
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        judge = self._request.judge
+        # A command may contain a secret, so that only its hash is recorded.
+        hidden = {"judge": fingerprint("judge", {"command": judge})} if judge else {}
+        return self._request.answer_fields() | hidden
+
+    def run(self, progress: ProgressBar) -> dict[str, Any]:
+        request, output = self._request, self.spec().path
+        questions = request.loaded.questions
+        answers_spec = ArtifactSpec(self.kind, request.answer_fields(), self.storage)  # shared by all judges
+        store = PredictionStore(answers_spec.path)
+        answers = generate_answers(questions, request.generation_config(), request.actors, progress, store)
+        result = _score(request, answers, output, progress)
+        _write_answers(request, answers, output)
+        name = request.benchmark.name
         if result is None:
-            return {"benchmark": benchmark.name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS}
-        (spec.path / CREDIT).write_bytes(json.dumps(result.credit).encode())
-        best = {"majority": majority(exam.questions)} if exam.rule in ("exact_match", "yes_no") else {}
-        return result.metrics() | best | {"images": exam.image_root}
-
-    return Stage(label, spec, asked.inputs, "questions", build)
-
-
-def _unusual(engine: str, precision: str) -> dict[str, str]:
-    return ({} if engine == "transformers" else {"engine": engine}) | (
-        {} if precision == "auto" else {"precision": precision}
-    )
+            return {"benchmark": name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS_FILE}
+        (output / PER_QUESTION_SCORES).write_bytes(json.dumps(result.per_question).encode())
+        has_constant_answer = request.loaded.metric in ("exact_match", "yes_no")
+        majority = {"majority": majority_baseline(questions)} if has_constant_answer else {}
+        return result.metrics() | majority | {"images": request.loaded.image_root}
 
 
-def _check_images(label: str, exam: LoadedBenchmark) -> None:
-    """One that is missing is an answer that is missing; when all are, the folder is another."""
-    wanted = [question.image for question in exam.questions if question.image]
-    if wanted and not any(image in exam.image_sizes for image in wanted):
+def _check_images(label: str, loaded: LoadedBenchmark) -> None:
+    """A missing image is a missing answer; if all are missing, the folder is the wrong one. Raises UserError."""
+    images = [question.image for question in loaded.questions if question.image]
+    if images and not any(image in loaded.image_sizes for image in images):
         raise UserError(
-            f"{label}: none of its images is in {exam.image_root} (the first would be {wanted[0]}); name theirs"
+            f"{label}: none of its images is in {loaded.image_root} (the first is {images[0]}); give the folder that "
+            "has them"
         )
 
 
-def _scored(
-    name: str, exam: LoadedBenchmark, answers: list[Answer], judge: str, output: StoragePath, bar: ProgressBar
-) -> Result | None:
-    """None where a judge is wanted and none is given."""
-    if exam.rule == "judged" and not judge:
+def _score(
+    request: EvaluationRequest, answers: list[GeneratedAnswer], output: StoragePath, progress: ProgressBar
+) -> BenchmarkResult | None:
+    """Score the answers; return None where a judge is needed and none is given."""
+    name, loaded = request.benchmark.name, request.loaded
+    if loaded.metric == "judged" and not request.judge:
         return None
-    if exam.rule == "judged":
-        return judged(name, exam.questions, graded(exam.questions, answers, judge, output / GRADES, bar))
-    texts = {item.question_id: item.text for item in answers}
-    return score(name, exam.rule, exam.questions, texts, exam.protocol)
+    if loaded.metric == "judged":
+        grades = grade_answers(loaded.questions, answers, request.judge, output / GRADES_FILE, progress)
+        return score_grades(name, loaded.questions, grades)
+    texts = {answer.question_id: answer.text for answer in answers}
+    return score_answers(name, loaded.metric, loaded.questions, texts, loaded.protocol)
 
 
-def _hidden(command: str) -> str:
-    """A command may hold a key: what identifies it is kept, not what it says."""
-    return fingerprint("judge", {"command": command})
+def _write_answers(request: EvaluationRequest, answers: list[GeneratedAnswer], output: StoragePath) -> None:
+    """Write LLaVA's answers file and the questions; for a judge, the official answers mapping as well."""
+    (output / ANSWERS_FILE).write_bytes(encode_answers(answers, request.model.identity))
+    lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in request.loaded.questions]
+    (output / QUESTIONS_FILE).write_bytes("".join(line + "\n" for line in lines).encode())
+    if request.loaded.metric == "judged":
+        texts = {answer.question_id: answer.text or "" for answer in answers}
+        (output / OFFICIAL_ANSWERS_FILE).write_bytes(json.dumps(texts, ensure_ascii=False, indent=1).encode())
 
 
-def _keep(exam: LoadedBenchmark, answers: list[Answer], model_id: str, output: StoragePath) -> None:
-    """LLaVA's answers file and the questions; for a judge, the official mapping of ids to answers as well."""
-    (output / ANSWERS).write_bytes(answers_bytes(answers, model_id))
-    lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in exam.questions]
-    (output / QUESTIONS).write_bytes("".join(line + "\n" for line in lines).encode())
-    if exam.rule == "judged":
-        texts = {item.question_id: item.text or "" for item in answers}
-        (output / OFFICIAL_ANSWERS).write_bytes(json.dumps(texts, ensure_ascii=False, indent=1).encode())
+def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: ProgressReporter) -> Artifact:
+    """Evaluate any model. Raises UserError for an unknown engine or precision."""
+    validate_engine(request.engine)
+    validate_precision(request.precision)
+    stage = EvaluateStage(f"evaluate {request.benchmark.name}", request, storage)
+    actors = request.actors
+    local_resources = Resources(workers=actors.max_actors or 1, cpus_per_worker=actors.cpus_per_actor)
+    with nullcontext() if stage.spec().find() else ray_session(local_resources):
+        return run_stage(stage, reporter)
 
 
-def evaluate_model(
-    model: str,
-    benchmark: Benchmark,
-    exam: LoadedBenchmark,
-    storage: StoragePath,
-    actors: ActorPool,
-    judge: str,
-    engine: str,
-    precision: str,
-    console: Console,
-) -> Artifact:
-    """The evaluation of any model: a raylava artifact, a Hugging Face folder of a LLaVA, or a hub id.
-
-    Raises UserError when there is no such model, engine or precision.
-    """
-    check_engine(engine)
-    check_precision(precision)
-    label, asked = f"evaluate {benchmark.name}", asked_model(model)
-    stage = evaluation(label, benchmark, exam, asked, storage, actors, judge=judge, engine=engine, precision=precision)
-    local = Resources(workers=actors.most or 1, cpus_per_worker=actors.cpus)
-    with nullcontext() if stage.spec.find() else ray_session(local):
-        return run_stage(stage, console)
-
-
-def asked_model(model: str) -> Asked:
-    """What identifies a model: its artifact's fingerprint, or its weights'. Raises UserError when there is none."""
+def model_ref(model: str) -> ModelRef:
+    """Identify a model by its artifact's fingerprint, else by its weights. Raises UserError when there is none."""
     folder = storage_path(model)
     if is_folder(model) and not (folder / "config.json").exists():
         raise UserError(f"{model}: no model there (no config.json); give a finetune artifact or a Hugging Face folder")
-    if (folder / RECORD).exists():
-        return Asked(folder.uri, load(model).fingerprint, {})
-    weights = weights_identity(located(model), "main")
-    return Asked(located(model), fingerprint("model", {"weights": weights}), {})
+    if (folder / RECORD_FILE).exists():
+        return ModelRef(folder.uri, load_artifact(model).fingerprint)
+    location = absolute_name(model)
+    return ModelRef(location, fingerprint("model", {"weights": weights_identity(location, "main")}))

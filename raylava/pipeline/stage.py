@@ -1,55 +1,72 @@
-"""What a stage is, and how its artifact gets made: found, waited for, or built. Which there are is stages.py's."""
+"""The interface of a stage, and how its artifact is obtained: reused, awaited from another run, or built."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
 
 from raylava.artifacts import Artifact, ArtifactSpec, lock
-from raylava.console import ProgressBar, ProgressReporter
-
-if TYPE_CHECKING:
-    from raylava.train.spec import TrainSpec
+from raylava.progress import ProgressBar, ProgressReporter
+from raylava.storage import StoragePath
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One node of the graph: what makes its artifact, from which others. `label` names it among the recipe's stages."""
+class Stage(ABC):
+    """A node of the stage graph. `label` names it within a recipe, `unit` what its progress counts.
 
-    label: str
-    spec: ArtifactSpec
-    inputs: dict[str, ArtifactSpec]
-    unit: str
-    build: Callable[[ProgressBar], dict[str, Any]]
-    verify: Callable[[dict[str, Any]], None] = lambda metrics: None
-    job: "Callable[[], TrainSpec] | None" = None  # of a training stage
+    `inputs` maps roles (blocks, connector, model) to the artifacts that it reads.
+    """
+
+    unit: ClassVar[str]
+
+    def __init__(self, kind: str, label: str, storage: StoragePath, inputs: Mapping[str, ArtifactSpec]) -> None:
+        self.kind, self.label, self.storage, self.inputs = kind, label, storage, dict(inputs)
+
+    def spec(self) -> ArtifactSpec:
+        """Return the artifact that the stage produces. Raises UserError when an input cannot be identified."""
+        return self._spec
+
+    @cached_property
+    def _spec(self) -> ArtifactSpec:
+        return ArtifactSpec(self.kind, self.fingerprint_fields(), self.storage)
+
+    @abstractmethod
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return everything that determines the artifact's content, as JSON-serializable values."""
+
+    @abstractmethod
+    def run(self, progress: ProgressBar) -> dict[str, Any]:
+        """Write the artifact's content to `spec().path`; return its metrics."""
+
+    def verify(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027 (optional: most stages accept any metrics)
+        """Check the metrics of an existing artifact against the recipe. Raises UserError."""
 
 
-def run_stage(stage: Stage, console: ProgressReporter) -> Artifact:
-    """The stage's artifact, built unless it is there. Two runs at once: one builds, the other waits for it."""
-    if stage.spec.find() is not None:
-        return reuse(stage, console)
-    with lock(stage.spec.path, stage.label):
-        if stage.spec.find() is not None:  # another run finished it while we waited
-            return reuse(stage, console)
+def run_stage(stage: Stage, reporter: ProgressReporter) -> Artifact:
+    """Return the stage's artifact, building it unless it exists. Of two runs, one builds and the other waits."""
+    if stage.spec().find() is not None:
+        return reuse(stage, reporter)
+    with lock(stage.spec().path, stage.label):
+        if stage.spec().find() is not None:  # another run completed it while this one waited
+            return reuse(stage, reporter)
         started = time.monotonic()
-        with console.stage(stage.label, stage.unit) as bar:
-            metrics = stage.build(bar)
-        return commit(stage, metrics, started, console)
+        with reporter.stage(stage.label, stage.unit) as progress:
+            metrics = stage.run(progress)
+        return commit(stage, metrics, started, reporter)
 
 
-def commit(stage: Stage, metrics: dict[str, Any], started: float, console: ProgressReporter) -> Artifact:
-    """Declare what was built complete. `started` is of time.monotonic()."""
+def commit(stage: Stage, metrics: dict[str, Any], started: float, reporter: ProgressReporter) -> Artifact:
+    """Mark the built artifact as complete. `started` is a value of time.monotonic()."""
     inputs = {role: spec.fingerprint for role, spec in stage.inputs.items()}
-    artifact = stage.spec.commit(metrics, inputs, time.monotonic() - started)
-    console.say(f"[green]✓[/] {stage.label:<28} made in {artifact.record['seconds']:.0f} s  [dim]{artifact.path}[/]")
+    artifact = stage.spec().commit(metrics, inputs, time.monotonic() - started)
+    reporter.say(f"[green]✓[/] {stage.label:<28} built in {artifact.record['seconds']:.0f} s  [dim]{artifact.path}[/]")
     return artifact
 
 
-def reuse(stage: Stage, console: ProgressReporter) -> Artifact:
-    """The artifact, which is there. Raises what the stage's own check of it raises."""
-    artifact = stage.spec.find()
+def reuse(stage: Stage, reporter: ProgressReporter) -> Artifact:
+    """Return the existing artifact. Raises UserError when it does not pass the stage's verification."""
+    artifact = stage.spec().find()
     assert artifact is not None
     stage.verify(artifact.metrics)
-    console.say(f"[green]✓[/] {stage.label:<28} found             [dim]{artifact.path}[/]")
+    reporter.say(f"[green]✓[/] {stage.label:<28} reused            [dim]{artifact.path}[/]")
     return artifact

@@ -1,320 +1,123 @@
-"""A recipe → its stages → run what is missing.
-
-    prepare(alignment)   ─▶ pretrain ─▶ connector ┐
-    prepare(instruction) ─────────────────────────┴─▶ finetune ─▶ model ─▶ evaluate
-                                        untrained model (a baseline) ─▶ evaluate
-
-Resolving reads configuration files and annotations, and refuses what cannot work before any worker starts. What a stage
-does is in its own room.
-"""
+"""The stage types of a recipe: prepare a corpus, train, export the untrained model. evaluation.py has the fourth."""
 
 import dataclasses
-import os
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from raylava.artifacts import Artifact, ArtifactSpec, lock
-from raylava.cluster.nodes import live_nodes, startable_node_types
-from raylava.cluster.placement import placements, resource_requests
-from raylava.cluster.roles import PREPARE, has_roles, labels_for
-from raylava.cluster.session import ray_session
-from raylava.config.recipe import Benchmark, Corpus, Recipe
-from raylava.console import Console, ProgressBar
+import ray
+
+from raylava.artifacts import ArtifactSpec
+from raylava.cluster.roles import PREPARE, node_labels_for
+from raylava.config.recipe import Resources
 from raylava.corpus.prepare import PrepareSpec, check_quarantine, prepare
-from raylava.corpus.sources import SourceFiles
-from raylava.errors import UserError
-from raylava.evaluate.benchmarks import BenchmarkCache
-from raylava.evaluate.generation import ActorPool
-from raylava.models.registry import (
-    LanguageSpec,
-    VisionSpec,
-    check_known,
-    load_tokenizer,
-    located,
-    resolve_language,
-    resolve_vision,
-    tokenizer_identity,
-    weights_identity,
-)
-from raylava.pipeline.evaluation import Asked, evaluation
-from raylava.pipeline.stage import Stage, commit, reuse, run_stage
-from raylava.storage import StoragePath, join, storage_path
-
-if TYPE_CHECKING:
-    from raylava.train.spec import TrainSpec
+from raylava.models.registry import ResolvedModel
+from raylava.pipeline.stage import Stage
+from raylava.progress import ProgressBar
+from raylava.storage import StoragePath
+from raylava.train.spec import TrainSpec
 
 
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What the recipe's names turned out to mean on this machine."""
+class PrepareStage(Stage):
+    """Prepares one corpus as Arrow blocks. `tokenizer` is the SHA-256 of the tokenizer's serialization."""
 
-    vision: VisionSpec
-    language: LanguageSpec
-    tokenizer: str
-    vision_weights: dict[str, str]
-    language_weights: dict[str, str]
+    unit = "rows"
 
+    def __init__(self, spec: PrepareSpec, tokenizer: str, resources: Resources, storage: StoragePath) -> None:
+        super().__init__("prepare", f"prepare {spec.name}", storage, {})
+        self._prepare_spec, self._tokenizer, self._resources = spec, tokenizer, resources
 
-def resolve(recipe: Recipe) -> ResolvedModel:
-    """Look the backbones up. Raises UserError, before any worker starts, for what is missing or doesn't fit."""
-    check_known(recipe.model.language, recipe.model.vision)
-    vision, language = resolve_vision(recipe.model.vision), resolve_language(recipe.model.language)
-    if recipe.model.connector.weights:
-        from raylava.models.llava import check_connector
-
-        check_connector(recipe.model.connector.weights, vision, language)
-    _check_lengths(recipe, vision)
-    return ResolvedModel(
-        vision,
-        language,
-        tokenizer_identity(load_tokenizer(recipe.model.language)),
-        weights_identity(recipe.model.vision.name, recipe.model.vision.revision),
-        weights_identity(recipe.model.language.name, recipe.model.language.revision),
-    )
-
-
-def _check_lengths(recipe: Recipe, vision: VisionSpec) -> None:
-    for name, corpus in (("alignment", recipe.corpora.alignment), ("instruction", recipe.corpora.instruction)):
-        if corpus is not None and corpus.max_length <= vision.image_tokens:
-            raise UserError(
-                f"corpora.{name}.max_length={corpus.max_length}: one image alone takes {vision.image_tokens} tokens "
-                f"with {vision.name}; raise it"
-            )
-
-
-def stages_of(recipe: Recipe, storage: StoragePath, exams: BenchmarkCache | None = None) -> list[Stage]:
-    """The recipe's stages, each after those it reads; `exams` spares reading what another recipe is asked as well.
-
-    Raises UserError for input that cannot work.
-    """
-    return _Graph(recipe, storage, resolve(recipe), exams or BenchmarkCache()).stages()
-
-
-def run(recipe: Recipe, storage: StoragePath, console: Console, only: str | None = None) -> dict[str, Artifact]:
-    """Make every artifact of the recipe (or `only` those of a kind of stage: prepare) that is missing.
-
-    Returns them by stage label.
-    """
-    stages = [stage for stage in stages_of(recipe, storage) if only in (None, stage.spec.stage)]
-    artifacts: dict[str, Artifact] = {}
-    missing = [stage for stage in stages if stage.spec.find() is None]
-    if not missing:
-        return {stage.label: reuse(stage, console) for stage in stages}
-    with ray_session(recipe.resources):
-        check_capacity(recipe, {stage.spec.stage for stage in missing}, console)
-        for stage in stages:
-            artifacts[stage.label] = run_stage(stage, console)
-    return artifacts
-
-
-def check_capacity(recipe: Recipe, kinds: set[str], console: Console) -> None:
-    """Whether the cluster that is joined has room for such stages (prepare, finetune, …) of the recipe.
-
-    Raises UserError where it never will; says what waits for nodes that are to be started.
-    """
-    types = startable_node_types() if os.environ.get("RAY_ADDRESS") else []
-    wanted = [need for need in resource_requests(recipe, has_roles()) if kinds & set(need.stages)]
-    for one in placements(wanted, live_nodes(), types):
-        stages = " and ".join(one.request.stages)
-        if one.is_impossible:
-            raise UserError(f"{stages} can never start on this cluster: {one.request.description}: {one.reason}")
-        if one.fits_now < one.request.min_workers:
-            console.say(f"[dim]{stages} will wait for nodes: {one.request.description}, {one.fits_now} fit now[/]")
-
-
-def train_standalone(recipe: Recipe, storage: StoragePath, label: str, console: Console) -> Artifact | None:
-    """One training stage on this process and those that torchrun started with it; the artifact, on rank 0.
-
-    Raises UserError when the recipe has no such stage or what it reads is not made yet.
-    """
-    from raylava.train.torchrun_backend import RankInfo, train
-
-    stage = _training_stage(stages_of(recipe, storage), label)
-    if stage.spec.find() is not None:
-        return reuse(stage, console)
-    assert stage.job is not None
-    started = time.monotonic()
-    with lock(stage.spec.path, label) if RankInfo.from_environment().rank == 0 else nullcontext():
-        with console.stage(label, stage.unit) as bar:
-            metrics = train(stage.job(), recipe.resources, bar)
-        return None if metrics is None else commit(stage, metrics, started, console)
-
-
-def _training_stage(stages: list[Stage], label: str) -> Stage:
-    found = {stage.label: stage for stage in stages if stage.job is not None}
-    if label not in found:
-        raise UserError(f"{label}: the recipe trains {', '.join(found)}; name one of these")
-    for spec in found[label].inputs.values():
-        if spec.find() is None:
-            raise UserError(f"{label} reads {spec.path}, which is not made yet; make it with `raylava run`")
-    return found[label]
-
-
-class _Graph:
-    """Builds the stages of one recipe; each method makes one kind."""
-
-    def __init__(self, recipe: Recipe, storage: StoragePath, facts: ResolvedModel, exams: BenchmarkCache) -> None:
-        self._recipe, self._storage, self._facts, self._exams = absolute(recipe), storage, facts, exams
-
-    def stages(self) -> list[Stage]:
-        recipe = self._recipe
-        found: list[Stage] = []
-        connector: Stage | None = None
-        if recipe.pretrain.enabled and recipe.model.connector.weights is None:
-            assert recipe.corpora.alignment is not None
-            alignment = self._prepare("alignment", recipe.corpora.alignment)
-            connector = self._pretrain(alignment)
-            found += [alignment, connector]
-        instruction = self._prepare("instruction", recipe.corpora.instruction)
-        model = self._finetune(instruction, connector)
-        found += [instruction, model]
-        return found + self._evaluations(model)
-
-    def _evaluations(self, model: Stage) -> list[Stage]:
-        found: list[Stage] = []
-        untrained: Stage | None = None
-        for benchmark in self._recipe.evaluate:
-            found.append(self._evaluate(benchmark, model, f"evaluate {benchmark.name}", blank=False))
-            if "blank_images" in benchmark.baselines:
-                found.append(self._evaluate(benchmark, model, f"evaluate {benchmark.name} (blank)", blank=True))
-            if "untrained" in benchmark.baselines:
-                if untrained is None:
-                    untrained = self._untrained()
-                    found.append(untrained)
-                found.append(
-                    self._evaluate(benchmark, untrained, f"evaluate {benchmark.name} (untrained)", blank=False)
-                )
-        return found
-
-    def _spec(self, stage: str, content: dict[str, Any]) -> ArtifactSpec:
-        return ArtifactSpec(stage, content, self._storage)
-
-    def _prepare(self, name: str, corpus: Corpus) -> Stage:
-        facts, recipe = self._facts, self._recipe
-        places = tuple(
-            (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
-        )
-        sources = [SourceFiles(source, *found) for source, found in zip(corpus.sources, places, strict=True)]
-        template = facts.language.template
-        content = {
-            "corpus": corpus.fingerprint_fields(),
-            "sources": [source.identity() for source in sources],
-            "tokenizer": facts.tokenizer,
-            "template": dataclasses.asdict(template),
-            "vision": facts.vision.identity(),
-        }
-        spec = self._spec("prepare", content)
-        job = PrepareSpec(name, corpus, places, recipe.model.language, template, facts.vision, spec.path.uri)
-
-        def build(bar: ProgressBar) -> dict[str, Any]:
-            return prepare(job, facts.tokenizer, bar, labels_for(PREPARE, recipe.resources)).figures()
-
-        return Stage(
-            f"prepare {name}",
-            spec,
-            {},
-            "rows",
-            build,
-            lambda metrics: check_quarantine(metrics, name, corpus, spec.path),
-        )
-
-    def _backbones(self) -> dict[str, Any]:
-        facts = self._facts
+    def fingerprint_fields(self) -> dict[str, Any]:
+        spec = self._prepare_spec
         return {
-            "vision": facts.vision_weights,
-            "image": facts.vision.identity(),
-            "language": facts.language_weights,
-            "template": dataclasses.asdict(facts.language.template),
+            "corpus": spec.corpus.fingerprint_fields(),
+            "sources": [source.fingerprint_fields() for source in spec.sources],
+            "tokenizer": self._tokenizer,
+            "template": dataclasses.asdict(spec.language.template),
+            "vision": spec.vision.fingerprint_fields(),
         }
 
-    def _pretrain(self, alignment: Stage) -> Stage:
-        content = {
-            "backbones": self._backbones(),
-            "training": self._recipe.pretrain.fingerprint_fields(),
-            "seed": self._recipe.seed,
-            "blocks": alignment.spec.fingerprint,
+    def run(self, progress: ProgressBar) -> dict[str, Any]:
+        spec = dataclasses.replace(self._prepare_spec, output=self.spec().path.uri)
+        node_labels = node_labels_for(PREPARE, self._resources)
+        return prepare(spec, self._tokenizer, progress, node_labels).counts()
+
+    def verify(self, metrics: Mapping[str, Any]) -> None:
+        """Raise UserError when more rows are quarantined than the recipe, whose limit may have changed, allows."""
+        spec = self._prepare_spec
+        check_quarantine(dict(metrics), spec.name, spec.corpus, self.spec().path)
+
+
+class TrainStage(Stage):
+    """Trains the connector (pretrain) or the connector and the language model (finetune)."""
+
+    unit = "steps"
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        backbones: Mapping[str, Any],
+        resources: Resources,
+        storage: StoragePath,
+        inputs: Mapping[str, ArtifactSpec],
+        connector_sha256: str | None = None,
+    ) -> None:
+        """`backbones` identify weights and pixels; `connector_sha256` is that of a connector given in the recipe."""
+        super().__init__(spec.stage, spec.stage, storage, inputs)
+        self._train_spec, self._backbones, self._resources = spec, dict(backbones), resources
+        self._connector_sha256 = connector_sha256
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        spec = self._train_spec
+        fields = {
+            "backbones": self._backbones,
+            "training": spec.training.fingerprint_fields(),
+            "seed": spec.seed,
+            "blocks": self.inputs["blocks"].fingerprint,
         }
-        return self._training("pretrain", content, {"blocks": alignment.spec})
+        if spec.stage == "pretrain":
+            return fields
+        connector = self.inputs["connector"].fingerprint if "connector" in self.inputs else self._connector_sha256
+        return fields | {"connector": connector, "image_aspect": spec.image_aspect}
 
-    def _finetune(self, instruction: Stage, connector: Stage | None) -> Stage:
-        given = self._recipe.model.connector.weights
-        content = {
-            "backbones": self._backbones(),
-            "training": self._recipe.finetune.fingerprint_fields(),
-            "seed": self._recipe.seed,
-            "blocks": instruction.spec.fingerprint,
-            "connector": connector.spec.fingerprint if connector else given and _connector_identity(given),
-            "image_aspect": self._recipe.corpora.instruction.image_aspect,
-        }
-        inputs = {"blocks": instruction.spec} | ({"connector": connector.spec} if connector else {})
-        return self._training("finetune", content, inputs)
+    def train_spec(self) -> TrainSpec:
+        """Return the description of the stage that every worker gets."""
+        connector = self.inputs.get("connector")
+        return dataclasses.replace(
+            self._train_spec,
+            blocks=self.inputs["blocks"].path.uri,
+            connector=connector.path.uri if connector else None,
+            output=self.spec().path.uri,
+        )
 
-    def _training(self, stage: Any, content: dict[str, Any], inputs: dict[str, ArtifactSpec]) -> Stage:
-        spec = self._spec(stage, content)
-        recipe, facts = self._recipe, self._facts
-        connector = inputs.get("connector")
+    def run(self, progress: ProgressBar) -> dict[str, Any]:
+        from raylava.train import ray_backend  # imports torch
 
-        def job() -> "TrainSpec":
-            from raylava.train.spec import TrainSpec
-
-            return TrainSpec(
-                stage=stage,
-                model=recipe.model,
-                vision=facts.vision,
-                language=facts.language,
-                training=recipe.pretrain if stage == "pretrain" else recipe.finetune,
-                seed=recipe.seed,
-                blocks=inputs["blocks"].path.uri,
-                connector=connector.path.uri if connector else None,
-                image_aspect=recipe.corpora.instruction.image_aspect,
-                output=spec.path.uri,
-                tracking=recipe.tracking,
-            )
-
-        def build(bar: ProgressBar) -> dict[str, Any]:
-            from raylava.train.ray_backend import train
-
-            return train(job(), recipe.resources, bar)
-
-        return Stage(stage, spec, inputs, "steps", build, job=job)
-
-    def _untrained(self) -> Stage:
-        """The model as it was before any training: both backbones and a random connector."""
-        recipe, facts = self._recipe, self._facts
-        image_aspect = recipe.corpora.instruction.image_aspect
-        content = {"backbones": self._backbones(), "seed": recipe.seed, "image_aspect": image_aspect}
-        spec = self._spec("untrained", content)
-
-        def build(bar: ProgressBar) -> dict[str, Any]:
-            from raylava.models.untrained import export_untrained
-
-            export_untrained(recipe.model, facts.vision, facts.language, recipe.seed, image_aspect, spec.path)
-            bar.update(1, 1)
-            return {}
-
-        return Stage("untrained", spec, {}, "models", build)
-
-    def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank: bool) -> Stage:
-        exam = self._exams.of(benchmark, self._recipe.data)
-        asked = Asked(model.spec.path.uri, model.spec.fingerprint, {"model": model.spec})
-        return evaluation(label, benchmark, exam, asked, self._storage, ActorPool.of(self._recipe.resources), blank)
+        return ray_backend.run(self.train_spec(), self._resources, progress)
 
 
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with absolute places: workers don't run in the directory that its relative ones start from."""
-    model, data = recipe.model, storage_path(recipe.data or ".").uri
-    weights = model.connector.weights
-    parts = {
-        "language": model.language.model_copy(update={"name": located(model.language.name)}),
-        "vision": model.vision.model_copy(update={"name": located(model.vision.name)}),
-        "connector": model.connector.model_copy(update={"weights": weights and storage_path(weights).uri}),
-    }
-    return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
+class UntrainedStage(Stage):
+    """Exports the model before any training, with a randomly initialized connector, as an evaluation baseline."""
+
+    unit = "models"
+
+    def __init__(
+        self, model: ResolvedModel, backbones: Mapping[str, Any], seed: int, image_aspect: str, storage: StoragePath
+    ) -> None:
+        super().__init__("untrained", "untrained", storage, {})
+        self._model, self._backbones, self._seed, self._image_aspect = model, dict(backbones), seed, image_aspect
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        return {"backbones": self._backbones, "seed": self._seed, "image_aspect": self._image_aspect}
+
+    def run(self, progress: ProgressBar) -> dict[str, Any]:
+        """Export on a worker node, since the model may be larger than the driver's memory."""
+        ray.get(_export_untrained.remote(self._model, self._seed, self._image_aspect, self.spec().path.uri))
+        progress.update(1, 1)
+        return {}
 
 
-def _connector_identity(folder: str) -> str:
-    from raylava.models.llava import CONNECTOR_FILE
+@ray.remote(num_cpus=1)
+def _export_untrained(model: ResolvedModel, seed: int, image_aspect: str, output: str) -> None:
+    from raylava.models.export import export_untrained
 
-    return (storage_path(folder) / CONNECTOR_FILE).sha256()
+    export_untrained(model, seed, image_aspect, output)

@@ -1,5 +1,8 @@
-"""A toy assets in miniature, so that the whole road runs on a laptop in minutes with nothing downloaded.
+"""Toy assets: a corpus of drawn images and small trained backbones, to run everything on a laptop without downloads.
 
-`scenes` says what is drawn and what is true of it; `corpus` writes images, captions and questions as LLaVA JSON;
-`language` and `vision` train small backbones of transformers' own classes; `toy_assets` makes all of it one artifact.
+- scenes.py: draws scenes of colored shapes, with their captions, questions and answers
+- corpus.py: writes images, captions, conversations and held-out questions as LLaVA JSON
+- language.py, vision.py: train small backbones of transformers' own classes
+- assets.py: builds corpus and backbones as one artifact
+- demo.py: `raylava demo`
 """

@@ -1,6 +1,6 @@
-"""Scenes of coloured shapes at places: what is drawn, and what can truly be said and asked of it.
+"""Scenes of colored shapes, and the images, captions and questions derived from them.
 
-Pure functions of a seed: scene → image, caption, questions. No files, no tokens, no model.
+Pure functions of a random generator or a scene; no files, tokens or models.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 48  # pixels a side
+IMAGE_SIZE = 48  # pixels per side
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
     "green": (34, 150, 64),
@@ -19,43 +19,45 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 34),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = ("left", "middle", "right")
+POSITIONS = ("left", "middle", "right")
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 QUESTION_TYPES = ("count", "colour", "shape", "place", "presence")
 
-_OVERSAMPLING = 4  # images are drawn this much larger and shrunk, so that edges are smooth
+_OVERSAMPLING = 4  # images are drawn larger by this factor and downsampled, for smooth edges
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One coloured shape: its centre in pixels from the top left corner, and half its width in pixels."""
+class SceneObject:
+    """One colored shape. `x` and `y` are its center in pixels from the top left corner, `radius` half its width."""
 
     colour: str
     shape: str
-    place: str
+    position: str
     x: float
     y: float
     radius: float
 
     @property
     def name(self) -> str:
+        """Color and shape, such as `red circle`."""
         return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things, no two of one colour and no two at one place, on a pale background."""
+    """One to three objects of different colors at different positions, on a pale background."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: tuple[int, int, int]
 
-    def at(self, place: str) -> Thing | None:
-        return next((thing for thing in self.things if thing.place == place), None)
+    def at(self, position: str) -> SceneObject | None:
+        """Return the object at a position, or None."""
+        return next((item for item in self.objects if item.position == position), None)
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question about a image with its one right answer."""
+class SceneQuestion:
+    """A question about a scene and its only correct answer. `kind` is one of QUESTION_TYPES."""
 
     kind: str
     text: str
@@ -63,34 +65,35 @@ class Question:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """A random scene; the number of things is uniform over 1–3, so that a count cannot be guessed."""
-    count = int(rng.integers(1, len(PLACES) + 1))
+    """Draw a random scene. The number of objects is uniform over 1–3, so that a count cannot be guessed."""
+    count = int(rng.integers(1, len(POSITIONS) + 1))
     colours = rng.choice(list(COLOURS), size=count, replace=False)
     shapes = rng.choice(SHAPES, size=count)
-    places = sorted(rng.choice(len(PLACES), size=count, replace=False))
-    named = zip(colours, shapes, places, strict=True)
-    things = tuple(_thing(rng, (str(colour), str(shape)), PLACES[place]) for colour, shape, place in named)
+    positions = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
+    objects = tuple(
+        _draw_object(rng, str(colour), str(shape), POSITIONS[position])
+        for colour, shape, position in zip(colours, shapes, positions, strict=True)
+    )
     shade = int(rng.integers(215, 251))
     tint = rng.integers(-6, 7, size=3)
-    return Scene(things, tuple(int(shade + t) for t in np.clip(tint, -200, 4)))  # type: ignore[arg-type]
+    return Scene(objects, tuple(int(shade + t) for t in np.clip(tint, -200, 4)))  # type: ignore[arg-type]
 
 
-def _thing(rng: np.random.Generator, name: tuple[str, str], place: str) -> Thing:
-    column = IMAGE_SIZE / len(PLACES)
-    centre_x = column * (PLACES.index(place) + 0.5) + rng.uniform(-1.0, 1.0)
+def _draw_object(rng: np.random.Generator, colour: str, shape: str, position: str) -> SceneObject:
+    column = IMAGE_SIZE / len(POSITIONS)
+    centre_x = column * (POSITIONS.index(position) + 0.5) + rng.uniform(-1.0, 1.0)
     centre_y = IMAGE_SIZE / 2 + rng.uniform(-12.0, 12.0)
-    return Thing(*name, place, centre_x, centre_y, rng.uniform(6.0, 7.5))
+    return SceneObject(colour, shape, position, centre_x, centre_y, rng.uniform(6.0, 7.5))
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of IMAGE_SIZE × IMAGE_SIZE pixels."""
+    """Render a scene as an RGB image of IMAGE_SIZE × IMAGE_SIZE pixels."""
     side = IMAGE_SIZE * _OVERSAMPLING
     canvas = Image.new("RGB", (side, side), scene.background)
     pen = ImageDraw.Draw(canvas)
-    for thing in scene.things:
-        _OUTLINES[thing.shape](
-            pen, thing.x * _OVERSAMPLING, thing.y * _OVERSAMPLING, thing.radius * _OVERSAMPLING, COLOURS[thing.colour]
-        )
+    for item in scene.objects:
+        x, y, radius = (value * _OVERSAMPLING for value in (item.x, item.y, item.radius))
+        _SHAPE_PAINTERS[item.shape](pen, x, y, radius, COLOURS[item.colour])
     return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
@@ -114,7 +117,7 @@ def _cross(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[i
     pen.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
 
 
-_OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[int, int, int]], None]] = {
+_SHAPE_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[int, int, int]], None]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -123,55 +126,55 @@ _OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[i
 
 
 def caption(scene: Scene) -> str:
-    """What is in the image, from left to right: `Here: left red circle, right blue square.`
+    """Return the objects from left to right: `Here: left red circle, right blue square.`
 
-    "Here:" comes first so that every place has a space before it, and so is the same token wherever it stands.
+    The prefix "Here:" puts a space before the first position too, so that each position is always the same token.
     """
-    return "Here: " + ", ".join(f"{thing.place} {thing.name}" for thing in scene.things) + "."
+    return "Here: " + ", ".join(f"{item.position} {item.name}" for item in scene.objects) + "."
 
 
-def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
-    """A question of one of QUESTION_TYPES; answers are spread evenly, so that none can be guessed blind."""
-    return _QUESTIONS[kind](scene, rng)
+def draw_question(scene: Scene, kind: str, rng: np.random.Generator) -> SceneQuestion:
+    """Draw a question of a kind from QUESTION_TYPES. Answers are balanced, so that guessing without the image fails."""
+    return _QUESTION_BUILDERS[kind](scene, rng)
 
 
-def _pick(scene: Scene, rng: np.random.Generator) -> Thing:
-    return scene.things[int(rng.integers(len(scene.things)))]
+def _random_object(scene: Scene, rng: np.random.Generator) -> SceneObject:
+    return scene.objects[int(rng.integers(len(scene.objects)))]
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> Question:
-    return Question("count", "How many shapes are there?", NUMBERS[len(scene.things)])
+def _count_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+    return SceneQuestion("count", "How many shapes are there?", NUMBERS[len(scene.objects)])
 
 
-def _colour(scene: Scene, rng: np.random.Generator) -> Question:
-    thing = _pick(scene, rng)
-    return Question("colour", f"What colour is the shape on the {thing.place}?", thing.colour)
+def _colour_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+    item = _random_object(scene, rng)
+    return SceneQuestion("colour", f"What colour is the shape on the {item.position}?", item.colour)
 
 
-def _shape(scene: Scene, rng: np.random.Generator) -> Question:
-    thing = _pick(scene, rng)
-    return Question("shape", f"Which shape is {thing.colour}?", thing.shape)
+def _shape_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+    item = _random_object(scene, rng)
+    return SceneQuestion("shape", f"Which shape is {item.colour}?", item.shape)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> Question:
-    thing = _pick(scene, rng)
-    return Question("place", f"Where is the {thing.colour} shape?", thing.place)
+def _position_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+    item = _random_object(scene, rng)
+    return SceneQuestion("place", f"Where is the {item.colour} shape?", item.position)
 
 
-def _presence(scene: Scene, rng: np.random.Generator) -> Question:
-    present = {thing.name for thing in scene.things}
+def _presence_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+    present = {item.name for item in scene.objects}
     if rng.random() < 0.5:
-        name, answer = _pick(scene, rng).name, "yes"
+        name, answer = _random_object(scene, rng).name, "yes"
     else:
         absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
         name, answer = absent[int(rng.integers(len(absent)))], "no"
-    return Question("presence", f"Is there a {name}?", answer)
+    return SceneQuestion("presence", f"Is there a {name}?", answer)
 
 
-_QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question]] = {
-    "count": _count,
-    "colour": _colour,
-    "shape": _shape,
-    "place": _place,
-    "presence": _presence,
+_QUESTION_BUILDERS: dict[str, Callable[[Scene, np.random.Generator], SceneQuestion]] = {
+    "count": _count_question,
+    "colour": _colour_question,
+    "shape": _shape_question,
+    "place": _position_question,
+    "presence": _presence_question,
 }

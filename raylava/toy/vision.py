@@ -1,7 +1,7 @@
-"""Two small vision backbones of transformers' own classes, trained as their namesakes are: one by words, one without.
+"""Small CLIP and DINOv2 backbones of transformers' own classes, with training objectives like those of the originals.
 
-CLIP learns what the captions say: which colour and shape covers each patch. DINOv2 sees no word: it learns to fill in
-patches that were hidden from it.
+CLIP learns with supervision by words: it predicts the color and shape that cover each patch. DINOv2 learns from images
+alone: it reconstructs masked patches.
 """
 
 import json
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from raylava.corpus.images import normalise
+from raylava.corpus.images import normalize_pixels
 from raylava.models.registry import PixelRule
 from raylava.toy.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene, draw_scene, render
 
 PIXELS = PixelRule(IMAGE_SIZE, (0.86, 0.86, 0.86), (0.25, 0.25, 0.25))
-PATCH = 8  # pixels a side
+PATCH = 8  # pixels per side
 _GRID = IMAGE_SIZE // PATCH
-_HIDDEN_SHARE = 0.4  # of patches, for DINOv2
+_MASKED_FRACTION = 0.4  # of patches, for DINOv2
 
 
 @dataclass(frozen=True)
 class VisionSize:
-    """The backbones' proportions and how long each is trained."""
+    """Dimensions of the backbones and length of their training."""
 
     width: int = 96
     layers: int = 4
@@ -37,7 +37,7 @@ class VisionSize:
 
 
 def build_clip(folder: Path, size: VisionSize, seed: int, advance: Callable[[], None]) -> None:
-    """Train a CLIPVisionModel by the words of captions, patch by patch, and write its folder."""
+    """Train a CLIPVisionModel to predict each patch's color and shape, and save it as a Hugging Face folder."""
     torch.manual_seed(seed)
     model = CLIPVisionModel(
         CLIPVisionConfig(
@@ -55,17 +55,17 @@ def build_clip(folder: Path, size: VisionSize, seed: int, advance: Callable[[], 
 
     def loss(pixels: Tensor, scenes: list[Scene]) -> Tensor:
         patches = heads["norm"](model(pixels).last_hidden_state[:, 1:]).flatten(0, 1)
-        colours, shapes = _words_of_patches(scenes)
+        colours, shapes = _patch_classes(scenes)
         return nn.functional.cross_entropy(colour(patches), colours) + nn.functional.cross_entropy(
             shape(patches), shapes
         )
 
     _train(nn.ModuleList([model, heads]), loss, size, seed, advance)
-    _write(model, folder, "CLIPImageProcessor")
+    _save(model, folder, "CLIPImageProcessor")
 
 
 def build_dinov2(folder: Path, size: VisionSize, seed: int, advance: Callable[[], None]) -> None:
-    """Train a Dinov2Model to fill in hidden patches, and write its folder."""
+    """Train a Dinov2Model to reconstruct masked patches, and save it as a Hugging Face folder."""
     torch.manual_seed(seed)
     model = Dinov2Model(
         Dinov2Config(
@@ -77,15 +77,15 @@ def build_dinov2(folder: Path, size: VisionSize, seed: int, advance: Callable[[]
             patch_size=PATCH,
         )
     )
-    painter = nn.Linear(size.width, 3 * PATCH * PATCH)
+    decoder = nn.Linear(size.width, 3 * PATCH * PATCH)
 
     def loss(pixels: Tensor, scenes: list[Scene]) -> Tensor:
-        hidden = torch.rand(len(pixels), _GRID * _GRID) < _HIDDEN_SHARE
-        painted = painter(model(pixels, bool_masked_pos=hidden).last_hidden_state[:, 1:])
-        return nn.functional.mse_loss(painted, _patches(pixels))
+        mask = torch.rand(len(pixels), _GRID * _GRID) < _MASKED_FRACTION
+        reconstruction = decoder(model(pixels, bool_masked_pos=mask).last_hidden_state[:, 1:])
+        return nn.functional.mse_loss(reconstruction, _patches(pixels))
 
-    _train(nn.ModuleList([model, painter]), loss, size, seed, advance)
-    _write(model, folder, "BitImageProcessor")
+    _train(nn.ModuleList([model, decoder]), loss, size, seed, advance)
+    _save(model, folder, "BitImageProcessor")
 
 
 def _train(
@@ -100,7 +100,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=size.steps, pct_start=0.1)
     for _ in range(size.steps):
         scenes = [draw_scene(rng) for _ in range(size.batch)]
-        pixels = torch.from_numpy(normalise(np.stack([np.asarray(render(scene)) for scene in scenes]), PIXELS))
+        pixels = torch.from_numpy(normalize_pixels(np.stack([np.asarray(render(scene)) for scene in scenes]), PIXELS))
         value = loss(pixels, scenes)
         optimizer.zero_grad()
         value.backward()
@@ -110,31 +110,31 @@ def _train(
         advance()
 
 
-def _words_of_patches(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """(batch · patches,) class numbers of colour and of shape; 0 where nothing is."""
+def _patch_classes(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """Return the color and shape classes of all patches, each of shape (batch · patches,); 0 is background."""
     colours = torch.zeros(len(scenes), _GRID, _GRID, dtype=torch.long)
     shapes = torch.zeros_like(colours)
     for number, scene in enumerate(scenes):
-        for thing in scene.things:
-            rows, columns = (_covered(centre, thing.radius) for centre in (thing.y, thing.x))
-            colours[number, rows, columns] = 1 + list(COLOURS).index(thing.colour)
-            shapes[number, rows, columns] = 1 + SHAPES.index(thing.shape)
+        for item in scene.objects:
+            rows, columns = (_covered_patches(centre, item.radius) for centre in (item.y, item.x))
+            colours[number, rows, columns] = 1 + list(COLOURS).index(item.colour)
+            shapes[number, rows, columns] = 1 + SHAPES.index(item.shape)
     return colours.flatten(), shapes.flatten()
 
 
-def _covered(centre: float, radius: float) -> slice:
+def _covered_patches(centre: float, radius: float) -> slice:
     return slice(max(0, int((centre - radius) // PATCH)), min(_GRID, int((centre + radius) // PATCH) + 1))
 
 
 def _patches(pixels: Tensor) -> Tensor:
-    """(batch, 3, side, side) → (batch, patches, 3 · PATCH²)."""
+    """Cut (batch, 3, side, side) pixels into (batch, patches, 3 · PATCH²) patches."""
     return nn.functional.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
 
 
-def _write(model: CLIPVisionModel | Dinov2Model, folder: Path, processor: str) -> None:
+def _save(model: CLIPVisionModel | Dinov2Model, folder: Path, processor: str) -> None:
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    about = {
+    preprocessor = {
         "image_processor_type": processor,
         "do_center_crop": True,
         "crop_size": size,
@@ -142,4 +142,4 @@ def _write(model: CLIPVisionModel | Dinov2Model, folder: Path, processor: str) -
         "image_mean": PIXELS.mean,
         "image_std": PIXELS.std,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(about, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))

@@ -1,9 +1,8 @@
-"""Blocks → weights, by DeepSpeed under Ray Train.
+"""Train a stage on prepared blocks with DeepSpeed ZeRO, under Ray Train or torchrun.
 
-`spec` is what one stage is to do. `plan` says which samples form each step and who computes them (pure); `feed` turns
-the plan's packs into tensors ahead of need; `engine` wraps DeepSpeed, `writer` writes its checkpoints behind the step's
-back, `saver` decides when and `upload` takes them to storage; `ledger` is the proof of what was done;
-`figures`, `telemetry` and `trackers` are what people see of a run; `replay` looks at a step that went wrong. `loop` is
-one rank's way through all of these. It knows its `host` only: Ray's is `worker`, with `trainer` and `watch` on the
-driver's side (scaling, failures, progress); `alone` is the one without Ray.
+`trainer` is the training loop of one rank. It reads steps from `data_loader`, which follows `batch_plan` (pure: the
+samples of each step, packed for each rank), computes them with `engine` (DeepSpeed), saves through `checkpoints`, and
+records them in `step_log` (what was computed) and `metrics_logger` (how fast, from `metrics`). It runs on a `backend`:
+`ray_backend` or `torchrun_backend`. `spec` is the serializable description of a stage; `auto` resolves `auto` settings
+from `sampled_steps`; `replay` recomputes a non-finite step sample by sample.
 """

@@ -1,6 +1,6 @@
-"""A stage's `auto` settings → the fastest that its workers' memory admits, by cost/choose.py; all ranks alike.
+"""Resolve a stage's `auto` settings to the fastest execution config that is predicted to fit on every worker.
 
-Only settings that leave the result as it is are ever chosen here.
+Only settings that cannot change the result are resolved here; perf/search.py ranks the candidates.
 """
 
 import logging
@@ -12,10 +12,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from raylava.config.recipe import Training
+from raylava.config.recipe import StageName, Training
 from raylava.corpus.blocks import Lengths
-from raylava.models.llava import StageName
-from raylava.perf.hardware import Cluster, Device, device_named
+from raylava.perf.hardware import Cluster, Device, device_from_cuda_name
 from raylava.perf.memory import ExecutionConfig, TrainableModel
 from raylava.perf.search import (
     Candidate,
@@ -28,29 +27,36 @@ from raylava.perf.search import (
     usable_memory,
 )
 from raylava.perf.shapes import LlavaShape
-from raylava.perf.step_time import Speed, nominal_speed
+from raylava.perf.step_time import DeviceSpeed, nominal_speed
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.sampled_steps import SampledSteps, sample_steps
 
 logger = logging.getLogger(__name__)
 
-CPU_SPEED = Speed(flops=1e11, pack=1e-2, step=0.0, update=1e-9, latency=1e-4, source="a core's order of magnitude")
-MEMORY_SHARE = 0.8  # of a host's free memory
+CPU_SPEED = DeviceSpeed(
+    flops_per_s=1e11,
+    s_per_pack=1e-2,
+    s_per_step=0.0,
+    s_per_parameter_update=1e-9,
+    collective_latency_s=1e-4,
+    source="order of magnitude of a CPU core",
+)
+HOST_MEMORY_FRACTION = 0.8  # of a host's free memory that workers may use
 _CPU_BANDWIDTH = 1e9  # bytes/s between two processes over loopback
-_STEPS = 8  # looked at
+_SAMPLED_STEPS = 8
 
 
 @dataclass(frozen=True)
 class ResolvedTraining:
-    """A stage's settings with nothing left open, what they come to, and what to say should memory not do."""
+    """A stage's settings without `auto`, the candidate they correspond to, and advice for when memory runs out."""
 
     training: Training
-    option: Candidate
+    candidate: Candidate
     advice: str
 
 
 class AutoResolver:
-    """Weighs one stage; every rank must ask the same at the same point."""
+    """Resolves the `auto` settings of one stage. Every rank must call it at the same point."""
 
     def __init__(
         self,
@@ -61,83 +67,79 @@ class AutoResolver:
         device: torch.device,
     ) -> None:
         self._stage, self._shape, self._lengths, self._plan, self._device = stage, shape, lengths, plan, device
-        self._room = _room(device)
+        self._budget = _smallest_budget(device)
 
-    def resolve_auto(self, training: Training, kept_stage: int | None = None) -> ResolvedTraining:
-        """`kept_stage` is that of the checkpoint that the run goes on from, which only this one can read."""
-        if training.zero.stage == "auto" and kept_stage is not None:
-            training = _with(training, kept_stage, training.activation_checkpointing, training.max_tokens_per_pack)
+    def resolve_auto(self, training: Training, saved_zero_stage: int | None = None) -> ResolvedTraining:
+        """Resolve the settings; the ZeRO stage of a checkpoint is kept, since no other stage can load it."""
+        if training.zero.stage == "auto" and saved_zero_stage is not None:
+            training = training.model_copy(
+                update={"zero": training.zero.model_copy(update={"stage": saved_zero_stage})}
+            )
         longest = int(self._lengths.length.max())
-        chosen = self._agreed(self._weigh(recipe_candidates(training, longest), training))
-        logger.info("%s: %s; %s expected", self._stage, chosen.way.name, self._gigabytes(chosen))
+        selected = self._broadcast_selection(self._rank(recipe_candidates(training, longest), training))
+        logger.info("%s: %s; %s predicted", self._stage, selected.config.description, self._format_memory(selected))
         smaller = (
-            one
-            for one in self._weigh(all_execution_configs(training, longest), training)
-            if one.memory.peak < chosen.memory.peak
+            candidate
+            for candidate in self._rank(all_execution_configs(training, longest), training)
+            if candidate.memory.peak < selected.memory.peak
         )
-        way = chosen.way
         return ResolvedTraining(
-            _with(training, way.zero_stage, way.activation_checkpointing, way.max_tokens_per_pack),
-            chosen,
-            self._advice(fastest_feasible(smaller)),
+            _apply_config(training, selected.config), selected, self._advice(fastest_feasible(smaller))
         )
 
-    def _agreed(self, options: list[Candidate]) -> Candidate:
-        """What rank 0 takes: ranks may sit on unlike nodes, and must not part."""
-        shared = [select(options).way]
+    def _broadcast_selection(self, candidates: list[Candidate]) -> Candidate:
+        """Return rank 0's selection on all ranks, whose nodes may differ."""
+        shared = [select(candidates).config]
         dist.broadcast_object_list(shared, device=self._device)
-        return next(one for one in options if one.way == shared[0])
+        return next(candidate for candidate in candidates if candidate.config == shared[0])
 
-    def _weigh(self, ways: Iterable[ExecutionConfig], training: Training) -> list[Candidate]:
-        model, known = TrainableModel.of(self._shape, self._stage, training), _known(self._device)
-        steps = SampledSteps(model, self._lengths, sample_steps(self._plan, _STEPS), training.global_batch_size)
-        return rank_candidates(
-            ways, model, steps.work(self._room.world_size), nominal_speed(known) if known else CPU_SPEED, self._room
-        )
+    def _rank(self, configs: Iterable[ExecutionConfig], training: Training) -> list[Candidate]:
+        model, device = TrainableModel.of(self._shape, self._stage, training), _known_device(self._device)
+        steps = SampledSteps(model, self._lengths, sample_steps(self._plan, _SAMPLED_STEPS), training.global_batch_size)
+        speed = nominal_speed(device) if device else CPU_SPEED
+        return rank_candidates(configs, model, steps.workload(self._budget.world_size), speed, self._budget)
 
-    def _gigabytes(self, option: Candidate) -> str:
-        return f"{option.memory.peak / 1e9:.2f} of {self._room.device / 1e9:.2f} GB"
+    def _format_memory(self, candidate: Candidate) -> str:
+        return f"{candidate.memory.peak / 1e9:.2f} of {self._budget.device / 1e9:.2f} GB"
 
-    def _advice(self, other: Candidate | None) -> str:
-        if other is None:
-            return "no way that holds less fits by the estimate: use more workers, or devices with more memory"
-        way = other.way
+    def _advice(self, smaller: Candidate | None) -> str:
+        """Describe the settings that are predicted to fit in less memory."""
+        if smaller is None:
+            return "no lower-memory configuration is predicted to fit; use more workers, or devices with more memory"
+        config = smaller.config
         settings = {
-            "zero.stage": way.zero_stage,
-            "zero.offload_optimizer": str(way.offload_optimizer).lower(),
-            "zero.offload_parameters": str(way.offload_parameters).lower(),
-            "activation_checkpointing": str(way.activation_checkpointing).lower(),
-            "max_tokens_per_pack": way.max_tokens_per_pack,
+            "zero.stage": config.zero_stage,
+            "zero.offload_optimizer": str(config.offload_optimizer).lower(),
+            "zero.offload_parameters": str(config.offload_parameters).lower(),
+            "activation_checkpointing": str(config.activation_checkpointing).lower(),
+            "max_tokens_per_pack": config.max_tokens_per_pack,
         }
-        told = " ".join(f"{self._stage}.{key}={value}" for key, value in settings.items())
-        return f"{told} should fit ({self._gigabytes(other)} by the estimate)"
+        overrides = " ".join(f"{self._stage}.{key}={value}" for key, value in settings.items())
+        return f"{overrides} should fit ({self._format_memory(smaller)} predicted)"
 
 
-def _with(
-    training: Training, stage: int | str, activation_checkpointing: bool | str, max_tokens_per_pack: int | str
-) -> Training:
-    zero = training.zero.model_copy(update={"stage": stage})
+def _apply_config(training: Training, config: ExecutionConfig) -> Training:
     return training.model_copy(
         update={
-            "zero": zero,
-            "activation_checkpointing": activation_checkpointing,
-            "max_tokens_per_pack": max_tokens_per_pack,
+            "zero": training.zero.model_copy(update={"stage": config.zero_stage}),
+            "activation_checkpointing": config.activation_checkpointing,
+            "max_tokens_per_pack": config.max_tokens_per_pack,
         }
     )
 
 
-def _known(device: torch.device) -> Device | None:
-    return device_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+def _known_device(device: torch.device) -> Device | None:
+    return device_from_cuda_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _room(device: torch.device) -> DeviceBudget:
-    """The least memory that any rank has."""
-    world_size, found = dist.get_world_size(), _known(device)
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun and Ray Train say it
-    host = psutil.virtual_memory().available * MEMORY_SHARE / neighbours
-    own = usable_memory(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host
-    least = torch.tensor([own, host], dtype=torch.float64, device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    nodes = -(-world_size // neighbours)
-    bandwidth = _CPU_BANDWIDTH if found is None else Cluster(nodes, neighbours, found).bandwidth
-    return DeviceBudget(float(least[0]), float(least[1]), world_size, bandwidth)
+def _smallest_budget(device: torch.device) -> DeviceBudget:
+    """Return the smallest memory budget of all ranks. Collective."""
+    world_size, known = dist.get_world_size(), _known_device(device)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by torchrun and Ray Train
+    host = psutil.virtual_memory().available * HOST_MEMORY_FRACTION / local_world_size
+    device_memory = usable_memory(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else host
+    smallest = torch.tensor([device_memory, host], dtype=torch.float64, device=device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    nodes = -(-world_size // local_world_size)
+    bandwidth = _CPU_BANDWIDTH if known is None else Cluster(nodes, local_world_size, known).bandwidth
+    return DeviceBudget(float(smallest[0]), float(smallest[1]), world_size, bandwidth)

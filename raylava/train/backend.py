@@ -1,4 +1,4 @@
-"""What a rank stands on: Ray Train (worker.py), or nothing but its processes (alone.py). The loop knows no more."""
+"""The backend interface of the Trainer, implemented by ray_backend.py and torchrun_backend.py."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
     from raylava.train.metrics import StepMetrics
 
 Upload = Callable[[Path, StoragePath], None]
-LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"  # what a rank may be doing
+LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"  # the phases that a rank reports
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A whole checkpoint: all ranks' files in a folder of this node, and where it is kept."""
+    """A complete checkpoint: `folder` holds the files of all ranks on this node, `uri` is its location in storage."""
 
     folder: Path
     uri: str
 
 
 class TrainBackend(Protocol):
-    """One rank's surroundings. torch.distributed is set up before the loop starts."""
+    """The environment of one rank. torch.distributed is initialized before the Trainer starts."""
 
     rank: int
     world_size: int
     device: "torch.device"
 
     def last_checkpoint(self) -> AbstractContextManager[CheckpointRef | None]:
-        """The run's last whole checkpoint, on this node for as long as the context lasts; None before the first."""
+        """Provide the run's latest complete checkpoint on this node; None before the first."""
 
-    def save_async(self, folder: Path, cursor: int, loss: float, upload: Upload) -> None:
-        """Bring this rank's part of a checkpoint to storage, in the background, by `upload`; then remove the folder.
+    def save_async(self, folder: Path, step: int, loss: float, upload: Upload) -> None:
+        """Upload this rank's part of a checkpoint in the background with `upload`, then remove the folder.
 
-        `loss` is the mean since the checkpoint before, by which the best are kept. Called by all ranks.
+        `loss` is the mean since the previous checkpoint, by which the best are selected. All ranks call it.
         """
 
     def preemption_pending(self) -> bool:
-        """Whether a node of the run was told that it will be taken away. Called by all ranks: one answer for all."""
+        """Return whether a node of the run received a preemption notice. All ranks call it and get the same answer."""
 
-    def heartbeat(self, step: int, doing: str) -> None:
-        """This rank sets out to do one of the above in a step."""
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Report that this rank enters a phase of a step."""
 
     def report(self, metrics: "StepMetrics", steps: int) -> None:
-        """A step of `steps` is done. Called by rank 0."""
+        """Report the metrics of a completed step of `steps`. Only rank 0 calls it."""

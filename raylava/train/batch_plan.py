@@ -1,10 +1,10 @@
-"""The epoch plan: which samples form step k, packed how, on which rank. Pure functions of the recipe and the lengths.
+"""The batch plan: the samples of each step, and their packing for each rank. Pure functions of recipe and lengths.
 
-    step k  = samples permutation[k·B : (k+1)·B]       B = the global batch, in samples
-    pack_batch  = step → per rank, packs of at most `max_tokens_per_pack`
+    step k      = samples permutation[k·B : (k+1)·B]          B = global batch size, in samples
+    pack_batch  : step → packs of at most `max_tokens_per_pack`, for each rank
 
-Which samples form a step depends on the seed, the epoch and B alone; world size and packing only decide who computes
-what. Every rank gets the same number of packs, so that collectives can't fall out of step.
+The samples of a step depend on the seed, the epoch and B only; world size and pack size determine which rank computes
+them. Every rank gets the same number of packs, so that collectives match.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,15 @@ import numpy.typing as npt
 from raylava.corpus.blocks import Lengths
 from raylava.errors import UserError
 
-Pack = tuple[int, ...]  # sample numbers that share one row; empty when a rank has nothing left to compute
+Pack = tuple[int, ...]  # numbers of the samples that share one row; empty when a rank has none left
 
-_LOOKED_AT = 100_000  # samples, for the largest packs
-_ATTENTION_TOKENS = (
-    16_384  # cost(t) = t + t²/this: attention's share of a Gemma-2B layer reaches the rest at about there
-)
+_MAX_CANDIDATES = 100_000  # samples considered for the worst-case packs
+_ATTENTION_EQUAL_TOKENS = 16_384  # length at which attention costs as much as the rest of a Gemma 2B layer
 
 
 @dataclass(frozen=True)
 class Step:
-    """Step `number` of the whole run, counted from 0, and its samples in the plan's order."""
+    """Step `number` of the run, counted from 0, and its sample numbers in plan order."""
 
     number: int
     epoch: int
@@ -36,8 +34,9 @@ class Step:
 
 @dataclass(frozen=True)
 class ShuffleWindows:
-    """How a corpus lies in blocks, for shuffling one that no node's disk holds: rows and bytes of each block, and the
-    bytes of the window that samples are shuffled in.
+    """The rows and bytes of each block, and the size of the window in which samples are shuffled.
+
+    Windows allow shuffling a corpus that is larger than a node's disk.
     """
 
     rows: tuple[int, ...]
@@ -45,15 +44,15 @@ class ShuffleWindows:
     window_bytes: float
 
     def fit_one_window(self) -> bool:
-        """Whether the whole corpus is one window, so that its shuffle is the ordinary one."""
+        """Return whether the whole corpus fits one window, so that it is shuffled as a whole."""
         return sum(self.bytes) <= self.window_bytes
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """All steps of a run over `samples` samples. The last step of an epoch may be short; none is dropped.
+    """All steps of a run over `samples` samples. The last step of an epoch may be smaller; no sample is dropped.
 
-    With `windows` that don't fit one window, an epoch visits blocks in random order, a window of them at a time.
+    A corpus that exceeds one shuffle window is visited in windows of randomly ordered blocks.
     """
 
     samples: int
@@ -69,18 +68,18 @@ class BatchPlan:
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Return the number of steps of the run."""
         total = self.steps_per_epoch * self.epochs
         return total if self.max_steps is None else min(total, self.max_steps)
 
     def from_step(self, first: int) -> Iterator[Step]:
-        """The steps from number `first` on: the data cursor of a checkpoint is this one integer."""
+        """Yield the steps from number `first` on. This integer is the whole data state of a checkpoint."""
         order: npt.NDArray[np.int64] | None = None
         for number in range(first, self.steps):
-            epoch, place = divmod(number, self.steps_per_epoch)
-            if order is None or place == 0:
+            epoch, index = divmod(number, self.steps_per_epoch)
+            if order is None or index == 0:
                 order = self._order(epoch)
-            batch = order[place * self.global_batch_size : (place + 1) * self.global_batch_size]
+            batch = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
             yield Step(number, epoch, batch)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -90,15 +89,15 @@ class BatchPlan:
 
 
 def permutation(samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of an epoch: the same on every machine for the same seed and epoch."""
+    """Return the sample order of an epoch, the same on every machine for the same seed and epoch."""
     return _generator(seed, epoch).permutation(samples)
 
 
 def windowed_permutation(windows: ShuffleWindows, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """An epoch's order that touches few blocks at a time: blocks shuffled, then samples within windows of blocks.
+    """Return an epoch's order that reads few blocks at a time: shuffled blocks, and samples within windows of them.
 
-    A sample's place is uniform over its window, and the windows are new random sets of blocks each epoch; two samples
-    of one block always lie within one window's length of each other, which is all that a whole shuffle has over it.
+    A sample's position is uniform within its window, and windows are new random sets of blocks each epoch. Unlike in a
+    full shuffle, two samples of one block are never further apart than one window.
     """
     generator = _generator(seed, epoch)
     first = np.concatenate([[0], np.cumsum(windows.rows)])
@@ -111,13 +110,13 @@ def windowed_permutation(windows: ShuffleWindows, seed: int, epoch: int) -> npt.
 
 def _windows(blocks: npt.NDArray[np.int64], windows: ShuffleWindows) -> Iterator[list[int]]:
     window: list[int] = []
-    held = 0
+    size = 0
     for block in blocks:
-        if window and held + windows.bytes[block] > windows.window_bytes:
+        if window and size + windows.bytes[block] > windows.window_bytes:
             yield window
-            window, held = [], 0
+            window, size = [], 0
         window.append(int(block))
-        held += windows.bytes[block]
+        size += windows.bytes[block]
     yield window
 
 
@@ -131,10 +130,11 @@ def pack_batch(
     world_size: int,
     max_tokens_per_pack: int,
 ) -> list[list[Pack]]:
-    """For each rank, its packs of one step: every sample once, each pack within `max_tokens_per_pack`, as many packs for each.
+    """Distribute the samples of one step: return each rank's packs, the same number for every rank.
 
-    `lengths` are those of all samples, in expanded tokens. Samples go to the cheapest rank, longest first, then into
-    each rank's packs first-fit-decreasing. Raises UserError for a sample longer than `max_tokens_per_pack`.
+    Every sample is in exactly one pack, and no pack exceeds `max_tokens_per_pack`. `lengths` are the expanded lengths
+    of all samples. Samples go to the rank with the least work, longest first, then into its packs by first-fit
+    decreasing. Raises UserError for a sample longer than `max_tokens_per_pack`.
     """
     order = _longest_first(samples, lengths)
     if order and lengths[order[0]] > max_tokens_per_pack:
@@ -142,89 +142,90 @@ def pack_batch(
             f"a sample of {lengths[order[0]]} tokens does not fit max_tokens_per_pack={max_tokens_per_pack}; "
             "raise max_tokens_per_pack or lower the corpus's max_length"
         )
-    ranks = _spread(order, lengths, world_size)
-    packed = [_first_fit(rank, lengths, max_tokens_per_pack) for rank in ranks]
-    most = max(len(packs) for packs in packed)
-    return [_padded(_split(packs, most), most) for packs in packed]
+    ranks = _assign_ranks(order, lengths, world_size)
+    packed = [_first_fit(samples_of_rank, lengths, max_tokens_per_pack) for samples_of_rank in ranks]
+    count = max(len(packs) for packs in packed)
+    return [_pad(_split(packs, count), count) for packs in packed]
 
 
 def worst_case_packs(lengths: Lengths, max_tokens_per_pack: int, samples: int) -> tuple[Pack, Pack, Pack]:
-    """Three packs of at most so many samples that a step's hardly exceed: the fullest in tokens, in images, and in
-    supervised tokens, whose logits weigh as much as all else. Filled greedily, by share of a sample and by number.
+    """Return the worst-case packs (most tokens, most images, most loss tokens) for the memory dry run.
 
-    For the memory dry run before the first step: what memory does for these it does for all.
+    Each has at most `samples` samples. They are filled greedily, by the share of a sample and by the count, and a run's
+    packs rarely need more memory.
     """
     tokens = lengths.length
 
-    def fullest(what: npt.NDArray[np.int32]) -> Pack:
-        packs = [_filled(_greatest(order), tokens, max_tokens_per_pack, samples) for order in (what / tokens, what)]
-        return max(packs, key=lambda pack: int(what[list(pack)].sum()))
+    def fullest(counts: npt.NDArray[np.int32]) -> Pack:
+        orders = (counts / tokens, counts)
+        packs = [_fill_pack(_descending(order), tokens, max_tokens_per_pack, samples) for order in orders]
+        return max(packs, key=lambda pack: int(counts[list(pack)].sum()))
 
     return (
-        _filled(_greatest(tokens), tokens, max_tokens_per_pack, samples),
+        _fill_pack(_descending(tokens), tokens, max_tokens_per_pack, samples),
         fullest(lengths.images),
         fullest(lengths.loss_tokens),
     )
 
 
-def _greatest(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Places of the greatest values, falling; of very many the first hundred thousand."""
-    if len(values) <= _LOOKED_AT:
+def _descending(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the indices of the largest values in descending order, at most _MAX_CANDIDATES of them."""
+    if len(values) <= _MAX_CANDIDATES:
         return np.argsort(-values, kind="stable")
-    found = np.argpartition(-values, _LOOKED_AT)[:_LOOKED_AT]
-    return found[np.argsort(-values[found], kind="stable")]
+    largest = np.argpartition(-values, _MAX_CANDIDATES)[:_MAX_CANDIDATES]
+    return largest[np.argsort(-values[largest], kind="stable")]
 
 
-def _filled(
+def _fill_pack(
     order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], max_tokens_per_pack: int, samples: int
 ) -> Pack:
     pack: list[int] = []
-    room, shortest = max_tokens_per_pack, int(lengths.min())
+    free, shortest = max_tokens_per_pack, int(lengths.min())
     for sample in order:
-        if room < shortest or len(pack) == samples:
+        if free < shortest or len(pack) == samples:
             break
-        if lengths[sample] <= room:
+        if lengths[sample] <= free:
             pack.append(int(sample))
-            room -= int(lengths[sample])
+            free -= int(lengths[sample])
     return tuple(pack)
 
 
-def cost(length: int) -> float:
-    """What a sample costs, in tokens of a short sample: linear layers grow with t, attention with t²."""
-    return length + length * length / _ATTENTION_TOKENS
+def sample_cost(length: int) -> float:
+    """Return a sample's compute cost in tokens of a short sample: linear layers grow with t, attention with t²."""
+    return length + length * length / _ATTENTION_EQUAL_TOKENS
 
 
 def _longest_first(samples: Sequence[int] | npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[int]:
     return sorted((int(sample) for sample in samples), key=lambda sample: (-int(lengths[sample]), sample))
 
 
-def _spread(order: list[int], lengths: npt.NDArray[np.int32], world_size: int) -> list[list[int]]:
+def _assign_ranks(order: list[int], lengths: npt.NDArray[np.int32], world_size: int) -> list[list[int]]:
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     load = [0.0] * world_size
     for sample in order:
         rank = load.index(min(load))
         ranks[rank].append(sample)
-        load[rank] += cost(int(lengths[sample]))
+        load[rank] += sample_cost(int(lengths[sample]))
     return ranks
 
 
 def _first_fit(samples: list[int], lengths: npt.NDArray[np.int32], max_tokens_per_pack: int) -> list[list[int]]:
     packs: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for sample in samples:
         length = int(lengths[sample])
-        fitting = next((number for number, left in enumerate(room) if left >= length), None)
+        fitting = next((number for number, space in enumerate(free) if space >= length), None)
         if fitting is None:
             packs.append([sample])
-            room.append(max_tokens_per_pack - length)
+            free.append(max_tokens_per_pack - length)
         else:
             packs[fitting].append(sample)
-            room[fitting] -= length
+            free[fitting] -= length
     return packs
 
 
 def _split(packs: list[list[int]], count: int) -> list[list[int]]:
-    """Cut the packs that hold the most samples in two until there are `count`, or none can be cut."""
+    """Split the packs with the most samples in two until there are `count`, or none can be split."""
     packs = list(packs)
     while len(packs) < count and any(len(pack) > 1 for pack in packs):
         largest = max(range(len(packs)), key=lambda number: len(packs[number]))
@@ -233,5 +234,5 @@ def _split(packs: list[list[int]], count: int) -> list[list[int]]:
     return packs
 
 
-def _padded(packs: list[list[int]], count: int) -> list[Pack]:
+def _pad(packs: list[list[int]], count: int) -> list[Pack]:
     return [tuple(pack) for pack in packs] + [()] * (count - len(packs))

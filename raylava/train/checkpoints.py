@@ -1,4 +1,7 @@
-"""When a run saves, and what goes into a checkpoint: all ranks at the same step, uploaded while training goes on."""
+"""Checkpoints of a run: when they are saved, what they contain, and their upload with retries.
+
+All ranks save at the same step; the upload runs in the background while training continues.
+"""
 
 import logging
 import math
@@ -9,93 +12,108 @@ from pathlib import Path
 
 import torch
 
-from raylava.storage import StoragePath
+from raylava.errors import RunError, first_line
+from raylava.storage import StoragePath, retry
 from raylava.train.backend import TrainBackend
 from raylava.train.engine import Engine, StepResult
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import STEP_LOG, StepLog
-from raylava.train.upload import upload
 
 logger = logging.getLogger(__name__)
 
-_GO_ON, _SAVE, _ASK = range(3)  # what rank 0 decides after a step
-_ASK_SECONDS = 5.0  # how often ranks ask whether a node is about to go
+_CONTINUE, _SAVE, _CHECK_PREEMPTION = range(3)  # rank 0's decision after a step
+_PREEMPTION_CHECK_INTERVAL_S = 5.0
 
 
 class CheckpointManager:
-    """One rank's checkpoints of one run."""
+    """Decides when one run saves a checkpoint, and saves it. Every rank has one and calls it after each step."""
 
     def __init__(self, spec: TrainSpec, steps: int, backend: TrainBackend) -> None:
-        self._settings, self._steps, self._backend = spec.training.checkpoint, steps, backend
-        self._last_time, self._last_step = time.monotonic(), 0
-        self._asked = time.monotonic()
-        self._warned = False  # of a node about to go
-        self._saved = 0
+        self._config, self._steps, self._backend = spec.training.checkpoint, steps, backend
+        self._saved_at, self._saved_step = time.monotonic(), 0
+        self._preemption_checked_at = time.monotonic()
+        self._preemption_handled = False
+        self._checkpoints = 0
         self._losses: list[float] = []
-        self._last_good = "none"
+        self._last_uploaded = "none"
 
-    def resumed(self, checkpoint: str, step: int) -> None:
-        """The run goes on from this one, which holds the state before `step`."""
-        self._last_good, self._saved, self._last_step = checkpoint, 1, step
+    def resume_from(self, checkpoint: str, step: int) -> None:
+        """Record the checkpoint that the run continues from, which holds the state before `step`."""
+        self._last_uploaded, self._checkpoints, self._saved_step = checkpoint, 1, step
 
     def record_loss(self, result: StepResult) -> None:
-        """A step's loss, for the mean by which the best checkpoints are kept."""
+        """Record a step's loss for the mean by which the best checkpoints are selected."""
         if not result.skipped:
             self._losses.append(result.loss)
 
-    def should_save(self, cursor: int) -> bool:
-        """Whether to save before step `cursor`. Rank 0 decides by its clock, so that all ranks agree."""
-        if cursor >= self._steps:
+    def should_save(self, next_step: int) -> bool:
+        """Return whether to save before `next_step`. Rank 0 decides by its clock, and all ranks get its answer."""
+        if next_step >= self._steps:
             return False
-        answer = self._agreed(self._decide(cursor))
-        if answer != _ASK:
-            return answer == _SAVE
-        self._asked = time.monotonic()
-        return self._node_is_going()
+        decision = self._broadcast(self._decide(next_step))
+        if decision != _CHECK_PREEMPTION:
+            return decision == _SAVE
+        self._preemption_checked_at = time.monotonic()
+        return self._preemption_notice_received()
 
-    def _decide(self, cursor: int) -> int:
-        settings = self._settings
-        late = time.monotonic() - self._last_time >= settings.interval_minutes * 60
-        if settings.interval_steps is not None and cursor - self._last_step >= settings.interval_steps:
-            late = True
-        if not self._saved and 2 * cursor >= self._steps:
-            late = True
-        if late:
+    def _decide(self, next_step: int) -> int:
+        now, config = time.monotonic(), self._config
+        due = now - self._saved_at >= config.interval_minutes * 60
+        if config.interval_steps is not None and next_step - self._saved_step >= config.interval_steps:
+            due = True
+        if not self._checkpoints and 2 * next_step >= self._steps:
+            due = True
+        if due:
             return _SAVE
-        return _ASK if time.monotonic() - self._asked >= _ASK_SECONDS else _GO_ON
+        return _CHECK_PREEMPTION if now - self._preemption_checked_at >= _PREEMPTION_CHECK_INTERVAL_S else _CONTINUE
 
-    def _agreed(self, verdict: int) -> int:
+    def _broadcast(self, decision: int) -> int:
         if self._backend.world_size == 1:
-            return verdict
-        shared = torch.tensor([verdict], device=self._backend.device)
+            return decision
+        shared = torch.tensor([decision], device=self._backend.device)
         torch.distributed.broadcast(shared, src=0)
         return int(shared.item())
 
-    def _node_is_going(self) -> bool:
-        """A notice for a node of this run, the first time it is heard; the run starts anew once the node is gone."""
-        if self._warned or not self._backend.preemption_pending():
+    def _preemption_notice_received(self) -> bool:
+        """Return True once, at the first preemption notice. Ray restarts the run when the node is gone."""
+        if self._preemption_handled or not self._backend.preemption_pending():
             return False
-        self._warned = True
-        logger.warning("a node of this run is about to go: saving at once")
+        self._preemption_handled = True
+        logger.warning("preemption notice received; saving a checkpoint")
         return True
 
-    def save(self, engine: Engine, ledger: StepLog, cursor: int) -> float:
-        """Save the state before step `cursor`; returns the seconds that training stood still for it."""
+    def save(self, engine: Engine, step_log: StepLog, next_step: int) -> float:
+        """Save the state before `next_step`; return the seconds that training stood still."""
         started = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))  # the host removes it once it is uploaded
-        engine.save(folder, cursor)
+        folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))  # the backend removes it after the upload
+        engine.save(folder, next_step)
         if self._backend.rank == 0:
-            (folder / STEP_LOG).write_text(ledger.text())
+            (folder / STEP_LOG).write_text(step_log.text())
         loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
-        self._backend.save_async(folder, cursor, loss, self._uploader(engine))
-        self._last_time, self._last_step, self._losses = time.monotonic(), cursor, []
-        self._saved += 1
+        self._backend.save_async(folder, next_step, loss, self._uploader(engine))
+        self._saved_at, self._saved_step, self._losses = time.monotonic(), next_step, []
+        self._checkpoints += 1
         return time.monotonic() - started
 
     def _uploader(self, engine: Engine) -> Callable[[Path, StoragePath], None]:
-        def uploaded(folder: Path, target: StoragePath) -> None:
+        def wait_and_upload(folder: Path, target: StoragePath) -> None:
             engine.wait_for_save()
-            upload(folder, target, self._settings.upload_timeout_minutes * 60, lambda: self._last_good)
-            self._last_good = str(target)
+            upload_checkpoint(folder, target, self._config.upload_timeout_minutes * 60, lambda: self._last_uploaded)
+            self._last_uploaded = str(target)
 
-        return uploaded
+        return wait_and_upload
+
+
+def upload_checkpoint(folder: Path, target: StoragePath, timeout_s: float, last_uploaded: Callable[[], str]) -> None:
+    """Copy `folder` to `target`, retrying failures for `timeout_s` seconds.
+
+    Raises RunError after that, naming the last failure and the checkpoint that was uploaded last.
+    """
+    try:
+        retry(lambda: target.upload_folder(folder), timeout_s, f"writing {target}")
+    except OSError as error:
+        raise RunError(
+            f"a checkpoint could not be written to {target} for {timeout_s:.0f} s ({first_line(error)[:200]}); "
+            f"the last good checkpoint is {last_uploaded()}; "
+            "once storage works, re-run the same command to resume from it"
+        ) from error

@@ -1,6 +1,8 @@
-"""The plan's packs → tensors, ahead of need: a background thread reads, decodes and lays out while the model computes.
+"""Load the plan's packs as tensors ahead of the training step: read, decode and collate in a background thread.
 
-Which samples go where is plan.py's business; what is done with the tensors is engine.py's. No Ray, no DeepSpeed.
+batch_plan.py decides which samples form a pack; engine.py consumes the tensors. Independent of Ray and DeepSpeed.
+
+    BatchPlan ─Step─▶ pack_batch ─packs of this rank─▶ Blocks ─samples─▶ PackCollator ─PackTensors─▶ StepBatch
 """
 
 import itertools
@@ -12,20 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from raylava.corpus.blocks import Blocks, Sample
-from raylava.corpus.images import Pixels, blank_pixels, decode_stored, normalise
+from raylava.corpus.images import Pixels, blank_pixels, decode_block_image, normalize_pixels
 from raylava.models.llava import PackTensors
 from raylava.models.registry import VisionSpec
 from raylava.train.batch_plan import BatchPlan, Pack, Step, pack_batch
 
-_FETCH_AHEAD = 32  # steps whose blocks are fetched before they are needed
+_PREFETCH_STEPS = 32  # steps whose blocks are fetched ahead
+_FETCH_THREADS = 4
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank does in one step. `supervised` and `tokens` count over all ranks."""
+    """The packs that one rank computes in a step. `loss_tokens` and `tokens` count over all ranks."""
 
     step: Step
     packs: list[PackTensors]
@@ -34,104 +38,104 @@ class StepBatch:
 
 
 class PackedDataLoader:
-    """Iterates over one rank's work from step `first` on, `ahead` steps in front of the consumer."""
+    """Iterates over one rank's step batches from `first_step` on, up to `prefetch` steps ahead of the consumer."""
 
     def __init__(
         self,
         blocks: Blocks,
         plan: BatchPlan,
-        layout: "PackCollator",
+        collator: "PackCollator",
         rank: int,
         world_size: int,
         max_tokens_per_pack: int,
-        first: int = 0,
-        ahead: int = 2,
+        first_step: int = 0,
+        prefetch: int = 2,
     ) -> None:
-        self._blocks, self._plan, self._layout = blocks, plan, layout
-        self._rank, self._world_size, self._pack_tokens = rank, world_size, max_tokens_per_pack
-        self._first, self._ahead = first, ahead
+        self._blocks, self._plan, self._collator = blocks, plan, collator
+        self._rank, self._world_size, self._max_tokens_per_pack = rank, world_size, max_tokens_per_pack
+        self._first_step, self._prefetch = first_step, prefetch
 
     def __iter__(self) -> Iterator[StepBatch]:
-        ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(self._ahead)
-        stopping = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(ready, stopping), name="feed", daemon=True)
+        batches: queue.Queue[StepBatch | BaseException | None] = queue.Queue(self._prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(batches, stop), name="data-loader", daemon=True)
         thread.start()
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            while (batch := batches.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
         finally:
-            stopping.set()
-            while thread.is_alive():  # the producer may be waiting for room
-                _drain(ready)
+            stop.set()
+            while thread.is_alive():  # the producer may be blocked on a full queue
+                _drain(batches)
                 thread.join(timeout=0.05)
 
-    def _produce(self, ready: "queue.Queue[StepBatch | BaseException | None]", stopping: threading.Event) -> None:
+    def _produce(self, batches: "queue.Queue[StepBatch | BaseException | None]", stop: threading.Event) -> None:
         try:
-            for step in self._fetched():
-                if stopping.is_set():
+            for step in self._prefetched_steps():
+                if stop.is_set():
                     return
-                ready.put(self.work(step))
-            ready.put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
-            ready.put(error)
+                batches.put(self.load(step))
+            batches.put(None)
+        except BaseException as error:  # passed to the consumer, which raises it
+            batches.put(error)
 
-    def _fetched(self) -> Iterator[Step]:
-        """The plan's steps, each with its blocks on this node; those of the next steps are under way meanwhile."""
-        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="fetch") as pool:
-            coming: deque[tuple[Step, Future[None]]] = deque()
-            steps = self._plan.from_step(self._first)
+    def _prefetched_steps(self) -> Iterator[Step]:
+        """Yield the plan's steps once their blocks are on this node, while those of the next steps are fetched."""
+        with ThreadPoolExecutor(max_workers=_FETCH_THREADS, thread_name_prefix="fetch") as pool:
+            pending: deque[tuple[Step, Future[None]]] = deque()
+            steps = self._plan.from_step(self._first_step)
             try:
                 for step in itertools.chain(steps, [None]):
                     if step is not None:
-                        coming.append((step, pool.submit(self._blocks.fetch, step.samples)))
-                    while coming and (step is None or len(coming) > _FETCH_AHEAD):
-                        following, fetching = coming.popleft()
-                        fetching.result()
-                        yield following
+                        pending.append((step, pool.submit(self._blocks.fetch, step.samples)))
+                    while pending and (step is None or len(pending) > _PREFETCH_STEPS):
+                        next_step, fetch = pending.popleft()
+                        fetch.result()
+                        yield next_step
             finally:
-                for _, fetching in coming:
-                    fetching.cancel()
+                for _, fetch in pending:
+                    fetch.cancel()
 
-    def work(self, step: Step) -> StepBatch:
-        """This rank's packs of one step, as tensors on the host."""
+    def load(self, step: Step) -> StepBatch:
+        """Return this rank's packs of one step, as tensors on the host."""
         lengths = self._blocks.lengths
-        packs = pack_batch(step.samples, lengths.length, self._world_size, self._pack_tokens)[self._rank]
+        packs = pack_batch(step.samples, lengths.length, self._world_size, self._max_tokens_per_pack)[self._rank]
         return StepBatch(
             step,
-            [self._tensors(pack) for pack in packs],
+            [self._load_pack(pack) for pack in packs],
             loss_tokens=int(lengths.loss_tokens[step.samples].sum()),
             tokens=int(lengths.length[step.samples].sum()),
         )
 
-    def _tensors(self, pack: Pack) -> PackTensors:
-        return self._layout.tensors([self._blocks[number] for number in pack])
+    def _load_pack(self, pack: Pack) -> PackTensors:
+        return self._collator.collate([self._blocks[number] for number in pack])
 
 
-def _drain(ready: "queue.Queue[StepBatch | BaseException | None]") -> None:
+def _drain(batches: "queue.Queue[StepBatch | BaseException | None]") -> None:
     while True:
         try:
-            ready.get_nowait()
+            batches.get_nowait()
         except queue.Empty:
             return
 
 
 @dataclass(frozen=True)
 class PackCollator:
-    """How samples lie in a pack's row, for one tokenizer and vision backbone."""
+    """Collates samples into the row of a pack, for one tokenizer and vision backbone."""
 
     vision: VisionSpec
     image_token_id: int
     begin_token_id: int
 
-    def tensors(self, samples: list[Sample]) -> PackTensors:
-        """Several samples in one row, positions restarting with each; with a blank image when none has one.
+    def collate(self, samples: list[Sample]) -> PackTensors:
+        """Concatenate samples into one row, with positions that restart at each sample.
 
-        The blank image is a sample of its own that nothing supervises, so every pack passes the vision tower and no
-        gradient comes of it.
+        A pack without images gets a blank one, as an additional sample without loss tokens: every pack passes the
+        vision tower, so that collectives match on all ranks, and the blank image contributes no gradient.
         """
-        images: list[Pixels] = [decode_stored(image) for sample in samples for image in sample.images]
+        images: list[Pixels] = [decode_block_image(image) for sample in samples for image in sample.images]
         rows = [self._expand(sample) for sample in samples]
         if not images:
             images = [blank_pixels(self.vision.pixels)]
@@ -142,7 +146,7 @@ class PackCollator:
         return PackTensors(
             input_ids=torch.from_numpy(ids)[None],
             position_ids=torch.from_numpy(np.concatenate([np.arange(len(row.ids)) for row in rows]))[None],
-            pixel_values=torch.from_numpy(normalise(np.stack(images), self.vision.pixels)),
+            pixel_values=torch.from_numpy(normalize_pixels(np.stack(images), self.vision.pixels)),
             target_positions=torch.from_numpy(targets - 1),
             labels=torch.from_numpy(ids[targets]),
             cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
@@ -151,23 +155,21 @@ class PackCollator:
     def _expand(self, sample: Sample) -> "_ExpandedSample":
         ids = np.asarray(sample.input_ids, dtype=np.int64)
         repeats = np.where(ids == self.image_token_id, self.vision.image_tokens, 1)
-        new_place = np.concatenate([[0], np.cumsum(repeats)])
-        targets = [np.arange(new_place[start], new_place[stop]) for start, stop in sample.loss_spans]
+        expanded_offsets = np.concatenate([[0], np.cumsum(repeats)])
+        targets = [np.arange(expanded_offsets[start], expanded_offsets[stop]) for start, stop in sample.loss_spans]
         expanded = np.repeat(ids, repeats)
         assert len(expanded) == sample.length, (
-            f"{sample.sample_id}: {len(expanded)} tokens, the block says {sample.length}"
+            f"{sample.sample_id}: {len(expanded)} tokens after expansion, the block has {sample.length}"
         )
         return _ExpandedSample(expanded, np.concatenate(targets))
 
-    def _blank_ids(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    def _blank_ids(self) -> npt.NDArray[np.int64]:
         return np.array([self.begin_token_id] + [self.image_token_id] * self.vision.image_tokens, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class _ExpandedSample:
-    """`ids` with image tokens repeated; `targets` are the positions of supervised tokens in it (never 0: <bos> is
-    first).
-    """
+    """Token ids with image tokens expanded, and the positions of its loss tokens (never 0, which is `<bos>`)."""
 
-    ids: "np.ndarray[tuple[int], np.dtype[np.int64]]"
-    targets: "np.ndarray[tuple[int], np.dtype[np.int64]]"
+    ids: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]

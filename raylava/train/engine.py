@@ -1,7 +1,7 @@
-"""DeepSpeed: build, step, save, load. Knows nothing of Ray, of blocks or of plans.
+"""The training engine: one optimizer step over any number of packs, checkpoints and weights, with DeepSpeed ZeRO.
 
-A step takes any number of packs: their summed losses, divided by the loss_tokens tokens of all ranks, are its loss.
-DeepSpeed averages gradients over ranks, so each rank's loss is scaled up by the number of ranks first.
+The loss of a step is the sum over its packs divided by the loss tokens of all ranks. DeepSpeed averages gradients over
+ranks, so each rank scales its loss by the world size. Independent of Ray, of blocks and of the batch plan.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylava.config.recipe import Training
+from raylava.config.recipe import StageName, Training
 from raylava.errors import RunError, first_line
-from raylava.models.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, StageName, set_trainable
+from raylava.models.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, set_trainable
 from raylava.perf.memory import REDUCE_BUCKET
 from raylava.storage import StoragePath, storage_path
 
@@ -37,14 +37,16 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TAG = "state"  # one checkpoint folder holds one DeepSpeed tag
-_CURSOR = "cursor.json"
+_META_FILE = "checkpoint.json"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step over all ranks. `loss` is per supervised token; `seconds` are this rank's. `grad_norm` is
-    before clipping, and None where DeepSpeed does not tell it (ZeRO stage 0 in fp32). `lr` is the language model's
-    rate; `skipped` says that something was not finite and nothing was updated.
+    """The result of one step over all ranks.
+
+    `loss` is the mean per loss token, `lr` the language model's learning rate, `seconds` this rank's duration.
+    `grad_norm` is before clipping, and None where DeepSpeed does not report it (ZeRO stage 0 in fp32). `skipped` means
+    that the loss or a gradient was not finite and nothing was updated.
     """
 
     loss: float
@@ -56,7 +58,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What a checkpoint holds: the state before `step`, of so many ranks at that ZeRO stage."""
+    """What a checkpoint holds: the state before `step`, saved by `world_size` ranks at `zero_stage`."""
 
     step: int
     world_size: int
@@ -64,13 +66,14 @@ class CheckpointMeta:
 
 
 def read_checkpoint_meta(checkpoint: StoragePath) -> CheckpointMeta:
-    """A checkpoint's cursor. Raises FileNotFoundError where there is none."""
-    return CheckpointMeta(**json.loads((checkpoint / _CURSOR).read_bytes()))
+    """Read a checkpoint's metadata. Raises FileNotFoundError where there is none."""
+    return CheckpointMeta(**json.loads((checkpoint / _META_FILE).read_bytes()))
 
 
 def lr_multiplier(step: int, steps: int, training: Training) -> float:
-    """The share of the peak rate at step `step` (from 0) of `steps`: linear warm-up over `warmup`·steps, then the
-    schedule down to zero.
+    """Return the fraction of the peak learning rate at `step` (counted from 0) of `steps`.
+
+    The rate rises linearly over the first `warmup_ratio` · steps, then follows `lr_schedule` down to zero.
     """
     warmup = math.ceil(training.warmup_ratio * steps)
     if step < warmup:
@@ -82,7 +85,7 @@ def lr_multiplier(step: int, steps: int, training: Training) -> float:
 
 
 class Engine:
-    """A LLaVA in training on this rank. Every rank must call every method at the same point."""
+    """A LLaVA model in training on this rank. Every rank must call every method at the same point."""
 
     def __init__(
         self,
@@ -98,9 +101,9 @@ class Engine:
         llava.train()
         llava.model.vision_tower.eval()
         self.llava = llava.to(device)
-        assert "auto" not in (training.zero.stage, training.activation_checkpointing), "settle.py decides first"
+        assert "auto" not in (training.zero.stage, training.activation_checkpointing), "auto.py resolves these first"
         if training.activation_checkpointing:
-            activation_checkpointing(llava)
+            enable_activation_checkpointing(llava)
         loss = PackLoss(llava)
         if training.compile:
             loss.compile(dynamic=True)  # in place: names stay those of the plain module
@@ -108,9 +111,9 @@ class Engine:
         self._writer = self._engine.checkpoint_engine
 
     def step(self, number: int, packs: list[PackTensors], loss_tokens: int) -> StepResult:
-        """Forward and backward of this rank's packs, then one update. `supervised` counts tokens over all ranks.
+        """Compute this rank's packs and update once. `loss_tokens` counts over all ranks.
 
-        When the loss or a gradient of any rank is not finite, no rank updates and the result says `skipped`.
+        When the loss or a gradient of any rank is not finite, no rank updates and the result is marked `skipped`.
         """
         started = time.monotonic()
         factor = self._set_lr(number)
@@ -126,9 +129,9 @@ class Engine:
         )
 
     def memory_dry_run(self, packs: list[PackTensors], advice: str) -> None:
-        """Forward and backward of these packs, changing nothing: a step whose loss is made not finite is skipped.
+        """Compute these packs without an update: the loss is made non-finite, so that the step is skipped.
 
-        Raises RunError with `advice`, what to change, when memory does not do.
+        Raises RunError with `advice` when memory runs out.
         """
         try:
             total = self._accumulate(packs, math.nan)
@@ -137,7 +140,7 @@ class Engine:
                 raise
             raise RunError(_out_of_memory(packs, error, advice)) from error
         finite = self._update(total * math.nan)
-        assert not finite, "a memory dry run must not update"
+        assert not finite, "a dry run must not update"
 
     def _set_lr(self, number: int) -> float:
         factor = lr_multiplier(number, self._steps, self._training)
@@ -146,7 +149,7 @@ class Engine:
         return factor
 
     def _accumulate(self, packs: list[PackTensors], scale: float) -> Tensor:
-        """The summed losses of all ranks' packs; gradients of `scale` times that sum are left with DeepSpeed."""
+        """Return the summed loss of all ranks' packs; DeepSpeed accumulates the gradients of `scale` times that sum."""
         total = torch.zeros((), device=self._device)
         for pack in packs:
             loss = self._engine(**vars(pack.to(self._device, self._dtype)))
@@ -156,9 +159,9 @@ class Engine:
         return total
 
     def _update(self, total: Tensor) -> bool:
-        """Update unless something is not finite anywhere; whether it was done.
+        """Update unless a loss or gradient of any rank is not finite; return whether it was updated.
 
-        ZeRO 1 to 3 look through the gradients themselves. Stage 0 does not, so it is done here.
+        ZeRO stages 1 to 3 check the gradients themselves; for stage 0 it is done here.
         """
         if self._training.zero.stage == 0 and not self._all_finite(total):
             self._engine.zero_grad()
@@ -168,55 +171,57 @@ class Engine:
 
     def _all_finite(self, total: Tensor) -> bool:
         gradients = [weight.grad for weight in self._engine.module.parameters() if weight.grad is not None]
-        bad = torch.stack([~torch.isfinite(value).all() for value in (total, *gradients)]).any().float()
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        return not bad.item()
+        non_finite = torch.stack([~torch.isfinite(value).all() for value in (total, *gradients)]).any().float()
+        dist.all_reduce(non_finite, dist.ReduceOp.MAX)
+        return not non_finite.item()
 
-    def save(self, folder: Path, cursor: int) -> None:
-        """Copy this rank's shard off the device and write it to `folder` in the background; see `written`.
+    def save(self, folder: Path, next_step: int) -> None:
+        """Copy this rank's shard to host memory and write it to `folder` in the background; see `wait_for_save`.
 
-        `cursor` is the next step. Frozen weights are left out.
+        Frozen weights are left out.
         """
         self._engine.save_checkpoint(
             str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            about = CheckpointMeta(cursor, dist.get_world_size(), int(self._training.zero.stage))
-            (folder / _CURSOR).write_text(json.dumps(asdict(about)))
+            meta = CheckpointMeta(next_step, dist.get_world_size(), int(self._training.zero.stage))
+            (folder / _META_FILE).write_text(json.dumps(asdict(meta)))
 
     def wait_for_save(self) -> None:
-        """Wait until all that was saved is on this node's disk. Raises what went wrong while writing."""
+        """Wait until every saved file is on this node's disk. Raises the exception of a failed write."""
         self._writer.wait()
 
     def load(self, folder: Path) -> int:
-        """Restore weights, optimizer and cursor; returns the next step. Raises when any trained weight is missing.
+        """Restore weights and optimizer; return the next step. Raises when a trained weight is missing.
 
         A checkpoint of another world size is converted to DeepSpeed's universal format first.
         """
-        about = read_checkpoint_meta(storage_path(folder))
-        if about.zero_stage != self._training.zero.stage:
+        meta = read_checkpoint_meta(storage_path(folder))
+        if meta.zero_stage != self._training.zero.stage:
             raise RunError(
-                f"{folder} was written with zero.stage={about.zero_stage} and this run has "
+                f"{folder} was saved with zero.stage={meta.zero_stage} and this run has "
                 f"zero.stage={self._training.zero.stage}; keep the stage until the run is done"
             )
-        if about.world_size == dist.get_world_size() or self._training.zero.stage == 0:
+        if meta.world_size == dist.get_world_size() or self._training.zero.stage == 0:
             self._load(folder)
         else:
             with _universal(folder) as converted:
                 self._load_universal(converted)
-        return about.step
+        return meta.step
 
     def _load_universal(self, folder: Path) -> None:
-        """DeepSpeed 0.19 at stage 3 gives all groups the first one's settings and one step counter, which each then
-        advances; both are put right here.
+        """Load a universal checkpoint.
+
+        At stage 3, DeepSpeed 0.19 restores all parameter groups with the first one's settings and one shared step
+        counter, which each group then increments; both are corrected here.
         """
         groups = self._engine.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self._engine._config.load_universal_checkpoint = True
         self._load(folder)
         self._engine._config.load_universal_checkpoint = False
-        for group, own in zip(self._engine.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        for group, group_settings in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(group_settings)
         for state in self._engine.optimizer.optimizer.state.values():
             state["step"] = torch.as_tensor(state["step"]).clone()
 
@@ -225,27 +230,27 @@ class Engine:
             str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained
         )
         if loaded is None:  # DeepSpeed only warns
-            raise RunError(f"{folder}: holds no checkpoint that this run can load")
+            raise RunError(f"{folder}: contains no checkpoint that this run can load")
 
     def weights(self, only_trained: bool) -> dict[str, Tensor] | None:
-        """The whole model's weights on the host of rank 0, by LlavaForConditionalGeneration's names; None elsewhere."""
+        """Gather the weights on the host of rank 0, by LlavaForConditionalGeneration's names; return None elsewhere."""
         import deepspeed
 
-        collected: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for name, parameter in self.llava.named_parameters():
             if only_trained and not parameter.requires_grad:
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):
                 if dist.get_rank() == 0:
-                    collected[name] = parameter.detach().to("cpu", copy=True)
-        return collected if dist.get_rank() == 0 else None
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights if dist.get_rank() == 0 else None
 
 
-def activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:
-    """Keep each layer's input alone for the backward pass, and compute the rest again.
+def enable_activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:
+    """Recompute each layer's activations from its input in the backward pass.
 
-    transformers then has all embeddings require gradients, which only the reentrant kind needs: a frozen tower would
-    keep its activations and be differentiated for nothing.
+    transformers makes embeddings require gradients for reentrant checkpointing; that is undone, since a frozen tower
+    would otherwise keep its activations and be differentiated without need.
     """
     llava.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     llava.disable_input_require_grads()
@@ -254,16 +259,17 @@ def activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:
 def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) -> str:
     largest = max(packs, key=lambda pack: pack.input_ids.shape[1])
     return (
-        f"out of memory in the memory dry run of the largest packs (up to {largest.input_ids.shape[1]} tokens, "
+        f"out of memory in the dry run of the worst-case packs (up to {largest.input_ids.shape[1]} tokens, "
         f"{largest.pixel_values.shape[0]} images): {advice} ({first_line(error)[:120]})"
     )
 
 
 @contextmanager
 def _universal(folder: Path) -> Iterator[Path]:
-    """A checkpoint in DeepSpeed's universal format, which any world size can load; for as long as it is needed.
+    """Provide a checkpoint in DeepSpeed's universal format, which any world size can load.
 
-    The first rank of each node converts; the others wait. Done in a process of its own: it starts workers and prints.
+    The first rank of each node converts while the others wait. The conversion runs in a subprocess because it starts
+    workers and prints.
     """
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"raylava-universal-{name}"
@@ -271,9 +277,9 @@ def _universal(folder: Path) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / _TAG), "--output_folder", str(target / _TAG)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RunError(f"{folder}: cannot be converted for another world size: {done.stderr.strip()[-300:]}")
+        conversion = subprocess.run(command, capture_output=True, text=True, check=False)
+        if conversion.returncode:
+            raise RunError(f"{folder}: cannot be converted to another world size: {conversion.stderr.strip()[-300:]}")
     dist.barrier()
     yield target
     dist.barrier()
@@ -285,27 +291,26 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     import deepspeed
 
-    from raylava.compat.deepspeed import BackgroundWriter
+    from raylava.compat.deepspeed import BackgroundWriter, disable_shm_comm_op
 
     deepspeed.logger.setLevel(logging.WARNING)
-    # on CPUs it would compile a kernel, for half a minute and with a compiler that must be there, for inference alone
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shm_comm_op()
     groups = list(parameter_groups(module, training))
-    # foreach would hold intermediate values of all weights at once, at stage 0; the others have flat ones
+    # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
-        state["step"].zero_()  # stage 0 in bf16 has taken a step, at a rate of zero, to allocate Adam's moments
+        state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments
     engine.checkpoint_engine = BackgroundWriter(set(trained))
     return engine
 
 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
-    """AdamW's groups, by peak rate (language model, connector, vision tower) and decay.
+    """Yield AdamW's parameter groups by part (language model, connector, vision tower) and weight decay.
 
-    Matrices decay, vectors (biases and norms) don't. Every group carries its `peak_lr`; `lr` is set with each step.
+    Matrices decay; vectors (biases and norms) do not. Each group has its `peak_lr`; `lr` is set at every step.
     """
     rates = {
         "connector": training.connector_lr or training.lr,
@@ -315,10 +320,10 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
     trained = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     for part, rate in rates.items():
         for decays in (True, False):
-            chosen = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
-            if chosen:
+            weights = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
+            if weights:
                 decay = training.weight_decay if decays else 0.0
-                yield {"params": chosen, "weight_decay": decay, "lr": 0.0, "peak_lr": rate}
+                yield {"params": weights, "weight_decay": decay, "lr": 0.0, "peak_lr": rate}
 
 
 def _part(name: str) -> str:
@@ -328,42 +333,40 @@ def _part(name: str) -> str:
 
 
 def deepspeed_config(training: Training, trained: int) -> dict[str, Any]:
-    """DeepSpeed's own settings for one training stage of so many `trained` parameters.
+    """Return the DeepSpeed config of a training stage with `trained` trainable parameters.
 
-    Accumulation is unmanaged: `backward` adds up, `step` reduces, so each step may have its own number of packs.
-    Buckets are no larger than what they hold: DeepSpeed's own take a gigabyte even where a connector alone trains.
+    Gradient accumulation is unmanaged: `backward` accumulates and `step` reduces, so the number of packs may differ
+    between steps. Buckets are no larger than the trainable parameters; DeepSpeed's default takes a gigabyte even for a
+    connector.
     """
     zero: dict[str, Any] = {"stage": training.zero.stage, "overlap_comm": False}
     if training.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if training.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    ours = {
+    fixed = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.max_grad_norm or 0.0,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: exact, and no compiler at run time
+        "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiler at run time
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,
     }
-    given = training.deepspeed
-    if training.precision == "bf16" and training.zero.stage in (
-        2,
-        3,
-    ):  # a step's packs are summed in fp32; 0 and 1 can't
-        given = {"data_types": {"grad_accum_dtype": "fp32"}} | given
+    user = training.deepspeed
+    if training.precision == "bf16" and training.zero.stage in (2, 3):  # accumulate packs in fp32; 0 and 1 cannot
+        user = {"data_types": {"grad_accum_dtype": "fp32"}} | user
     buckets = {"reduce_bucket_size": min(REDUCE_BUCKET, trained)}
-    return {**given, **ours, "zero_optimization": {**buckets, **given.get("zero_optimization", {}), **zero}}
+    return {**user, **fixed, "zero_optimization": {**buckets, **user.get("zero_optimization", {}), **zero}}
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Put a checkpoint's weights into the module; strict in both directions for what trains."""
+    """Load a checkpoint's weights into the module; missing or unknown trainable weights raise KeyError."""
     wanted = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     if wanted != wanted & set(src):
-        raise KeyError(f"the checkpoint lacks {sorted(wanted - set(src))[:3]}")
+        raise KeyError(f"the checkpoint lacks the weights {sorted(wanted - set(src))[:3]}")
     _, unexpected = dst.load_state_dict(src, strict=False)
     if unexpected:
-        raise KeyError(f"the checkpoint holds unknown weights {unexpected[:3]}")
+        raise KeyError(f"the checkpoint has unknown weights {unexpected[:3]}")

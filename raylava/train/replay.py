@@ -1,7 +1,4 @@
-"""A step that went wrong, kept so that anyone can look at it: `dump` at the end of the run, `replay` on any machine.
-
-Knows nothing of Ray or DeepSpeed beyond the engine it is given.
-"""
+"""Dump a step with a non-finite loss at the end of a run, and recompute it sample by sample on any machine."""
 
 import dataclasses
 import json
@@ -10,29 +7,31 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 
-from raylava.config.recipe import Model, Training
+from raylava.config.recipe import Training
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
 from raylava.models.llava import PackLoss, build_llava, set_trainable
-from raylava.models.registry import resolve_language, resolve_vision
+from raylava.models.registry import ResolvedModel
 from raylava.storage import StoragePath, storage_path
 from raylava.train.batch_plan import Step
-from raylava.train.spec import TrainSpec, pack_collator
+from raylava.train.spec import TrainSpec, build_collator
 
 if TYPE_CHECKING:
     from raylava.train.engine import Engine
 
-_ABOUT = "replay.json"
-_WEIGHTS = "weights.safetensors"
+_DUMP_FILE = "replay.json"
+_WEIGHTS_FILE = "weights.safetensors"
+_PLAIN_FIELDS = ("stage", "seed", "blocks", "connector", "image_aspect", "output")
 
 
 @dataclass(frozen=True)
 class ReplayedSample:
-    """One sample of the step, alone: its number and id, its loss a supervised token, its gradient's norm."""
+    """One sample of the step computed by itself: its loss per loss token and its gradient norm."""
 
     number: int
     sample_id: str
@@ -44,62 +43,53 @@ class ReplayedSample:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def dump(spec: TrainSpec, engine: "Engine", step: Step, sample_ids: list[str]) -> str:
-    """Write the trained weights as they are and what formed the step beside the run; returns where. For all ranks."""
+def dump_step(spec: TrainSpec, engine: "Engine", step: Step, sample_ids: list[str]) -> str:
+    """Write the trained weights and the step's samples beside the run; return the folder. Called by all ranks."""
     from safetensors.torch import save_file
 
     target = storage_path(spec.output) / f"replay-step-{step.number}"
     weights = engine.weights(only_trained=True)
     if weights is None:
         return target.uri
-    settings = {
-        field.name: getattr(spec, field.name)
-        for field in dataclasses.fields(spec)
-        if field.name not in ("model", "training", "vision", "language", "tracking")
-    }
-    about = settings | {
-        "model": spec.model.model_dump(mode="json"),
+    content = {name: getattr(spec, name) for name in _PLAIN_FIELDS} | {
+        "model": dataclasses.asdict(spec.model),
         "training": spec.training.model_dump(mode="json"),
         "step": step.number,
         "samples": [int(number) for number in step.samples],
         "sample_ids": sample_ids,
     }
     with tempfile.TemporaryDirectory() as folder:
-        save_file({name: value.contiguous() for name, value in weights.items()}, Path(folder) / _WEIGHTS)
-        (Path(folder) / _ABOUT).write_text(json.dumps(about, indent=2))
+        save_file({name: value.contiguous() for name, value in weights.items()}, Path(folder) / _WEIGHTS_FILE)
+        (Path(folder) / _DUMP_FILE).write_text(json.dumps(content, indent=2))
         target.upload_folder(Path(folder))
     return target.uri
 
 
 def replay(folder: StoragePath) -> Iterator[ReplayedSample]:
-    """Each sample of a dumped step, computed alone in fp32. Raises UserError where there is no dump."""
+    """Yield each sample of a dumped step, computed by itself in fp32. Raises UserError where there is no dump."""
     from safetensors.torch import load_file
 
-    if not (folder / _ABOUT).exists():
-        raise UserError(f"{folder}: no dumped step there (no {_ABOUT}); a run that stopped tells its folder")
-    about = json.loads((folder / _ABOUT).read_bytes())
-    spec = _spec(about)
-    llava = build_llava(spec.model, spec.vision, spec.seed, torch.float32)
-    llava.load_state_dict(load_file((folder / _WEIGHTS).local_copy()), strict=False)
+    if not (folder / _DUMP_FILE).exists():
+        raise UserError(f"{folder}: no dumped step there (no {_DUMP_FILE}); the failed run's message names its folder")
+    dump = json.loads((folder / _DUMP_FILE).read_bytes())
+    spec = _read_spec(dump)
+    llava = build_llava(spec.model, spec.seed, torch.float32)
+    llava.load_state_dict(load_file((folder / _WEIGHTS_FILE).local_copy()), strict=False)
     set_trainable(llava, spec.stage, vision=spec.training.vision_lr is not None)
-    loss, blocks, layout = PackLoss(llava), Blocks.at(storage_path(spec.blocks)), pack_collator(spec)
-    for number in about["samples"]:
+    loss_function, blocks, collator = PackLoss(llava), Blocks.open(storage_path(spec.blocks)), build_collator(spec)
+    for number in dump["samples"]:
         sample = blocks[number]
         llava.zero_grad()
-        pack = layout.tensors([sample])
-        value = loss(**vars(pack)) / len(pack.labels)
-        value.backward()
-        gradients = [weight.grad.norm() for weight in llava.parameters() if weight.grad is not None]
-        yield ReplayedSample(number, sample.sample_id, value.item(), torch.stack(gradients).norm().item())
+        pack = collator.collate([sample])
+        loss = loss_function(**vars(pack)) / len(pack.labels)
+        loss.backward()
+        grad_norms = [weight.grad.norm() for weight in llava.parameters() if weight.grad is not None]
+        yield ReplayedSample(number, sample.sample_id, loss.item(), torch.stack(grad_norms).norm().item())
 
 
-def _spec(about: dict) -> TrainSpec:  # type: ignore[type-arg]
-    model = Model.model_validate(about["model"])
-    given = {name: about[name] for name in ("stage", "seed", "blocks", "connector", "image_aspect", "output")}
+def _read_spec(dump: dict[str, Any]) -> TrainSpec:
     return TrainSpec(
-        model=model,
-        vision=resolve_vision(model.vision),
-        language=resolve_language(model.language),
-        training=Training.model_validate(about["training"]),
-        **given,
+        model=TypeAdapter(ResolvedModel).validate_python(dump["model"]),
+        training=Training.model_validate(dump["training"]),
+        **{name: dump[name] for name in _PLAIN_FIELDS},
     )

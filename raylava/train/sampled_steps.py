@@ -1,6 +1,6 @@
-"""A step's work by the size of packs, from some of a run's steps: what the slowest rank computes, and the fullest pack.
+"""The workload of a training step by pack size, estimated from a sample of a run's steps.
 
-Pure functions of lengths and the plan; training and the estimate both weigh ways to train by them.
+Pure functions of sample lengths and the batch plan; training and `raylava estimate` rank execution configs by them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,56 +12,56 @@ import numpy.typing as npt
 from raylava.corpus.blocks import Lengths
 from raylava.perf.flops import StepFlops, step_flops
 from raylava.perf.memory import PackShape, TrainableModel
-from raylava.perf.step_time import JobSpec
+from raylava.perf.step_time import StepWorkload
 from raylava.train.batch_plan import BatchPlan, Pack, pack_batch, worst_case_packs
 
-Samples = npt.NDArray[np.int64]
+SampleNumbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class SampledSteps:
-    """Some steps of a run: their samples, and `global_batch_size`, the most that one has."""
+    """Steps sampled from a run: the sample numbers of each. No step has more than `global_batch_size` samples."""
 
     model: TrainableModel
     lengths: Lengths
-    steps: tuple[Samples, ...]
+    steps: tuple[SampleNumbers, ...]
     global_batch_size: int
 
     @property
     def tokens(self) -> float:
-        """Of a step, the mean."""
+        """Return the mean number of tokens per step."""
         return float(np.mean([self.lengths.length[step].sum() for step in self.steps]))
 
     def flops(self) -> StepFlops:
-        """Of all ranks together in the step that has the median of them."""
-        found = sorted((self._flops(step.tolist()) for step in self.steps), key=lambda one: one.total)
-        return found[len(found) // 2]
+        """Return the FLOPs of the median step, over all ranks."""
+        step_flops = sorted((self._flops(step.tolist()) for step in self.steps), key=lambda flops: flops.total)
+        return step_flops[len(step_flops) // 2]
 
-    def work(self, world_size: int) -> Callable[[int], JobSpec]:
-        """A step's work by the size of packs, on the rank that has most to do: a mean over the steps."""
+    def workload(self, world_size: int) -> Callable[[int], StepWorkload]:
+        """Return a function from max_tokens_per_pack to the mean workload of the slowest rank."""
 
-        def at(max_tokens_per_pack: int) -> JobSpec:
-            found = [
-                self.slowest(pack_batch(step, self.lengths.length, world_size, max_tokens_per_pack))
+        def workload_at(max_tokens_per_pack: int) -> StepWorkload:
+            slowest_ranks = [
+                self.slowest_rank(pack_batch(step, self.lengths.length, world_size, max_tokens_per_pack))
                 for step in self.steps
             ]
-            packs, flops, forward = (np.array([one[part] for one in found], dtype=float) for part in range(3))
-            return JobSpec(
-                load=self._fullest(max_tokens_per_pack),
+            packs, flops, forward = np.array(slowest_ranks, dtype=float).T
+            return StepWorkload(
+                pack_shape=self._worst_case_shape(max_tokens_per_pack),
                 packs=float(packs.mean()),
-                most_packs=int(packs.max()),
+                max_packs=int(packs.max()),
                 flops=float(flops.mean()),
                 body_forward=float(forward.mean()),
                 images=float(self.lengths.images.mean()) * self.global_batch_size / world_size,
             )
 
-        return at
+        return workload_at
 
-    def slowest(self, ranks: list[list[Pack]]) -> tuple[int, float, float]:
-        """Of one step's packs by rank: how many each has; FLOPs of the rank with most, and its body's forward."""
+    def slowest_rank(self, ranks: list[list[Pack]]) -> tuple[int, float, float]:
+        """Return (packs per rank, FLOPs of the rank with the most, forward FLOPs of its language model body)."""
         flops = [self._flops([sample for pack in packs for sample in pack]) for packs in ranks]
-        most = max(flops, key=lambda one: one.total)
-        return len(ranks[0]), most.total, most.body.forward
+        slowest = max(flops, key=lambda rank: rank.total)
+        return len(ranks[0]), slowest.total, slowest.body.forward
 
     def _flops(self, samples: list[int]) -> StepFlops:
         lengths = self.lengths
@@ -70,21 +70,21 @@ class SampledSteps:
             [int(length) for length in lengths.length[samples]],
             int(lengths.images[samples].sum()),
             int(lengths.loss_tokens[samples].sum()),
-            self.model.language,
-            self.model.vision,
+            self.model.trains_language,
+            self.model.trains_vision,
         )
 
-    def _fullest(self, max_tokens_per_pack: int) -> PackShape:
-        """What a pack hardly exceeds, in each respect."""
+    def _worst_case_shape(self, max_tokens_per_pack: int) -> PackShape:
+        """Return the largest tokens, loss tokens and images of any worst-case pack."""
         packs = worst_case_packs(self.lengths, max_tokens_per_pack, self.global_batch_size)
         tokens, loss_tokens, images = (
-            max(int(what[list(pack)].sum()) for pack in packs)
-            for what in (self.lengths.length, self.lengths.loss_tokens, self.lengths.images)
+            max(int(counts[list(pack)].sum()) for pack in packs)
+            for counts in (self.lengths.length, self.lengths.loss_tokens, self.lengths.images)
         )
         return PackShape(tokens, loss_tokens, max(1, images))
 
 
-def sample_steps(plan: BatchPlan, most: int) -> tuple[Samples, ...]:
-    """The samples of so many steps at most, evenly over the run."""
-    numbers: Sequence[int] = np.linspace(0, plan.steps - 1, min(plan.steps, most)).astype(int).tolist()
+def sample_steps(plan: BatchPlan, max_steps: int) -> tuple[SampleNumbers, ...]:
+    """Return the sample numbers of up to `max_steps` steps, evenly spaced over the run."""
+    numbers: Sequence[int] = np.linspace(0, plan.steps - 1, min(plan.steps, max_steps)).astype(int).tolist()
     return tuple(next(plan.from_step(number)).samples for number in numbers)

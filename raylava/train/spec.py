@@ -1,38 +1,35 @@
-"""What one training stage is to do, the same for every worker; what follows from it: its plan and its packs' layout."""
+"""The description of one training stage, the same on every worker, and what follows from it directly."""
 
 from dataclasses import dataclass, field
 
-from raylava.config.recipe import Model, Tracking, Training
+from raylava.config.recipe import StageName, Tracking, Training
 from raylava.corpus.blocks import Blocks
-from raylava.models.llava import StageName
-from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer
+from raylava.models.registry import ResolvedModel, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.train.batch_plan import BatchPlan, ShuffleWindows
 from raylava.train.data_loader import PackCollator
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of the checkpoints that are whole, among them
-CHECKPOINTS = "checkpoints"  # a run's folder within its spec; removed once the result stands
-
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """All that a worker needs, the same for each: settings, where blocks are read, and where the result goes."""
+    """Everything a worker needs: model, settings, the location of the blocks and of the output.
+
+    `connector` is the connector artifact that finetuning starts from; `image_aspect` goes into the exported processor.
+    """
 
     stage: StageName
-    model: Model
-    vision: VisionSpec
-    language: LanguageSpec
+    model: ResolvedModel
     training: Training
     seed: int
     blocks: str
-    connector: str | None  # the connector artifact that finetuning starts from
+    connector: str | None
     image_aspect: str
     output: str
     tracking: Tracking = field(default_factory=Tracking)
 
 
-def epoch_plan(spec: TrainSpec, blocks: Blocks) -> BatchPlan:
-    """The plan that the spec's settings make of a corpus."""
+def build_batch_plan(spec: TrainSpec, blocks: Blocks) -> BatchPlan:
+    """Return the batch plan of a stage over a prepared corpus."""
     training, records = spec.training, blocks.manifest.blocks
     windows = ShuffleWindows(
         tuple(record.rows for record in records),
@@ -42,8 +39,8 @@ def epoch_plan(spec: TrainSpec, blocks: Blocks) -> BatchPlan:
     return BatchPlan(len(blocks), training.global_batch_size, training.epochs, spec.seed, training.max_steps, windows)
 
 
-def pack_collator(spec: TrainSpec) -> PackCollator:
-    """How samples lie in a pack for the spec's tokenizer and vision backbone."""
+def build_collator(spec: TrainSpec) -> PackCollator:
+    """Return the collator for the stage's tokenizer and vision backbone."""
     tokenizer = load_tokenizer(spec.model.language)
-    ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, spec.language.template.begin])
-    return PackCollator(spec.vision, *ids)
+    ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, spec.model.language.template.begin])
+    return PackCollator(spec.model.vision, *ids)

@@ -1,7 +1,7 @@
-"""A training stage without Ray: this process is a rank by itself, or one of those that torchrun started.
+"""The torchrun backend: a training stage without Ray, in this process or in those that torchrun started.
 
-Checkpoints lie in the same folder of the spec as under Ray Train, but neither reads the other's: Ray keeps a list of
-its own. Told to stop (SIGTERM), a run saves first.
+Checkpoints are in the same folder of the artifact as under Ray Train, but neither backend reads the other's, since Ray
+keeps its own list of them. On SIGTERM a run saves a checkpoint before it ends.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ import torch
 import torch.distributed as dist
 
 from raylava.config.recipe import CheckpointConfig, Resources
-from raylava.console import ProgressBar
 from raylava.errors import RunError
+from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import CheckpointRef, Upload
 from raylava.train.engine import read_checkpoint_meta
 from raylava.train.metrics import StepMetrics
-from raylava.train.metrics_logger import summary
-from raylava.train.spec import CHECKPOINTS, TrainSpec
+from raylava.train.spec import TrainSpec
+from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
 
-_DONE = "done-rank-{}.json"  # written after all else of a rank's part
+_DONE_FILE = "done-rank-{}.json"  # written after all other files of a rank
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among those of the run."""
+    """The position of this process among those of the run."""
 
     rank: int
     world_size: int
@@ -44,24 +44,23 @@ class RankInfo:
 
     @classmethod
     def from_environment(cls) -> "RankInfo":
-        """As torchrun says; one rank where it says nothing."""
-        return cls(
-            *(int(os.environ.get(name, plain)) for name, plain in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        )
+        """Read torchrun's variables; without them this is the only rank."""
+        defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        return cls(*(int(os.environ.get(name, default)) for name, default in defaults))
 
 
-def train(spec: TrainSpec, resources: Resources, bar: ProgressBar) -> dict[str, Any] | None:
-    """Run the stage on all ranks, from its last checkpoint if it has one. Returns the metrics on rank 0.
+def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[str, Any] | None:
+    """Train the stage on all ranks, from its latest checkpoint if there is one. Return its metrics on rank 0.
 
-    Raises RunError, on every rank, when the run was told to stop; what it had done is saved then.
+    Raises RunError on every rank after SIGTERM, once a checkpoint is saved.
     """
     ranks = RankInfo.from_environment()
     torch.set_num_threads(resources.cpus_per_worker)
     with _process_group(ranks) as device:
-        host = _TorchrunBackend(spec, ranks, device, bar)
-        Trainer(spec, host, 1e9 * resources.cache_gb).run()
-        host.finish()
-        return summary(storage_path(spec.output)) if ranks.rank == 0 else None
+        backend = _TorchrunBackend(spec, ranks, device, progress)
+        Trainer(spec, backend, 1e9 * resources.cache_gb).run()
+        backend.finish()
+        return summarize_run(storage_path(spec.output)) if ranks.rank == 0 else None
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def _process_group(ranks: RankInfo) -> Iterator[torch.device]:
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed reads it
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
@@ -82,29 +81,32 @@ def _process_group(ranks: RankInfo) -> Iterator[torch.device]:
 
 
 class _TorchrunBackend:
-    """A Host (host.py) of its own means: a thread uploads, rank 0 shows a bar, SIGTERM is the notice."""
+    """A TrainBackend without Ray: a thread uploads checkpoints, rank 0 updates a progress bar, SIGTERM is the
+    preemption notice.
+    """
 
-    def __init__(self, spec: TrainSpec, ranks: RankInfo, device: torch.device, bar: ProgressBar) -> None:
+    def __init__(self, spec: TrainSpec, ranks: RankInfo, device: torch.device, progress: ProgressBar) -> None:
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, device
-        self._settings, self._folder, self._bar = spec.training.checkpoint, storage_path(spec.output) / CHECKPOINTS, bar
+        self._config, self._progress = spec.training.checkpoint, progress
+        self._folder = storage_path(spec.output) / CHECKPOINTS
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
-        self._uploading: Future[None] | None = None
-        self._told = False
-        signal.signal(signal.SIGTERM, self._tell)
+        self._upload: Future[None] | None = None
+        self._stop_requested = False
+        signal.signal(signal.SIGTERM, self._request_stop)
 
-    def _tell(self, *_: Any) -> None:
-        self._told = True
+    def _request_stop(self, *_: Any) -> None:
+        self._stop_requested = True
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[CheckpointRef | None]:
-        """Rank 0 chooses, so that all take the same."""
-        whole = _whole(self._folder) if self.rank == 0 else []
-        chosen = [whole[-1].name if whole else None]
-        dist.broadcast_object_list(chosen, device=self.device)
-        if chosen[0] is None:
+        """Provide the latest complete checkpoint. Rank 0 selects it, so that all ranks load the same."""
+        complete = _complete_checkpoints(self._folder) if self.rank == 0 else []
+        selected = [complete[-1].name if complete else None]
+        dist.broadcast_object_list(selected, device=self.device)
+        if selected[0] is None:
             yield None
             return
-        source = self._folder / chosen[0]
+        source = self._folder / selected[0]
         if source.is_local:
             yield CheckpointRef(Path(source.path), source.uri)
             return
@@ -112,69 +114,69 @@ class _TorchrunBackend:
             source.copy_to(Path(folder))
             yield CheckpointRef(Path(folder), source.uri)
 
-    def save_async(self, folder: Path, cursor: int, loss: float, upload: Upload) -> None:
-        self._wait()
-        target = self._folder / f"step-{cursor:08d}"
-        self._uploading = self._thread.submit(self._bring, folder, target, loss, upload)
-        if self._told:
-            self._wait()
-            raise RunError(
-                f"told to stop; step {cursor} and all before it are saved, the same command goes on from there"
-            )
+    def save_async(self, folder: Path, step: int, loss: float, upload: Upload) -> None:
+        """Upload in the background. Raises RunError after SIGTERM, once the upload is complete."""
+        self._wait_for_upload()
+        target = self._folder / f"step-{step:08d}"
+        self._upload = self._thread.submit(self._upload_part, folder, target, loss, upload)
+        if self._stop_requested:
+            self._wait_for_upload()
+            raise RunError(f"stopped by SIGTERM after step {step} was saved; re-run the same command to resume")
 
-    def _bring(self, folder: Path, target: StoragePath, loss: float, upload: Upload) -> None:
+    def _upload_part(self, folder: Path, target: StoragePath, loss: float, upload: Upload) -> None:
         with contextlib.suppress(FileNotFoundError):
-            (target / _DONE.format(self.rank)).delete()  # of an earlier attempt at the same step
+            (target / _DONE_FILE.format(self.rank)).delete()  # of an earlier attempt at the same step
         upload(folder, target)
-        (target / _DONE.format(self.rank)).write_bytes(json.dumps({"loss": loss}).encode())
+        (target / _DONE_FILE.format(self.rank)).write_bytes(json.dumps({"loss": loss}).encode())
         shutil.rmtree(folder)
         if self.rank == 0:
-            for one in expired_checkpoints(_whole(self._folder), self._settings):
-                one.delete()
+            for checkpoint in expired_checkpoints(_complete_checkpoints(self._folder), self._config):
+                checkpoint.delete()
 
-    def _wait(self) -> None:
-        if self._uploading is not None:
-            self._uploading.result()
+    def _wait_for_upload(self) -> None:
+        if self._upload is not None:
+            self._upload.result()
 
     def preemption_pending(self) -> bool:
-        told = torch.tensor([float(self._told)], device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        self._told = bool(told.item())
-        return self._told
+        stop_requested = torch.tensor([float(self._stop_requested)], device=self.device)
+        dist.all_reduce(stop_requested, dist.ReduceOp.MAX)
+        self._stop_requested = bool(stop_requested.item())
+        return self._stop_requested
 
-    def heartbeat(self, step: int, doing: str) -> None:
-        """Nobody watches but the person at the bar."""
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Do nothing; no other process monitors the ranks."""
 
     def report(self, metrics: StepMetrics, steps: int) -> None:
-        self._bar.update(metrics.step + 1, steps, **metrics.shown())
+        self._progress.update(metrics.step + 1, steps, **metrics.progress_metrics())
 
     def finish(self) -> None:
-        """The result is written: no checkpoint is needed any more."""
-        self._wait()
+        """Remove the checkpoints once the result is written."""
+        self._wait_for_upload()
         dist.barrier()
         if self.rank == 0:
             self._folder.delete()
 
 
-def _whole(folder: StoragePath) -> list[StoragePath]:
-    """The checkpoints that all ranks have finished, oldest first."""
-    return [one for one in folder.children() if _is_whole(one)]
+def _complete_checkpoints(folder: StoragePath) -> list[StoragePath]:
+    """List the checkpoints that all ranks have finished, oldest first."""
+    return [checkpoint for checkpoint in folder.children() if _is_complete(checkpoint)]
 
 
-def _is_whole(checkpoint: StoragePath) -> bool:
+def _is_complete(checkpoint: StoragePath) -> bool:
     try:
         world_size = read_checkpoint_meta(checkpoint).world_size
     except FileNotFoundError:
         return False
-    return all((checkpoint / _DONE.format(rank)).exists() for rank in range(world_size))
+    return all((checkpoint / _DONE_FILE.format(rank)).exists() for rank in range(world_size))
 
 
-def expired_checkpoints(whole: list[StoragePath], settings: CheckpointConfig) -> list[StoragePath]:
-    """Of whole checkpoints, oldest first, those that need not be kept: the newest always is, and the best or the
-    newest others up to `settings.keep_latest`.
+def expired_checkpoints(complete: list[StoragePath], config: CheckpointConfig) -> list[StoragePath]:
+    """Return the checkpoints to delete, given all complete ones, oldest first.
+
+    The newest is always kept, and the best or the newest of the others up to `config.keep_latest` in total.
     """
-    newest, older = whole[-1:], whole[:-1]
-    if settings.keep_best:
-        older = sorted(older, key=lambda one: -json.loads((one / _DONE.format(0)).read_bytes())["loss"])
-    spared = settings.keep_latest - len(newest)
-    return older[: max(0, len(older) - spared)]
+    newest, older = complete[-1:], complete[:-1]
+    if config.keep_best:
+        older = sorted(older, key=lambda path: -json.loads((path / _DONE_FILE.format(0)).read_bytes())["loss"])
+    kept_older = config.keep_latest - len(newest)
+    return older[: max(0, len(older) - kept_older)]

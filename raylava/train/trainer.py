@@ -1,6 +1,6 @@
-"""One rank's way through the plan: feed → engine → ledger, metrics, checkpoints. Knows nothing of Ray.
+"""The training loop of one rank: data loader → engine → step log, metrics, checkpoints. Independent of Ray.
 
-Every rank runs the same number of steps and packs; rank 0 keeps the ledger and tells how far it is.
+Every rank runs the same number of steps and packs. Rank 0 writes the step log and reports metrics.
 """
 
 import logging
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from raylava.corpus.block_cache import cached_blocks
+from raylava.corpus.block_cache import open_blocks
 from raylava.errors import RunError
-from raylava.models.export import publish
+from raylava.models.export import export_model
 from raylava.models.llava import CONNECTOR_FILE, build_llava, load_connector
-from raylava.models.registry import load_tokenizer
-from raylava.perf.shapes import shape_of
+from raylava.perf.shapes import shape_from_config
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, TrainBackend
@@ -26,125 +25,136 @@ from raylava.train.data_loader import PackedDataLoader, StepBatch
 from raylava.train.engine import DTYPES, Engine, StepResult, read_checkpoint_meta
 from raylava.train.metrics import ThroughputMeter
 from raylava.train.metrics_logger import MetricsLogger
-from raylava.train.replay import dump
-from raylava.train.spec import TrainSpec, epoch_plan, pack_collator
+from raylava.train.replay import dump_step
+from raylava.train.spec import TrainSpec, build_batch_plan, build_collator
 from raylava.train.step_log import STEP_LOG, StepLog
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One rank's run of one training stage. All ranks take every turn together."""
+    """Runs one training stage on one rank. All ranks call the same methods in the same order."""
 
     def __init__(self, spec: TrainSpec, backend: TrainBackend, cache_bytes: float) -> None:
         self._spec, self._backend = spec, backend
-        self._blocks = cached_blocks(storage_path(spec.blocks), cache_bytes)
-        self._plan = epoch_plan(spec, self._blocks)
-        self._layout = pack_collator(spec)
+        self._blocks = open_blocks(storage_path(spec.blocks), cache_bytes)
+        self._plan = build_batch_plan(spec, self._blocks)
+        self._collator = build_collator(spec)
         training = spec.training
-        llava = build_llava(
-            spec.model, spec.vision, spec.seed, DTYPES[training.precision], training.attn_implementation
-        )
+        self._llava = build_llava(spec.model, spec.seed, DTYPES[training.precision], training.attn_implementation)
         if spec.connector:
-            load_connector(llava, spec.connector)
-        self._llava, self._shape = llava, shape_of(llava.config)
-        self._ledger = StepLog()
-        self._saver = CheckpointManager(spec, self._plan.steps, backend)
-        self._skipped = 0
+            load_connector(self._llava, spec.connector)
+        self._shape = shape_from_config(self._llava.config)
+        self._step_log = StepLog()
+        self._checkpoints = CheckpointManager(spec, self._plan.steps, backend)
+        self._consecutive_skips = 0
 
     def run(self) -> None:
-        """From the last checkpoint, or the start, to the result."""
-        with self._backend.last_checkpoint() as kept:
-            self._resolve_auto(kept)
-            first = self._resume(kept)
-        if first < self._plan.steps:
+        """Train from the latest checkpoint, or from the start, and write the result."""
+        with self._backend.last_checkpoint() as checkpoint:
+            self._build_engine(checkpoint)
+            first_step = self._resume(checkpoint)
+        if first_step < self._plan.steps:
             self._memory_dry_run()
-        telemetry = self._telemetry(first) if self._backend.rank == 0 else None
-        self._train(first, telemetry)
-        if telemetry is not None:
-            telemetry.close()
-        _write_result(self._spec, self._engine, self._ledger)
+        metrics_logger = self._build_metrics_logger(first_step) if self._backend.rank == 0 else None
+        self._train(first_step, metrics_logger)
+        if metrics_logger is not None:
+            metrics_logger.close()
+        _write_result(self._spec, self._engine, self._step_log)
 
-    def _resolve_auto(self, kept: CheckpointRef | None) -> None:
-        """Choose what the recipe leaves open, and build the engine with it."""
+    def _build_engine(self, checkpoint: CheckpointRef | None) -> None:
+        """Resolve the `auto` settings, and build the engine and the throughput meter with them."""
         spec, backend = self._spec, self._backend
         resolver = AutoResolver(spec.stage, self._shape, self._blocks.lengths, self._plan, backend.device)
-        resolved = resolver.resolve_auto(
-            spec.training, read_checkpoint_meta(storage_path(kept.folder)).zero_stage if kept else None
+        saved_zero_stage = read_checkpoint_meta(storage_path(checkpoint.folder)).zero_stage if checkpoint else None
+        resolved = resolver.resolve_auto(spec.training, saved_zero_stage)
+        self._advice, self._max_tokens_per_pack = resolved.advice, resolved.candidate.config.max_tokens_per_pack
+        self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device)
+        self._meter = ThroughputMeter(
+            self._shape,
+            self._blocks.lengths,
+            resolved.training,
+            language=spec.stage == "finetune",
+            device=backend.device,
+            world_size=backend.world_size,
         )
-        self._training, self._advice = resolved.training, resolved.advice
-        self._pack_tokens = resolved.option.way.max_tokens_per_pack
-        self._engine = Engine(self._llava, spec.stage, self._training, self._plan.steps, backend.device)
 
-    def _resume(self, kept: CheckpointRef | None) -> int:
-        """The next step."""
-        if kept is None:
+    def _resume(self, checkpoint: CheckpointRef | None) -> int:
+        """Load the checkpoint, if there is one; return the next step."""
+        if checkpoint is None:
             return 0
-        step = self._engine.load(kept.folder)
+        step = self._engine.load(checkpoint.folder)
         if self._backend.rank == 0:
-            self._ledger = StepLog((kept.folder / STEP_LOG).read_text())
-        self._saver.resumed(kept.uri, step)
+            self._step_log = StepLog((checkpoint.folder / STEP_LOG).read_text())
+        self._checkpoints.resume_from(checkpoint.uri, step)
         logger.info("resumed at step %d", step)
         return step
 
     def _memory_dry_run(self) -> None:
-        """The largest packs once, so that memory gives out now or never."""
-        packs = worst_case_packs(self._blocks.lengths, self._pack_tokens, self._spec.training.global_batch_size)
-        tensors = [self._layout.tensors([self._blocks[number] for number in pack]) for pack in packs]
+        """Compute the worst-case packs once, so that a run that does not fit fails before its first step."""
+        global_batch_size = self._spec.training.global_batch_size
+        packs = worst_case_packs(self._blocks.lengths, self._max_tokens_per_pack, global_batch_size)
+        tensors = [self._collator.collate([self._blocks[number] for number in pack]) for pack in packs]
         self._engine.memory_dry_run(tensors, self._advice)
 
-    def _telemetry(self, first: int) -> MetricsLogger:
-        spec, backend = self._spec, self._backend
-        language = spec.stage == "finetune"
-        meter = ThroughputMeter(
-            self._shape, self._blocks.lengths, self._training, language, backend.device, backend.world_size
-        )
-        settings = spec.training.fingerprint_fields() | {"stage": spec.stage, "world_size": backend.world_size}
-        return MetricsLogger(storage_path(spec.output), first, meter, spec.tracking, settings)
+    def _build_metrics_logger(self, first_step: int) -> MetricsLogger:
+        spec = self._spec
+        settings = spec.training.fingerprint_fields() | {"stage": spec.stage, "world_size": self._backend.world_size}
+        return MetricsLogger(storage_path(spec.output), first_step, spec.tracking, settings)
 
-    def _train(self, first: int, telemetry: MetricsLogger | None) -> None:
+    def _train(self, first_step: int, metrics_logger: MetricsLogger | None) -> None:
         backend = self._backend
-        feed = PackedDataLoader(
-            self._blocks, self._plan, self._layout, backend.rank, backend.world_size, self._pack_tokens, first
+        loader = PackedDataLoader(
+            self._blocks,
+            self._plan,
+            self._collator,
+            backend.rank,
+            backend.world_size,
+            self._max_tokens_per_pack,
+            first_step,
         )
-        saving = 0.0
-        backend.heartbeat(first, LOADING)
-        asked = time.monotonic()
-        for work in feed:
-            waited = time.monotonic() - asked
-            backend.heartbeat(work.step.number, COMPUTING)
-            result = self._engine.step(work.step.number, work.packs, work.loss_tokens)
-            if telemetry is not None:
-                self._ledger.add(work, result, backend.world_size)
-                backend.report(telemetry.add(work, result, waited, saving), self._plan.steps)
-            self._check_finite(work, result)
-            saving = self._save_if_due(work.step.number + 1, result)
-            backend.heartbeat(work.step.number + 1, LOADING)
-            asked = time.monotonic()
+        checkpoint_stall_s = 0.0
+        backend.heartbeat(first_step, LOADING)
+        waiting_since = time.monotonic()
+        for batch in loader:
+            data_wait_s = time.monotonic() - waiting_since
+            backend.heartbeat(batch.step.number, COMPUTING)
+            result = self._engine.step(batch.step.number, batch.packs, batch.loss_tokens)
+            if metrics_logger is not None:
+                self._step_log.add(batch, result, backend.world_size)
+                metrics = self._meter.measure(batch, result, data_wait_s, checkpoint_stall_s)
+                metrics_logger.add(metrics)
+                backend.report(metrics, self._plan.steps)
+            self._check_finite(batch, result)
+            checkpoint_stall_s = self._save_if_due(batch.step.number + 1, result)
+            backend.heartbeat(batch.step.number + 1, LOADING)
+            waiting_since = time.monotonic()
 
-    def _save_if_due(self, cursor: int, result: StepResult) -> float:
-        """The seconds that it took."""
-        self._saver.record_loss(result)
-        if not self._saver.should_save(cursor):
+    def _save_if_due(self, next_step: int, result: StepResult) -> float:
+        """Save a checkpoint if one is due; return the seconds that training stood still."""
+        self._checkpoints.record_loss(result)
+        if not self._checkpoints.should_save(next_step):
             return 0.0
-        self._backend.heartbeat(cursor, SAVING)
-        return self._saver.save(self._engine, self._ledger, cursor)
+        self._backend.heartbeat(next_step, SAVING)
+        return self._checkpoints.save(self._engine, self._step_log, next_step)
 
-    def _check_finite(self, work: StepBatch, result: StepResult) -> None:
-        self._skipped = self._skipped + 1 if result.skipped else 0
+    def _check_finite(self, batch: StepBatch, result: StepResult) -> None:
+        """End the run after too many consecutive skipped steps. Raises RunError."""
+        self._consecutive_skips = self._consecutive_skips + 1 if result.skipped else 0
         if result.skipped and self._backend.rank == 0:
-            logger.warning("step %d was skipped: its loss or a gradient is not finite", work.step.number)
-        if self._skipped < self._spec.training.max_consecutive_skips:
+            logger.warning("step %d was skipped: its loss or a gradient is not finite", batch.step.number)
+        if self._consecutive_skips < self._spec.training.max_consecutive_skips:
             return
-        where = dump(self._spec, self._engine, work.step, [self._blocks[n].sample_id for n in work.step.samples])
+        sample_ids = [self._blocks[number].sample_id for number in batch.step.samples]
+        folder = dump_step(self._spec, self._engine, batch.step, sample_ids)
         raise RunError(
-            f"{self._skipped} steps in a row were not finite, the last is step {work.step.number}; "
-            f"look at its samples with `raylava replay {where}`, then lower lr or mend them"
+            f"{self._consecutive_skips} consecutive steps had a non-finite loss or gradient, the last is step "
+            f"{batch.step.number}; inspect its samples with `raylava replay {folder}`, then lower lr or fix them"
         )
 
 
-def _write_result(spec: TrainSpec, engine: Engine, ledger: StepLog) -> None:
-    """The stage's product, written by rank 0 to where the artifact will be."""
+def _write_result(spec: TrainSpec, engine: Engine, step_log: StepLog) -> None:
+    """Write the stage's result to the artifact's folder. Called by all ranks; rank 0 writes."""
     weights = engine.weights(only_trained=spec.stage == "pretrain")
     if weights is None:
         return
@@ -153,16 +163,8 @@ def _write_result(spec: TrainSpec, engine: Engine, ledger: StepLog) -> None:
         if spec.stage == "pretrain":
             _write_connector(weights, folder)
         else:
-            publish(
-                engine.llava,
-                weights,
-                load_tokenizer(spec.model.language),
-                spec.vision,
-                spec.language,
-                spec.image_aspect,
-                folder,
-            )
-        (folder / STEP_LOG).write_text(ledger.text())
+            export_model(engine.llava, weights, spec.model, spec.image_aspect, folder)
+        (folder / STEP_LOG).write_text(step_log.text())
         storage_path(spec.output).upload_folder(folder)
     finally:
         shutil.rmtree(folder)

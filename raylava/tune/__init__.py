@@ -1,8 +1,8 @@
-"""Many recipes at once: every variant of an experiment, under Ray Tune, each piece of work done once.
+"""Sweeps and searches: all variants of an experiment under Ray Tune, each distinct stage built once.
 
-`sweep` is the sweep's file: a base recipe, axes, seeds, a search; `variants` crosses them (pure); `plan` says which
-stages trials have in common and what is there already. `runner` is the driver's side: `searcher` is what Tune asks for
-the next trial, `study` remembers what a search tried, `trial` walks one variant's stages within Tune and tells `board`
-how far it is. `findings` reads what came of it (`outcome` is how trials end, `effects` what a level buys and how sure
-one may be), `report`, `page` and `table` show it, `published` is what the paper had.
+Configuration and planning: `sweep` is the typed sweep file, `variants` expands it into recipes (pure), `sweep_plan`
+determines which stages variants share and which artifacts exist. Execution: `runner` is the driver, `searcher` connects
+it to Ray Tune, `study` stores the trials of a search, `trial` runs the stages of one variant and reports to the
+`tracker`. Results: `results` reads the artifacts, `effects` estimates what each level contributes, `report`,
+`html_report` and `tables` present them, `published_scores` holds the paper's results.
 """

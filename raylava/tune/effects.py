@@ -1,8 +1,8 @@
-"""What a level of an axis buys, with an interval that counts both questions and runs as samples. Pure functions.
+"""Effect of each level of an axis on a benchmark's score, with a confidence interval. Pure functions.
 
-Variants that differ in one axis alone are paired, seed by seed; the effect is the mean over pairs and questions of the
-difference in right answers. The interval is a paired bootstrap over both (Efron & Tibshirani 1993; over questions as in
-Koehn 2004): with few pairs it is wide, as it should be.
+Variants that differ in a single axis are paired, seed by seed; the effect is the mean difference of their scores over
+pairs and questions. The interval is a paired bootstrap that resamples both runs and questions (Efron & Tibshirani 1993;
+over questions as in Koehn 2004), so that few pairs give a wide interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,21 +15,24 @@ from raylava.evaluate.metrics.score_table import paired_interval
 
 
 @dataclass(frozen=True)
-class Graded:
-    """One variant's answers to one benchmark: what each earned (0 to 1), by question id."""
+class GradedVariant:
+    """One variant's scores (0 to 1) on the questions of one benchmark, by question id."""
 
     levels: Mapping[str, str]
     seed: int | None
-    credit: Mapping[str, float]
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What `level` of `axis` gives over `against`, as a share of the questions, with its 95 % interval."""
+    """Mean score difference of `level` of `axis` to `reference_level`, with its 95 % interval (`low` to `high`).
+
+    Differences are fractions (0.01 is one percentage point). `pairs` and `questions` are the sizes of the sample.
+    """
 
     axis: str
     level: str
-    against: str
+    reference_level: str
     difference: float
     low: float
     high: float
@@ -41,41 +44,51 @@ class Effect:
         return self.low <= 0.0 <= self.high
 
 
-def effects(graded: Sequence[Graded], axes: Mapping[str, Sequence[str]]) -> list[Effect]:
-    """For each axis, each of its levels against the first; levels without a pair of variants are left out.
+def estimate_effects(variants: Sequence[GradedVariant], axes: Mapping[str, Sequence[str]]) -> list[Effect]:
+    """Return, for each axis, the effect of each level relative to the axis's first level.
 
-    Raises ValueError when variants answered different questions.
+    Levels without a pair of variants are omitted. Raises ValueError when paired variants answered different questions.
     """
-    found = []
-    for axis, (first, *others) in axes.items():
-        for level in others:
-            pairs = _pairs(graded, axis, level, first)
+    effects = []
+    for axis, (reference_level, *levels) in axes.items():
+        for level in levels:
+            pairs = _pair_variants(variants, axis, level, reference_level)
             if pairs:
-                found.append(_effect(axis, level, first, pairs))
-    return found
+                effects.append(_estimate_effect(axis, level, reference_level, pairs))
+    return effects
 
 
-def _pairs(graded: Sequence[Graded], axis: str, level: str, against: str) -> list[tuple[Graded, Graded]]:
-    others = {_rest(one, axis): one for one in graded if one.levels[axis] == against}
+def _pair_variants(
+    variants: Sequence[GradedVariant], axis: str, level: str, reference_level: str
+) -> list[tuple[GradedVariant, GradedVariant]]:
+    """Return (variant, reference) pairs that differ only in `axis`."""
+    references = {
+        _other_settings(variant, axis): variant for variant in variants if variant.levels[axis] == reference_level
+    }
     return [
-        (one, others[_rest(one, axis)]) for one in graded if one.levels[axis] == level and _rest(one, axis) in others
+        (variant, references[_other_settings(variant, axis)])
+        for variant in variants
+        if variant.levels[axis] == level and _other_settings(variant, axis) in references
     ]
 
 
-def _rest(one: Graded, axis: str) -> tuple[object, ...]:
-    return (one.seed, *(level for name, level in one.levels.items() if name != axis))
+def _other_settings(variant: GradedVariant, axis: str) -> tuple[object, ...]:
+    """Return the seed and the levels of all axes except `axis`."""
+    return (variant.seed, *(level for name, level in variant.levels.items() if name != axis))
 
 
-def _effect(axis: str, level: str, against: str, pairs: list[tuple[Graded, Graded]]) -> Effect:
-    differences = np.stack([_differences(one, other) for one, other in pairs])
+def _estimate_effect(
+    axis: str, level: str, reference_level: str, pairs: list[tuple[GradedVariant, GradedVariant]]
+) -> Effect:
+    differences = np.stack([_score_differences(variant, reference) for variant, reference in pairs])
     low, high = paired_interval(differences)
-    count, questions = differences.shape
-    return Effect(axis, level, against, float(differences.mean()), low, high, count, questions)
+    pair_count, question_count = differences.shape
+    return Effect(axis, level, reference_level, float(differences.mean()), low, high, pair_count, question_count)
 
 
-def _differences(one: Graded, other: Graded) -> npt.NDArray[np.float64]:
-    """By question, what the one earned more than the other."""
-    if one.credit.keys() != other.credit.keys():
-        apart = sorted(one.credit.keys() ^ other.credit.keys())
-        raise ValueError(f"variants answered different questions: {', '.join(apart[:3])}")
-    return np.array([float(credit) - float(other.credit[name]) for name, credit in one.credit.items()])
+def _score_differences(variant: GradedVariant, reference: GradedVariant) -> npt.NDArray[np.float64]:
+    """Return the variant's score minus the reference's for each question, shape (questions,)."""
+    if variant.scores.keys() != reference.scores.keys():
+        unmatched = sorted(variant.scores.keys() ^ reference.scores.keys())
+        raise ValueError(f"variants answered different questions: {', '.join(unmatched[:3])}")
+    return np.array([float(score) - float(reference.scores[name]) for name, score in variant.scores.items()])

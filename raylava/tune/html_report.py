@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: its Markdown rendered, and plots (plotly; Optuna's own for searches)."""
+"""The report as one self-contained HTML page: its Markdown rendered, with plots by plotly and, for searches, Optuna."""
 
 import html
 import re
@@ -11,78 +11,80 @@ from markdown_it import MarkdownIt
 from optuna.trial import create_trial
 
 from raylava.tune.effects import Effect
-from raylava.tune.records import TrialRecord
-from raylava.tune.results import Row, SweepResults
-from raylava.tune.study import RUNGS, distribution
-from raylava.tune.sweep import Search
+from raylava.tune.results import SweepResults, TrialRow
+from raylava.tune.study import RUNGS, distributions
+from raylava.tune.sweep import SearchConfig
+from raylava.tune.variants import TrialRecord
 
-COMMANDS, CURVES, SEARCH = "To make a row again", "Finetuning loss", "Search"  # titles of the report's sections
+# Titles of the report's sections.
+COMMANDS_TITLE, CURVES_TITLE, SEARCH_TITLE = "Commands to reproduce each row", "Finetuning loss", "Search"
 
 _INK, _ACCENT, _MUTED = "#1d1d22", "#3454d1", "#8a8a96"
 _COLOURS = ("#3454d1", "#d1495b", "#2a9d8f", "#e09f3e", "#7b2d8b", "#5c677d", "#9c6644", "#00798c")
 _HEIGHT = 360  # pixels
-_ENOUGH = 4  # trials without which a plot of parameters says nothing
+_MIN_TRIALS = 4  # with fewer trials, plots of searched settings are omitted
 
 
-def page(findings: SweepResults, text: str) -> str:
-    """The whole page; opens without network. `text` is the report's Markdown: each section gets its plots below it."""
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    plots = _Plots()
+def render_html(results: SweepResults, markdown: str) -> str:
+    """Return the report as an HTML page that opens without network access; each section is followed by its plots."""
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
+    plots = _PlotRenderer()
     body = []
-    for section in re.split(r"(?=<h2>)", markdown.render(text)):
+    for section in re.split(r"(?=<h2>)", renderer.render(markdown)):
         title, _, rest = section.removeprefix("<h2>").partition("</h2>")
-        if title == COMMANDS:
+        if title == COMMANDS_TITLE:
             body.append(f"<details><summary>{title}</summary>{rest}</details>")
         else:
-            body += [section, *(plots.html(*one) for one in _figures(findings, html.unescape(title)))]
-    return _TOP.format(title=html.escape(findings.sweep.name)) + "\n".join(body) + "</html>\n"
+            body.append(section)
+            body += [plots.html(caption, figure) for caption, figure in _plots(results, html.unescape(title))]
+    return _PAGE_HEAD.format(title=html.escape(results.sweep.name)) + "\n".join(body) + "</html>\n"
 
 
-class _Plots:
-    """Figures as HTML; the first brings plotly's own script along."""
+class _PlotRenderer:
+    """Renders plots as HTML; the first one embeds plotly's script."""
 
     def __init__(self) -> None:
-        self._script = True
+        self._embed_script = True
 
     def html(self, caption: str, figure: go.Figure) -> str:
-        plot = figure.to_html(full_html=False, include_plotlyjs=self._script, config={"displayModeBar": False})
-        self._script = False
+        plot = figure.to_html(full_html=False, include_plotlyjs=self._embed_script, config={"displayModeBar": False})
+        self._embed_script = False
         return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _figures(findings: SweepResults, section: str) -> Iterator[tuple[str, go.Figure]]:
-    """(caption, figure) for a section of the report; those that have nothing to show are left out."""
-    if section in findings.benchmarks:
-        found = findings.effects(section)
-        if found:
+def _plots(results: SweepResults, section: str) -> Iterator[tuple[str, go.Figure]]:
+    """Yield (caption, figure) for each plot of a section of the report; plots without data are omitted."""
+    if section in results.benchmarks:
+        effects = results.effects(section)
+        if effects:
             yield (
-                "What each level buys, with 95 % intervals over runs and questions; grey where one spans zero",
-                _forest(found),
+                "Effect of each level, with 95 % intervals over runs and questions; grey if the interval spans zero",
+                _effects_plot(effects),
             )
-            yield "Every run, by cell", _runs(findings, section)
-    elif section == CURVES:
+            yield "Score of each run, by cell", _scores_plot(results, section)
+    elif section == CURVES_TITLE:
         yield (
-            "A line a run; means of neighbouring steps; pale where a run was stopped early",
-            _curves(list(findings.curves())),
+            "One line per run, averaged over consecutive steps; pale if the run was stopped early",
+            _curves_plot(list(results.loss_curves())),
         )
-    elif section == SEARCH and findings.sweep.search:
-        yield from _searched(findings, findings.sweep.search)
+    elif section == SEARCH_TITLE and results.sweep.search:
+        yield from _search_plots(results, results.sweep.search)
 
 
-def _forest(found: list[Effect]) -> go.Figure:
-    """Differences and their intervals, a line each."""
-    names = [f"{one.axis}: {one.level} instead of {one.against}" for one in found]
+def _effects_plot(effects: list[Effect]) -> go.Figure:
+    """Return a forest plot: one line per effect with its interval."""
+    names = [f"{effect.axis}: {effect.level} instead of {effect.reference_level}" for effect in effects]
     figure = go.Figure(
         go.Scatter(
-            x=[one.difference for one in found],
+            x=[effect.difference for effect in effects],
             y=names,
             mode="markers",
-            marker={"size": 12, "color": [_MUTED if one.spans_zero else _ACCENT for one in found]},
+            marker={"size": 12, "color": [_MUTED if effect.spans_zero else _ACCENT for effect in effects]},
             error_x={
                 "type": "data",
                 "symmetric": False,
-                "array": [one.high - one.difference for one in found],
-                "arrayminus": [one.difference - one.low for one in found],
+                "array": [effect.high - effect.difference for effect in effects],
+                "arrayminus": [effect.difference - effect.low for effect in effects],
                 "color": _INK,
                 "thickness": 1.5,
             },
@@ -90,31 +92,32 @@ def _forest(found: list[Effect]) -> go.Figure:
     )
     figure.add_vline(x=0, line={"color": _MUTED, "dash": "dot"})
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, "difference in the share of right answers", "", height=120 + 50 * len(found))
+    return _styled(figure, "difference in the fraction of correct answers", "", height=120 + 50 * len(effects))
 
 
-def _runs(findings: SweepResults, benchmark: str) -> go.Figure:
-    """A point a run."""
-    rows = [row for row in findings.chosen if benchmark in row.scores]
+def _scores_plot(results: SweepResults, benchmark: str) -> go.Figure:
+    """Return a plot with one point per run."""
+    rows = [row for row in results.best_rows if benchmark in row.scores]
     figure = go.Figure(
         go.Scatter(
             x=[row.scores[benchmark] for row in rows],
             y=[" · ".join(row.levels) or "the only cell" for row in rows],
-            text=[row.ended.variant.name for row in rows],
+            text=[row.trial.variant.name for row in rows],
             mode="markers",
             marker={"size": 11, "color": _ACCENT, "opacity": 0.75},
         )
     )
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, findings.headline(benchmark), "", height=120 + 34 * len({row.levels for row in rows}))
+    height = 120 + 34 * len({row.levels for row in rows})
+    return _styled(figure, results.headline_metric(benchmark), "", height=height)
 
 
-def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Figure:
-    """A colour a cell, or a trial's when there are no cells."""
+def _curves_plot(curves: list[tuple[TrialRow, list[tuple[int, float]]]]) -> go.Figure:
+    """Return the loss curves, one colour per cell, or per trial if the sweep has no axes."""
     figure = go.Figure()
-    cells = list(dict.fromkeys(row.levels or (row.ended.variant.name,) for row, _ in curves))
+    cells = list(dict.fromkeys(row.levels or (row.trial.variant.name,) for row, _ in curves))
     for row, points in curves:
-        cell = row.levels or (row.ended.variant.name,)
+        cell = row.levels or (row.trial.variant.name,)
         figure.add_scatter(
             x=[step for step, _ in points],
             y=[loss for _, loss in points],
@@ -122,56 +125,58 @@ def _curves(curves: list[tuple[Row, list[tuple[int, float]]]]) -> go.Figure:
             legendgroup=" · ".join(cell),
             showlegend=cell not in {trace.meta for trace in figure.data},
             meta=cell,
-            text=row.ended.variant.name,
+            text=row.trial.variant.name,
             line={"color": _COLOURS[cells.index(cell) % len(_COLOURS)], "width": 1.5},
-            opacity=0.45 if row.ended.how == "stopped" else 0.9,
+            opacity=0.45 if row.trial.outcome == "stopped" else 0.9,
         )
     figure.update_yaxes(type="log")
     return _styled(figure, "step", "loss", height=_HEIGHT + 60)
 
 
-def _searched(findings: SweepResults, search: Search) -> Iterator[tuple[str, go.Figure]]:
-    """Optuna's own plots of each variant's study, for each objective."""
+def _search_plots(results: SweepResults, search: SearchConfig) -> Iterator[tuple[str, go.Figure]]:
+    """Yield Optuna's plots of each variant's study, for each compared value."""
     studies: dict[str, list[TrialRecord]] = defaultdict(list)
-    for row in findings.rows:
-        seed = "" if row.ended.variant.seed is None else f" seed {row.ended.variant.seed}"
-        if row.ended.tried:
-            studies[f"{' · '.join(row.levels)}{seed}: ".removeprefix(": ")].append(row.ended.tried)
-    for name, tried in studies.items():
-        for caption, values in _weighed(search, tried):
-            if len(values) >= _ENOUGH:
-                yield from _plots_of(search, f"{name}{caption}", values)
+    for row in results.rows:
+        seed = "" if row.trial.variant.seed is None else f" seed {row.trial.variant.seed}"
+        if row.trial.record:
+            studies[f"{' · '.join(row.levels)}{seed}: ".removeprefix(": ")].append(row.trial.record)
+    for prefix, trials in studies.items():
+        for name, valued_trials in _compared_values(search, trials):
+            if len(valued_trials) >= _MIN_TRIALS:
+                yield from _study_plots(search, f"{prefix}{name}", valued_trials)
 
 
-Weighed = list[tuple[TrialRecord, float]]
+ValuedTrials = list[tuple[TrialRecord, float]]
 
 
-def _weighed(search: Search, tried: list[TrialRecord]) -> Iterator[tuple[str, Weighed]]:
-    """What trials are compared by: the objectives, of those that reached them; early losses, of those stopped too."""
+def _compared_values(search: SearchConfig, trials: list[TrialRecord]) -> Iterator[tuple[str, ValuedTrials]]:
+    """Yield (name, trials with values) for each objective and, with ASHA, for the loss at the first rung.
+
+    Objectives exist only for finished trials, the loss at the first rung also for those that were stopped.
+    """
     for objective in search.objective:
-        yield objective, [(one, one.values[objective]) for one in tried if objective in one.values]
+        yield objective, [(trial, trial.objectives[objective]) for trial in trials if objective in trial.objectives]
     if search.asha:
-        first = round(RUNGS * search.asha.grace)
-        caption = f"loss after {100 * first // RUNGS} % of finetuning"
-        yield caption, [(one, one.losses[first]) for one in tried if first in one.losses]
+        first_rung = round(RUNGS * search.asha.grace)
+        name = f"loss after {100 * first_rung // RUNGS} % of finetuning"
+        yield name, [(trial, trial.losses[first_rung]) for trial in trials if first_rung in trial.losses]
 
 
-def _plots_of(search: Search, caption: str, weighed: Weighed) -> Iterator[tuple[str, go.Figure]]:
+def _study_plots(search: SearchConfig, caption: str, valued_trials: ValuedTrials) -> Iterator[tuple[str, go.Figure]]:
     study = optuna.create_study()
-    space = {key: distribution(one) for key, one in search.space.items()}
-    for one, value in weighed:
-        study.add_trial(create_trial(params=dict(one.settings), distributions=space, value=value))
+    space = distributions(search)
+    for trial, value in valued_trials:
+        study.add_trial(create_trial(params=dict(trial.settings), distributions=space, value=value))
     plots, name = optuna.visualization, caption.rpartition(": ")[2]
-    yield f"{caption}, trials by their settings", _styled(plots.plot_parallel_coordinate(study, target_name=name))
+    yield f"{caption}: trials by their settings", _styled(plots.plot_parallel_coordinate(study, target_name=name))
     if len(search.space) > 1:
         figure = plots.plot_param_importances(study, target_name=name)
-        yield (
-            f"{caption}: the share of its differences that each setting explains (fANOVA)",
-            _styled(figure, height=240),
-        )
+        yield f"{caption}: fraction of the variance explained by each setting (fANOVA)", _styled(figure, height=240)
 
 
-def _styled(figure: go.Figure, across: str | None = None, up: str | None = None, height: int = _HEIGHT) -> go.Figure:
+def _styled(
+    figure: go.Figure, x_title: str | None = None, y_title: str | None = None, height: int = _HEIGHT
+) -> go.Figure:
     figure.update_layout(
         template="simple_white",
         height=height,
@@ -179,13 +184,13 @@ def _styled(figure: go.Figure, across: str | None = None, up: str | None = None,
         font={"family": "system-ui, sans-serif", "size": 14, "color": _INK},
         title=None,
     )
-    if across is not None:
-        figure.update_xaxes(title=across, automargin=True)
-        figure.update_yaxes(title=up, automargin=True)
+    if x_title is not None:
+        figure.update_xaxes(title=x_title, automargin=True)
+        figure.update_yaxes(title=y_title, automargin=True)
     return figure
 
 
-_TOP = """<!doctype html>
+_PAGE_HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>raylava sweep: {title}</title>
 <style>

@@ -1,16 +1,16 @@
-"""The table that the paper published (Hinck et al. 2024, LLaVA-Gemma, arXiv:2404.01331): one run a cell, no intervals.
+"""Scores published in the paper (Hinck et al. 2024, LLaVA-Gemma, arXiv:2404.01331): a single run per cell.
 
-By benchmark, as raylava's headlines: fractions; points for mme (perception) and mm-vet. `None` where no source that we
-could read confirmed the figure.
+Scores are on the scale of raylava's headline metrics: fractions, except points for mme (perception), mme-cognition and
+mm-vet. None marks scores that we could not confirm in any source.
 """
 
 from raylava.config.recipe import Recipe
 
 SOURCE = "Hinck et al. 2024, arXiv:2404.01331"
 
-_COLUMNS = ("gqa", "mme-cognition", "mme", "mm-vet", "pope", "pope-f1", "vqav2", "mmvp", "scienceqa")
+_BENCHMARKS = ("gqa", "mme-cognition", "mme", "mm-vet", "pope", "pope-f1", "vqav2", "mmvp", "scienceqa")
 _CLIP, _DINOV2 = "openai/clip-vit-large-patch14-336", "facebook/dinov2-large"
-_TABLE: dict[tuple[str, str, bool], tuple[float | None, ...]] = {
+_SCORES: dict[tuple[str, str, bool], tuple[float | None, ...]] = {
     ("google/gemma-2b-it", _CLIP, True): (0.531, 236, 1130, 17.7, 0.850, 0.839, 0.7065, 0.287, 0.564),
     ("google/gemma-2b-it", _CLIP, False): (0.481, 248, 935, 13.1, 0.784, 0.762, 0.6174, 0.180, 0.549),
     ("google/gemma-2b-it", _DINOV2, True): (0.587, 307, 1133, 19.1, 0.853, 0.838, None, None, None),
@@ -19,7 +19,8 @@ _TABLE: dict[tuple[str, str, bool], tuple[float | None, ...]] = {
 }
 
 
-def published(recipe: Recipe) -> dict[str, float]:
-    """The paper's scores by benchmark, of the cell with the recipe's backbones and connector pretraining, if any."""
+def published_scores(recipe: Recipe) -> dict[str, float]:
+    """Return the paper's scores by benchmark for the recipe's backbones and connector pretraining; empty if none."""
     cell = (recipe.model.language.name, recipe.model.vision.name, recipe.pretrain.enabled)
-    return {name: value for name, value in zip(_COLUMNS, _TABLE.get(cell, ()), strict=False) if value is not None}
+    scores = zip(_BENCHMARKS, _SCORES.get(cell, ()), strict=False)
+    return {name: score for name, score in scores if score is not None}

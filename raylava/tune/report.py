@@ -1,7 +1,7 @@
-"""What a sweep found out, for people: a page in Markdown, the same as HTML with plots (page.py), and a CSV.
+"""Report of a sweep: a Markdown page, the same page as HTML with plots (html_report.py), and a CSV file.
 
-First what each level buys, in words; then each cell's scores over seeds, beside the paper's where it has that cell;
-what a search tried; what it cost; who failed why; and how to make each row again.
+For each benchmark the page states the effect of each level and lists each cell's scores over seeds. Further sections
+list the paper's scores, losses, the trials of a search, device-hours, failures, and the commands to reproduce the rows.
 """
 
 import csv
@@ -14,38 +14,37 @@ from collections.abc import Iterable, Iterator
 
 from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
-from raylava.tune.html_report import COMMANDS, CURVES, SEARCH, page
-from raylava.tune.published_scores import SOURCE, published
-from raylava.tune.results import Row, SweepResults
+from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, SEARCH_TITLE, render_html
+from raylava.tune.published_scores import SOURCE, published_scores
+from raylava.tune.results import SweepResults, TrialRow
 from raylava.tune.study import RUNGS
-from raylava.tune.variants import shown
+from raylava.tune.variants import format_value
 
-_TRIALS = 30  # of a search, in the page; results.csv has all
+_MAX_TRIALS = 30  # trials listed in a table of the page; results.csv lists all
 
 
-def write_report(findings: SweepResults, folder: StoragePath) -> None:
+def write_report(results: SweepResults, folder: StoragePath) -> None:
     """Write report.md, report.html and results.csv into `folder`."""
-    text = report(findings)
-    (folder / "results.csv").write_bytes(_csv(findings).encode())
-    (folder / "report.md").write_bytes(text.encode())
-    (folder / "report.html").write_bytes(page(findings, text).encode())
+    markdown = render_markdown(results)
+    (folder / "results.csv").write_bytes(_csv(results).encode())
+    (folder / "report.md").write_bytes(markdown.encode())
+    (folder / "report.html").write_bytes(render_html(results, markdown).encode())
 
 
-def report(findings: SweepResults) -> str:
-    """The page in Markdown."""
-    sections: list[Iterable[str]] = [_opening(findings)]
-    for benchmark in findings.benchmarks:
-        sections.append(
-            [f"## {benchmark}", *_statements(findings.effects(benchmark)), "", *_cells(findings, benchmark)]
-        )
-        sections.append(_effects(findings.effects(benchmark)))
-    sections += [_published(findings), _curves(findings), _search(findings), _cost(findings), _failed(findings)]
-    sections.append(_commands(findings))
+def render_markdown(results: SweepResults) -> str:
+    """Return the report as Markdown."""
+    sections: list[Iterable[str]] = [_summary(results)]
+    for benchmark in results.benchmarks:
+        effects = results.effects(benchmark)
+        sections.append([f"## {benchmark}", *_effect_sentences(effects), "", *_score_table(results, benchmark)])
+        sections.append(_effect_table(effects))
+    sections += [_published(results), _losses(results), _search(results), _cost(results), _failures(results)]
+    sections.append(_commands(results))
     return "\n".join(line for section in sections for line in (*section, ""))
 
 
-def _csv(findings: SweepResults) -> str:
-    rows = findings.table()
+def _csv(results: SweepResults) -> str:
+    rows = results.table()
     if not rows:
         return ""
     text = io.StringIO()
@@ -55,180 +54,186 @@ def _csv(findings: SweepResults) -> str:
     return text.getvalue()
 
 
-def _opening(findings: SweepResults) -> Iterator[str]:
-    counts = Counter(row.ended.how for row in findings.rows)
-    told = ", ".join(f"{count} {how}" for how, count in counts.items())
-    yield f"# {findings.sweep.name}"
+def _summary(results: SweepResults) -> Iterator[str]:
+    counts = Counter(row.trial.outcome for row in results.rows)
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    yield f"# {results.sweep.name}"
     yield ""
-    yield f"{len(findings.rows)} trials of `{findings.sweep.recipe}`: {told}."
+    yield f"{len(results.rows)} trials of `{results.sweep.recipe}`: {outcomes}."
 
 
-def _statements(found: Iterable[Effect]) -> Iterator[str]:
-    """What each level buys, in a sentence each; points are hundredths of the credit that questions give."""
+def _effect_sentences(effects: Iterable[Effect]) -> Iterator[str]:
+    """Yield one sentence per effect, in points (hundredths of the mean score per question)."""
     yield ""
-    for one in found:
-        change = f"{one.axis}: {one.level} instead of {one.against}"
-        interval = f"(95 % interval {100 * one.low:+.1f} to {100 * one.high:+.1f})"
-        points = f"{100 * abs(one.difference):.1f} points"
-        if one.spans_zero:
-            verb = "more" if one.difference > 0 else "less"
-            yield f"- {change}: {points} {verb} {interval}. The interval spans zero: these runs don't tell."
+    for effect in effects:
+        change = f"{effect.axis}: {effect.level} instead of {effect.reference_level}"
+        interval = f"(95 % interval {100 * effect.low:+.1f} to {100 * effect.high:+.1f})"
+        points = f"{100 * abs(effect.difference):.1f} points"
+        if effect.spans_zero:
+            direction = "more" if effect.difference > 0 else "less"
+            yield f"- {change}: {points} {direction} {interval}. The interval spans zero: no significant difference."
         else:
-            yield f"- **{change} {'gains' if one.difference > 0 else 'costs'} {points}** {interval}."
+            yield f"- **{change} {'gains' if effect.difference > 0 else 'costs'} {points}** {interval}."
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def _cells(findings: SweepResults, benchmark: str) -> Iterator[str]:
-    """A row a combination of levels: the mean over its seeds, their standard deviation, and what the paper has."""
-    cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    papers: dict[tuple[str, ...], float] = {}
-    for row in findings.rows:
-        cells[row.levels] += []
-        if benchmark in published(row.ended.variant.recipe):
-            papers[row.levels] = published(row.ended.variant.recipe)[benchmark]
-    for row in findings.chosen:
+def _score_table(results: SweepResults, benchmark: str) -> Iterator[str]:
+    """Yield a row per combination of levels: mean and standard deviation over its seeds, and the published score."""
+    scores: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    published: dict[tuple[str, ...], float] = {}
+    for row in results.rows:
+        scores[row.levels] += []
+        paper_scores = published_scores(row.trial.variant.recipe)
+        if benchmark in paper_scores:
+            published[row.levels] = paper_scores[benchmark]
+    for row in results.best_rows:
         if benchmark in row.scores:
-            cells[row.levels].append(row.scores[benchmark])
-    yield from _head([*findings.sweep.axes, findings.headline(benchmark), "seeds", *(["published"] if papers else [])])
-    for levels, values in cells.items():
+            scores[row.levels].append(row.scores[benchmark])
+    metric = results.headline_metric(benchmark)
+    yield from _table_head([*results.sweep.axes, metric, "seeds", *(["published"] if published else [])])
+    for levels, values in scores.items():
         mean = f"{statistics.mean(values):.3f}" if values else "failed"
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        paper = [str(papers.get(levels, ""))] if papers else []
-        yield _row([*levels, mean + spread, str(len(values)), *paper])
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        paper = [str(published.get(levels, ""))] if published else []
+        yield _table_row([*levels, mean + deviation, str(len(values)), *paper])
 
 
-def _effects(found: list[Effect]) -> Iterator[str]:
-    if not found:
+def _effect_table(effects: list[Effect]) -> Iterator[str]:
+    if not effects:
         return
-    yield "What a level buys, all else and the seed being equal: the difference in the share of right answers, with its"
-    yield "95 % interval (paired bootstrap over runs and questions)."
+    yield "Effect of each level with all other levels and the seed fixed: the difference in the fraction of correct"
+    yield "answers, with its 95 % interval (paired bootstrap over runs and questions)."
     yield ""
-    yield from _head(["axis", "level", "against", "difference", "95 % interval", "pairs of runs", "questions"])
-    for one in found:
-        interval = f"{_signed(one.low)} to {_signed(one.high)}"
-        figures = [_signed(one.difference), interval, str(one.pairs), str(one.questions)]
-        yield _row([one.axis, one.level, one.against, *figures])
+    yield from _table_head(["axis", "level", "instead of", "difference", "95 % interval", "pairs of runs", "questions"])
+    for effect in effects:
+        interval = f"{_signed(effect.low)} to {_signed(effect.high)}"
+        values = [_signed(effect.difference), interval, str(effect.pairs), str(effect.questions)]
+        yield _table_row([effect.axis, effect.level, effect.reference_level, *values])
 
 
-def _published(findings: SweepResults) -> Iterator[str]:
-    """The paper's table, where the sweep has its cells."""
-    cells = {row.levels: published(row.ended.variant.recipe) for row in findings.rows}
-    found = {levels: scores for levels, scores in cells.items() if scores}
-    if not found:
+def _published(results: SweepResults) -> Iterator[str]:
+    """Yield the paper's scores for the cells of the sweep that the paper reports."""
+    cells = {row.levels: published_scores(row.trial.variant.recipe) for row in results.rows}
+    published = {levels: scores for levels, scores in cells.items() if scores}
+    if not published:
         return
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    names = list(dict.fromkeys(name for scores in published.values() for name in scores))
     yield "## Published"
     yield ""
-    yield f"The paper's figures for these cells ({SOURCE}): one run each, so a difference of a point may be chance."
+    yield f"The paper's scores for these cells ({SOURCE}). Each is a single run: a difference of a point may be noise."
     yield ""
-    yield from _head([*findings.sweep.axes, *names])
-    for levels, scores in found.items():
-        yield _row([*levels, *(f"{scores[name]:g}" if name in scores else "" for name in names)])
+    yield from _table_head([*results.sweep.axes, *names])
+    for levels, scores in published.items():
+        yield _table_row([*levels, *(f"{scores[name]:g}" if name in scores else "" for name in names)])
 
 
-def _curves(findings: SweepResults) -> Iterator[str]:
-    """Where each cell's loss came to; the page has the curves."""
+def _losses(results: SweepResults) -> Iterator[str]:
+    """Yield the final finetuning loss of each cell; the HTML page adds the curves."""
     losses: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for row in findings.rows:
-        if "loss" in row.values:
-            losses[row.levels].append(row.values["loss"])
+    for row in results.rows:
+        if "loss" in row.objectives:
+            losses[row.levels].append(row.objectives["loss"])
     if not losses:
         return
-    yield f"## {CURVES}"
+    yield f"## {CURVES_TITLE}"
     yield ""
-    yield "The mean of the last twentieth of the steps; report.html has the curves."
+    yield "Mean over the last twentieth of the steps; report.html shows the curves."
     yield ""
-    yield from _head([*findings.sweep.axes, "loss", "lowest", "highest", "runs"])
+    yield from _table_head([*results.sweep.axes, "loss", "lowest", "highest", "runs"])
     for levels, values in losses.items():
-        yield _row(
-            [*levels, *(f"{one:.3f}" for one in (statistics.mean(values), min(values), max(values))), str(len(values))]
-        )
+        statistic_cells = [f"{value:.3f}" for value in (statistics.mean(values), min(values), max(values))]
+        yield _table_row([*levels, *statistic_cells, str(len(values))])
 
 
-def _search(findings: SweepResults) -> Iterator[str]:
-    """The trials of a search, the best first."""
-    search = findings.sweep.search
+def _search(results: SweepResults) -> Iterator[str]:
+    """Yield the trials of a search, best first."""
+    search = results.sweep.search
     if search is None:
         return
     name, direction = next(iter(search.objective.items()))
-    rows = sorted(findings.rows, key=lambda row: _rank(row, name, direction))
-    yield f"## {SEARCH}"
+    rows = sorted(results.rows, key=lambda row: _sort_key(row, name, direction))
+    seed_column = ["seed"] if results.sweep.seeds else []
+    yield f"## {SEARCH_TITLE}"
     yield ""
-    yield f"Each variant's best trial, by {name}, stands in the tables above. Where that is a benchmark's score, it"
-    yield "flatters the trial a little: it was chosen among many by it."
+    yield f"The tables above show each variant's best trial by {name}. If that is a benchmark's score, it is biased"
+    yield "upwards, because the trial was selected by it."
     yield ""
-    yield from _head(
-        [*findings.sweep.axes, *(["seed"] if findings.sweep.seeds else []), *search.space, *search.objective, "ended"]
-    )
-    for row in rows[:_TRIALS]:
-        variant = row.ended.variant
-        seed = [str(variant.seed)] if findings.sweep.seeds else []
-        values = [f"{row.values[one]:.4g}" if one in row.values else "" for one in search.objective]
-        settings = [shown(value) for value in variant.searched.values()]
-        yield _row([*row.levels, *seed, *settings, *values, _how(row)])
-    if len(rows) > _TRIALS:
+    yield from _table_head([*results.sweep.axes, *seed_column, *search.space, *search.objective, "outcome"])
+    for row in rows[:_MAX_TRIALS]:
+        variant = row.trial.variant
+        seed = [str(variant.seed)] if results.sweep.seeds else []
+        objectives = [
+            f"{row.objectives[objective]:.4g}" if objective in row.objectives else "" for objective in search.objective
+        ]
+        settings = [format_value(value) for value in variant.searched.values()]
+        yield _table_row([*row.levels, *seed, *settings, *objectives, _outcome(row)])
+    if len(rows) > _MAX_TRIALS:
         yield ""
-        yield f"{len(rows) - _TRIALS} more in results.csv."
+        yield f"results.csv lists {len(rows) - _MAX_TRIALS} more trials."
 
 
-def _rank(row: Row, name: str, direction: str) -> tuple[bool, float]:
-    value = row.values.get(name, 0.0)
-    return name not in row.values, -value if direction == "max" else value
+def _sort_key(row: TrialRow, name: str, direction: str) -> tuple[bool, float]:
+    value = row.objectives.get(name, 0.0)
+    return name not in row.objectives, -value if direction == "max" else value
 
 
-def _how(row: Row) -> str:
-    if row.ended.how != "stopped" or row.ended.tried is None:
-        return row.ended.how
-    marks = row.ended.tried.losses
-    return f"stopped at {100 * max(marks) // RUNGS} %, loss {marks[max(marks)]:.3f}" if marks else "stopped"
+def _outcome(row: TrialRow) -> str:
+    """Return the trial's outcome; of a trial that was stopped early also the last rung it reached and its loss."""
+    if row.trial.outcome != "stopped" or row.trial.record is None:
+        return row.trial.outcome
+    losses = row.trial.record.losses
+    return f"stopped at {100 * max(losses) // RUNGS} %, loss {losses[max(losses)]:.3f}" if losses else "stopped"
 
 
-def _cost(findings: SweepResults) -> Iterator[str]:
-    """Device-hours, with and without sharing."""
-    if not findings.unshared:
+def _cost(results: SweepResults) -> Iterator[str]:
+    """Yield the device-hours of training, with and without sharing stages."""
+    if not results.unshared_device_hours:
         return
-    gpus = any(row.ended.variant.recipe.resources.gpus_per_worker for row in findings.rows)
+    gpus = any(row.trial.variant.recipe.resources.gpus_per_worker for row in results.rows)
     unit = "GPU-hours" if gpus else "CPU-core-hours"
-    saved = findings.unshared - findings.paid
-    needed = sum(work.users for work in findings.plan.works)
+    total, unshared = results.total_device_hours, results.unshared_device_hours
+    needed = sum(stage.users for stage in results.plan.planned_stages)
     yield "## Cost"
     yield ""
     yield (
-        f"{findings.paid:.2f} {unit} of training; one by one the trials would have taken "
-        f"{findings.unshared:.2f}: sharing saved {saved:.2f} ({saved / findings.unshared:.0%}). The trials need "
-        f"{needed} stages, preparations and evaluations among them, of which {len(findings.plan.works)} are distinct."
+        f"Training took {total:.2f} {unit}. Without shared stages, the same trials would have taken {unshared:.2f}: "
+        f"sharing saved {unshared - total:.2f} ({(unshared - total) / unshared:.0%}). "
+        f"The trials need {needed} stages, including preparation and evaluation, of which "
+        f"{len(results.plan.planned_stages)} are distinct."
     )
     yield ""
-    yield from _head(["trial", "all it needs", "its share"])
-    for row in findings.rows[:_TRIALS]:
-        yield _row([row.ended.variant.name or "the only one", f"{row.cost:.3f}", f"{row.share:.3f}"])
+    yield from _table_head(["trial", unit, f"{unit}, shared stages divided among their trials"])
+    for row in results.rows[:_MAX_TRIALS]:
+        hours = [f"{row.device_hours:.3f}", f"{row.shared_device_hours:.3f}"]
+        yield _table_row([row.trial.variant.name or "the only variant", *hours])
 
 
-def _failed(findings: SweepResults) -> Iterator[str]:
-    told = [row.ended for row in findings.rows if row.ended.failure]
-    if not told:
+def _failures(results: SweepResults) -> Iterator[str]:
+    failed = [row.trial for row in results.rows if row.trial.failure]
+    if not failed:
         return
-    yield from ("## Failed", "")
-    for ended in told:
-        yield f"- {ended.variant.name}: {ended.failure}"
+    yield from ("## Failed trials", "")
+    for trial in failed:
+        yield f"- {trial.variant.name}: {trial.failure}"
 
 
-def _commands(findings: SweepResults) -> Iterator[str]:
-    yield from (f"## {COMMANDS}", "", "```sh")
-    for row in findings.rows:
-        settings = [f"{key}={json.dumps(value)}" for key, value in row.ended.variant.settings.items()]
-        words = [shlex.quote(word) for word in (findings.sweep.recipe, *settings, *findings.overrides)]
+def _commands(results: SweepResults) -> Iterator[str]:
+    """Yield the command that reproduces each row."""
+    yield from (f"## {COMMANDS_TITLE}", "", "```sh")
+    for row in results.rows:
+        settings = [f"{key}={json.dumps(value)}" for key, value in row.trial.variant.settings.items()]
+        words = [shlex.quote(word) for word in (results.sweep.recipe, *settings, *results.overrides)]
         yield f"raylava run {' '.join(words)}"
     yield "```"
 
 
-def _head(cells: list[str]) -> Iterator[str]:
-    yield _row(cells)
-    yield _row(["---"] * len(cells))
+def _table_head(cells: list[str]) -> Iterator[str]:
+    yield _table_row(cells)
+    yield _table_row(["---"] * len(cells))
 
 
-def _row(cells: list[str]) -> str:
+def _table_row(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

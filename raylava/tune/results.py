@@ -1,4 +1,4 @@
-"""What a sweep found, read from its artifacts: a row a trial, what levels buy, what it cost. report.py writes it."""
+"""Results of a sweep, read from its artifacts: one row per trial, effects of levels, device-hours."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,181 +7,185 @@ from functools import cached_property
 from typing import Any
 
 from raylava.artifacts import Artifact
-from raylava.cli.tables import benchmarks, headline
 from raylava.config.recipe import Resources
-from raylava.evaluate.compare import CREDIT
-from raylava.train.metrics_logger import recorded_steps, training_seconds
-from raylava.tune.effects import Effect, Graded, effects
-from raylava.tune.records import TrialResult
-from raylava.tune.sweep import Sweep
+from raylava.evaluate.compare import PER_QUESTION_SCORES
+from raylava.pipeline.results import headline_score, scored_benchmarks
+from raylava.train.step_log import recorded_steps, training_seconds
+from raylava.tune.effects import Effect, GradedVariant, estimate_effects
+from raylava.tune.sweep import SweepConfig
 from raylava.tune.sweep_plan import SweepPlan
-from raylava.tune.trial import objectives
+from raylava.tune.trial import compute_objectives
+from raylava.tune.variants import TrialResult
 
 _EVALUATE = "evaluate "
 _CURVE_POINTS = 60
-_TRAINED = ("pretrain", "finetune")
+_TRAINING_STAGES = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One trial: its artifacts by stage label, its scores by benchmark, its objectives by name.
+class TrialRow:
+    """One trial with its artifacts by stage label, its scores by benchmark and its objectives by name.
 
-    `cost` is device-hours of training (GPUs, or CPU cores where there are none) of all the stages that it needs,
-    `share` its part of them when stages are paid for by all that use them.
+    `device_hours` are the device-hours (GPUs, or CPU cores without GPUs) of training of all stages that the trial
+    needs. `shared_device_hours` divides the device-hours of each stage by the number of trials that use it.
     """
 
-    ended: TrialResult
+    trial: TrialResult
     artifacts: Mapping[str, Artifact]
     scores: Mapping[str, float]
-    values: Mapping[str, float]
-    cost: float
-    share: float
+    objectives: Mapping[str, float]
+    device_hours: float
+    shared_device_hours: float
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """One of each axis."""
-        return tuple(self.ended.variant.levels.values())
+        """Return the variant's level of each axis, in the order of the axes."""
+        return tuple(self.trial.variant.levels.values())
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A sweep that ran. Rows are in the trials' order."""
+    """A sweep that has run. Rows are in the order of the trials."""
 
-    sweep: Sweep
+    sweep: SweepConfig
     overrides: Sequence[str]
     plan: SweepPlan
-    ended: Sequence[TrialResult]
+    trials: Sequence[TrialResult]
 
     @cached_property
-    def rows(self) -> list[Row]:
-        """A row a trial."""
-        found = []
-        for number, ended in enumerate(self.ended):
+    def rows(self) -> list[TrialRow]:
+        """Return one row per trial."""
+        rows = []
+        for number, trial in enumerate(self.trials):
             artifacts = self.plan.artifacts(number)
-            values = _values(ended, artifacts)
-            names = benchmarks(artifacts)
-            scores = {name: headline(artifacts[_EVALUATE + name]) for name in names}
-            costs = self._costs(number, artifacts)
-            cost, share = sum(cost for cost, _ in costs), sum(cost / users for cost, users in costs)
-            found.append(Row(ended, artifacts, scores, values, cost, share))
-        return found
+            objectives = _objectives(trial, artifacts)
+            scores = {name: headline_score(artifacts[_EVALUATE + name]) for name in scored_benchmarks(artifacts)}
+            stages = self._training_hours(number, artifacts)
+            total, shared = sum(hours for hours, _ in stages), sum(hours / users for hours, users in stages)
+            rows.append(TrialRow(trial, artifacts, scores, objectives, total, shared))
+        return rows
 
-    def _costs(self, number: int, artifacts: Mapping[str, Artifact]) -> list[tuple[float, int]]:
-        """Device-hours of each of a trial's trainings, and how many trials use it; those that were stopped or failed on
-        the way are among them.
+    def _training_hours(self, number: int, artifacts: Mapping[str, Artifact]) -> list[tuple[float, int]]:
+        """Return (device-hours, number of trials that use it) of each training stage of a trial.
+
+        Stages that were stopped or failed are included.
         """
-        hours = device_hours(self.plan.variants[number].recipe.resources)
-        trained = [stage for stage in self.plan.stages[number] if stage.spec.stage in _TRAINED]
-        seconds = [training_seconds(stage.spec.path, artifacts.get(stage.label)) for stage in trained]
-        users = [self._users[stage.spec.fingerprint] for stage in trained]
-        return [(hours * own, used) for own, used in zip(seconds, users, strict=True)]
+        rate = device_hours_per_second(self.plan.variants[number].recipe.resources)
+        stages = [stage for stage in self.plan.stages[number] if stage.kind in _TRAINING_STAGES]
+        seconds = [training_seconds(stage.spec().path, artifacts.get(stage.label)) for stage in stages]
+        users = [self._users[stage.spec().fingerprint] for stage in stages]
+        return [(rate * stage_seconds, count) for stage_seconds, count in zip(seconds, users, strict=True)]
 
     @cached_property
     def _users(self) -> dict[str, int]:
-        return {work.fingerprint: work.users for work in self.plan.works}
+        return {stage.fingerprint: stage.users for stage in self.plan.planned_stages}
 
     @cached_property
-    def chosen(self) -> list[Row]:
-        """One row a variant: its only trial, or the best that its search found. Variants without one are left out."""
+    def best_rows(self) -> list[TrialRow]:
+        """Return one row per variant: its only trial, or the best trial of its search. Failed variants are omitted."""
         if self.sweep.search is None:
-            return [row for row in self.rows if row.ended.how == "done"]
+            return [row for row in self.rows if row.trial.outcome == "done"]
         name, direction = next(iter(self.sweep.search.objective.items()))
         sign = 1.0 if direction == "max" else -1.0
-        best: dict[tuple[object, ...], Row] = {}
+        best: dict[tuple[object, ...], TrialRow] = {}
         for row in self.rows:
-            key = (*row.levels, row.ended.variant.seed)
-            if row.values and (key not in best or sign * row.values[name] > sign * best[key].values[name]):
+            key = (*row.levels, row.trial.variant.seed)
+            if row.objectives and (key not in best or sign * row.objectives[name] > sign * best[key].objectives[name]):
                 best[key] = row
         return list(best.values())
 
-    def headline(self, benchmark: str) -> str:
-        """The name of the figure that a benchmark is known by."""
+    def headline_metric(self, benchmark: str) -> str:
+        """Return the display name of the benchmark's headline metric."""
         row = next(row for row in self.rows if benchmark in row.scores)
         return str(row.artifacts[_EVALUATE + benchmark].metrics["headline"]).replace("_", " ")
 
     @cached_property
     def benchmarks(self) -> list[str]:
-        """All that a variant was scored on."""
+        """Return the benchmarks on which at least one variant was scored."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def effects(self, benchmark: str) -> list[Effect]:
-        """What each level buys, among the chosen rows."""
+        """Return the effect of each level on a benchmark's score, among the best rows."""
         return self._effects[benchmark]
 
     @cached_property
     def _effects(self) -> dict[str, list[Effect]]:
-        """By benchmark: report and page tell them more than once."""
+        """Effects by benchmark, computed once: the Markdown and the HTML report use them several times."""
         axes = {axis: list(levels) for axis, levels in self.sweep.axes.items()}
-        return {name: effects(self._graded(name), axes) for name in self.benchmarks}
+        return {name: estimate_effects(self._graded_variants(name), axes) for name in self.benchmarks}
 
-    def _graded(self, benchmark: str) -> list[Graded]:
+    def _graded_variants(self, benchmark: str) -> list[GradedVariant]:
         return [
-            Graded(row.ended.variant.levels, row.ended.variant.seed, _credit(row.artifacts[_EVALUATE + benchmark]))
-            for row in self.chosen
+            GradedVariant(
+                row.trial.variant.levels,
+                row.trial.variant.seed,
+                _per_question_scores(row.artifacts[_EVALUATE + benchmark]),
+            )
+            for row in self.best_rows
             if benchmark in row.scores
         ]
 
     @property
-    def paid(self) -> float:
-        """Device-hours of training that were spent."""
-        return sum(row.share for row in self.rows)
+    def total_device_hours(self) -> float:
+        """Return the device-hours of training that the sweep used."""
+        return sum(row.shared_device_hours for row in self.rows)
 
     @property
-    def unshared(self) -> float:
-        """Device-hours that the same trials would have taken one by one."""
-        return sum(row.cost for row in self.rows)
+    def unshared_device_hours(self) -> float:
+        """Return the device-hours of training that the trials would have used without sharing stages."""
+        return sum(row.device_hours for row in self.rows)
 
-    def curves(self) -> Iterator[tuple[Row, list[tuple[int, float]]]]:
-        """(step, loss) of each trial's finetuning, thinned to the means of so many stretches; of stopped ones too."""
+    def loss_curves(self) -> Iterator[tuple[TrialRow, list[tuple[int, float]]]]:
+        """Yield each trial's finetuning curve as (step, mean loss) points, including trials that were stopped."""
         for number, row in enumerate(self.rows):
             for stage in self.plan.stages[number]:
-                steps = recorded_steps(stage.spec.path) if stage.label == "finetune" else []
+                steps = recorded_steps(stage.spec().path) if stage.label == "finetune" else []
                 if steps:
-                    yield row, _thinned(steps)
+                    yield row, _downsample(steps)
 
     def table(self) -> list[dict[str, Any]]:
-        """results.csv: a mapping a trial, all with the same keys."""
-        found = []
+        """Return the rows of results.csv: one mapping per trial, all with the same keys."""
+        records = []
         for row in self.rows:
-            variant, model = row.ended.variant, row.artifacts.get("finetune")
-            found.append(
+            variant, model = row.trial.variant, row.artifacts.get("finetune")
+            records.append(
                 {
                     **variant.levels,
                     **({} if variant.seed is None else {"seed": variant.seed}),
                     **variant.searched,
                     **{name: row.scores.get(name) for name in self.benchmarks},
                     "final_loss": model and model.metrics["final_loss"],
-                    "ended": row.ended.how,
-                    "failure": row.ended.failure,
-                    "cost_hours": row.cost,
-                    "share_hours": row.share,
+                    "outcome": row.trial.outcome,
+                    "failure": row.trial.failure,
+                    "device_hours": row.device_hours,
+                    "shared_device_hours": row.shared_device_hours,
                     "model_path": model and str(model.path),
                 }
             )
-        return found
+        return records
 
 
-def device_hours(resources: Resources) -> float:
-    """Device-hours of one second of training."""
+def device_hours_per_second(resources: Resources) -> float:
+    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
     return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
-def _values(ended: TrialResult, artifacts: Mapping[str, Artifact]) -> Mapping[str, float]:
-    """What a trial reached: as its study knows it, else as its artifacts say."""
-    if ended.how != "done":
+def _objectives(trial: TrialResult, artifacts: Mapping[str, Artifact]) -> Mapping[str, float]:
+    """Return the objectives of a finished trial; values recorded in its study take precedence over the artifacts'."""
+    if trial.outcome != "done":
         return {}
-    known = ended.tried.values if ended.tried else {}
-    return {**(objectives(artifacts) if "finetune" in artifacts else {}), **known}
+    recorded = trial.record.objectives if trial.record else {}
+    return {**(compute_objectives(artifacts) if "finetune" in artifacts else {}), **recorded}
 
 
-def _credit(evaluation: Artifact) -> dict[str, float]:
-    """By question id."""
-    return json.loads((evaluation.path / CREDIT).read_bytes())
+def _per_question_scores(evaluation: Artifact) -> dict[str, float]:
+    """Return the scores (0 to 1) of an evaluation by question id."""
+    return json.loads((evaluation.path / PER_QUESTION_SCORES).read_bytes())
 
 
-def _thinned(recorded: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Steps whose loss is missing (not finite) are left out."""
+def _downsample(recorded: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Average consecutive steps into at most _CURVE_POINTS points; steps without a finite loss are skipped."""
     steps = [(step["step"], step["loss"]) for step in recorded if step.get("loss") is not None]
     size = max(1, -(-len(steps) // _CURVE_POINTS))
-    parts = [steps[at : at + size] for at in range(0, len(steps), size)]
-    return [(part[-1][0] + 1, sum(loss for _, loss in part) / len(part)) for part in parts]
+    windows = [steps[start : start + size] for start in range(0, len(steps), size)]
+    return [(window[-1][0] + 1, sum(loss for _, loss in window) / len(window)) for window in windows]

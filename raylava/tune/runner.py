@@ -1,7 +1,7 @@
-"""The driver's side of a sweep: Ray Tune over its variants, a table that lives, and who failed why.
+"""Driver of a sweep: runs the trials of its variants under Ray Tune and displays their progress.
 
-The artifacts and studies are the sweep's memory: run again, what is finished is found, what was under way goes on from
-its checkpoints, and Tune's own state is not needed.
+The artifacts and studies hold the whole state of a sweep. When it is run again, finished stages are reused, interrupted
+ones resume from their checkpoints, and Ray Tune's own state is not needed.
 """
 
 import dataclasses
@@ -20,201 +20,219 @@ from rich.table import Table
 
 from raylava.artifacts import lock
 from raylava.cluster.nodes import eventual_resources
-from raylava.cluster.roles import TRAIN, labels_for
-from raylava.cluster.session import here, ray_session
+from raylava.cluster.roles import TRAIN, node_labels_for
+from raylava.cluster.session import on_driver_node, ray_session
 from raylava.config.recipe import Resources
-from raylava.console import Console, poll_in_background
+from raylava.console import Console
 from raylava.errors import UserError, first_line
 from raylava.evaluate.benchmarks import BenchmarkCache
-from raylava.pipeline.stages import absolute, check_capacity, stages_of
+from raylava.pipeline.graph import build_stages, make_absolute
+from raylava.pipeline.runner import check_capacity
+from raylava.progress import poll_in_background
 from raylava.storage import StoragePath, retry
-from raylava.tune.records import TrialRecord, TrialResult
 from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher
-from raylava.tune.study import Studies, VariantSearch, drawn
-from raylava.tune.sweep import Search, Sweep
+from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
+from raylava.tune.sweep import SearchConfig, SweepConfig
 from raylava.tune.tables import progress_table
 from raylava.tune.tracker import TrialStatus, TrialTracker
 from raylava.tune.trial import run_trial
-from raylava.tune.variants import Variant, variants, with_settings
+from raylava.tune.variants import TrialRecord, TrialResult, Variant, variants, with_settings
 
-_KEEP_EVERY_SECONDS = 60.0
-_MAX_LOSSES = 8  # processes that a trial may lose before it is given up
+_SAVE_INTERVAL_SECONDS = 60.0
+_MAX_WORKER_FAILURES = 8  # restarts of a trial whose process died before the trial fails
 
-Sources = Sequence[SingleTrial] | Sequence[VariantSearch]
+Sources = Sequence[SingleTrial] | Sequence[VariantStudy]
 
 
 class SweepRun:
-    """One sweep in one storage."""
+    """One sweep in one storage location."""
 
-    def __init__(self, sweep: Sweep, overrides: list[str], storage: StoragePath) -> None:
-        """Raises UserError for what is no sweep of valid recipes."""
+    def __init__(self, sweep: SweepConfig, overrides: list[str], storage: StoragePath) -> None:
+        """Expand the sweep into variants. Raises UserError for a sweep whose variants are not valid recipes."""
         self.sweep, self._overrides, self._storage = sweep, overrides, storage
         self.folder = storage / "sweeps" / sweep.name
         self._variants = variants(sweep, overrides)
-        self.begun: list[TrialStatus] = []  # where the trials of the last `run` ended, in the order they began
+        self.trial_statuses: list[TrialStatus] = []  # final status of the trials of the last `run`, in starting order
 
-    def expected(self) -> list[Variant]:
-        """The variants of all trials. Of a search, those tried before and, for those to come, points drawn from its
-        space: which they will be is not known yet, what stages they share is.
+    def planned_variants(self) -> list[Variant]:
+        """Return the variants of all trials.
+
+        For a search these are the trials of its studies and, for the trials still to come, random points of its space:
+        their settings are not known yet, but the stages that they share are.
         """
         search = self.sweep.search
         if search is None:
             return self._variants
-        found, studies = [], self._studies(search)
+        planned, studies = [], self._studies(search)
         for variant in self._variants:
-            known = [one.settings for one in studies.look(variant)]
-            missing = max(0, (search.trials or 1) - len(known))
-            for settings in (*known, *drawn(search, missing)):
-                with suppress(UserError):  # settings that are no recipe make nothing
-                    found.append(self._with(variant, settings))
-        return found
+            recorded = [trial.settings for trial in studies.load_trials(variant)]
+            missing = max(0, (search.trials or 1) - len(recorded))
+            for settings in (*recorded, *sample_settings(search, missing)):
+                with suppress(UserError):  # settings that form no valid recipe build nothing
+                    planned.append(self._apply_settings(variant, settings))
+        return planned
 
     def run(self, console: Console) -> list[TrialResult]:
-        """Make what is missing. Returns how every trial ended, those of earlier runs of this sweep included."""
+        """Run the missing trials and return the results of all trials, including those of earlier runs of the sweep."""
         resources = [variant.recipe.resources for variant in self._variants]
-        largest = max(resources, key=lambda one: one.workers * one.cpus_per_worker)
+        largest = max(resources, key=lambda request: request.workers * request.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
-            self._check_room(console)
+            self._check_capacity(console)
             sources = self._sources()
-            clock = self._clock()
-            at_once = concurrent_trials(resources, eventual_resources(labels_for(TRAIN, largest)))
-            self._tune(sources, clock, min(at_once, self.sweep.max_concurrent_trials or at_once), console)
-            return [one for source in sources for one in self._ended(source)]
+            budget = self._search_budget()
+            capacity = concurrent_trials(resources, eventual_resources(node_labels_for(TRAIN, largest)))
+            self._run_trials(sources, budget, min(capacity, self.sweep.max_concurrent_trials or capacity), console)
+            return [result for source in sources for result in self._trial_results(source)]
 
-    def _check_room(self, console: Console) -> None:
-        """For what is missing of each variant; see stages.check_capacity."""
-        exams = BenchmarkCache()
+    def _check_capacity(self, console: Console) -> None:
+        """Check that the cluster can run the missing stages of each variant (see pipeline.runner.check_capacity)."""
+        benchmark_cache = BenchmarkCache()
         for variant in self._variants:
-            missing = [one for one in stages_of(variant.recipe, self._storage, exams) if one.spec.find() is None]
-            check_capacity(variant.recipe, {one.spec.stage for one in missing}, console)
+            stages = build_stages(variant.recipe, self._storage, benchmark_cache)
+            missing = {stage.kind for stage in stages if stage.spec().find() is None}
+            check_capacity(variant.recipe, missing, console)
 
-    def _clock(self) -> "SearchBudget":
+    def _search_budget(self) -> "SearchBudget":
         search = self.sweep.search
         if search is None:
             return SearchBudget(self.folder / "spent.json", None)
         return SearchBudget(self.folder / f"spent-{self._study_name(search)}.json", search.hours)
 
-    def _expected(self, sources: "Sources") -> int | None:
-        """SweepSearcher that this run will begin, where somebody knows."""
-        each = self.sweep.search.trials if self.sweep.search else 1
-        ended = [one for source in sources if isinstance(source, VariantSearch) for one in source.tried if one.ended]
-        return each and each * len(sources) - len(ended)
+    def _planned_trials(self, sources: "Sources") -> int | None:
+        """Return the number of trials that this run will start, None for a search limited only by time."""
+        per_variant = self.sweep.search.trials if self.sweep.search else 1
+        studies = [source for source in sources if isinstance(source, VariantStudy)]
+        finished = [trial for study in studies for trial in study.trials if trial.outcome]
+        return per_variant and per_variant * len(sources) - len(finished)
 
-    def _studies(self, search: Search) -> Studies:
-        def about(variant: Variant) -> list[str]:
-            return [stage.spec.fingerprint for stage in stages_of(variant.recipe, self._storage)]
+    def _studies(self, search: SearchConfig) -> StudyRegistry:
+        def stage_fingerprints(variant: Variant) -> list[str]:
+            return [stage.spec().fingerprint for stage in build_stages(variant.recipe, self._storage)]
 
-        return Studies(search, self._study_name(search), self.folder, about)
+        return StudyRegistry(search, self._study_name(search), self.folder, stage_fingerprints)
 
-    def _study_name(self, search: Search) -> str:
+    def _study_name(self, search: SearchConfig) -> str:
         return search.study or self.sweep.name
 
-    def _with(self, variant: Variant, settings: Mapping[str, Any]) -> Variant:
+    def _apply_settings(self, variant: Variant, settings: Mapping[str, Any]) -> Variant:
         return with_settings(self.sweep, variant, settings, self._overrides)
 
-    def _sources(self) -> list[SingleTrial] | list[VariantSearch]:
+    def _sources(self) -> list[SingleTrial] | list[VariantStudy]:
         search = self.sweep.search
         if search is None:
             return [SingleTrial(variant) for variant in self._variants]
-        return self._studies(search).take(self._variants)
+        return self._studies(search).resume_studies(self._variants)
 
-    def _tune(self, sources: "Sources", clock: "SearchBudget", at_once: int, console: Console) -> None:
+    def _run_trials(self, sources: "Sources", budget: "SearchBudget", max_concurrent: int, console: Console) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else it would make a result of what Ctrl-C cut off
-        board = TrialTracker.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
-        trials = SweepSearcher(
+        # Otherwise Ray Tune would return normally on Ctrl-C, and interrupted trials would count as results.
+        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+        tracker = TrialTracker.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
+        searcher = SweepSearcher(
             sources,
-            self._with,
-            lambda variant: ray.get(board.join.remote(variant.name, absolute(variant.recipe).model_dump_json())),
-            lambda number, how: board.end.remote(number, how),
-            clock.is_over,
+            self._apply_settings,
+            lambda variant: ray.get(
+                tracker.add_trial.remote(variant.name, make_absolute(variant.recipe).model_dump_json())
+            ),
+            lambda number, outcome: tracker.finish.remote(number, outcome),
+            budget.exhausted,
         )
-        settings = {"storage": self._storage.uri, "board": board, "search": self.sweep.search is not None}
-        shown = _shown(board, self._expected(sources), clock, console)
-        with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, shown:
+        config = {"storage": self._storage.uri, "tracker": tracker, "search": self.sweep.search is not None}
+        live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
+        with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:
             tune.Tuner(
                 tune.with_resources(run_trial, _trial_bundles()),
-                param_space=settings,
+                param_space=config,
                 tune_config=tune.TuneConfig(
-                    search_alg=trials, scheduler=EarlyStop(trials), num_samples=-1, max_concurrent_trials=at_once
+                    search_alg=searcher,
+                    scheduler=EarlyStop(searcher),
+                    num_samples=-1,
+                    max_concurrent_trials=max_concurrent,
                 ),
                 run_config=tune.RunConfig(
                     storage_path=folder,
                     name="sweep",
                     verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=_MAX_LOSSES),
+                    failure_config=tune.FailureConfig(max_failures=_MAX_WORKER_FAILURES),
                 ),
             ).fit()
-            self.begun = ray.get(board.look.remote())
+            self.trial_statuses = ray.get(tracker.statuses.remote())
 
-    def _ended(self, source: SingleTrial | VariantSearch) -> list[TrialResult]:
+    def _trial_results(self, source: SingleTrial | VariantStudy) -> list[TrialResult]:
         if isinstance(source, SingleTrial):
             return [TrialResult(source.variant, "failed" if source.failure else "done", source.failure)]
-        return [self._ended_trial(source.variant, one) for one in source.tried]
+        return [self._trial_result(source.variant, record) for record in source.trials]
 
-    def _ended_trial(self, variant: Variant, one: TrialRecord) -> TrialResult:
-        how = one.ended or "failed"
+    def _trial_result(self, variant: Variant, record: TrialRecord) -> TrialResult:
+        outcome = record.outcome or "failed"
         try:
-            return TrialResult(self._with(variant, one.settings), how, one.failure, one)
+            return TrialResult(self._apply_settings(variant, record.settings), outcome, record.failure, record)
         except UserError as error:
-            settings = variant.settings | dict(one.settings)
-            unmade = dataclasses.replace(variant, settings=settings, searched=one.settings)
-            return TrialResult(unmade, "failed", one.failure or first_line(error), one, is_recipe=False)
+            settings = variant.settings | dict(record.settings)
+            invalid = dataclasses.replace(variant, settings=settings, searched=record.settings)
+            failure = record.failure or first_line(error)
+            return TrialResult(invalid, "failed", failure, record, is_valid_recipe=False)
 
 
-def concurrent_trials(wanted: list[Resources], cluster: dict[str, float]) -> int:
-    """How many trials the cluster can train at once, when each takes what the hungriest does; at least one."""
-    cpus = max(one.workers * one.cpus_per_worker for one in wanted)
-    gpus = max(one.workers * one.gpus_per_worker for one in wanted)
-    fits = int(cluster.get("CPU", 0) // cpus)
+def concurrent_trials(resources: list[Resources], available: dict[str, float]) -> int:
+    """Return how many trials can train at once on the `available` CPUs and GPUs, at least one.
+
+    Each trial is assumed to need the most CPUs and the most GPUs that any of the recipes requests.
+    """
+    cpus = max(request.workers * request.cpus_per_worker for request in resources)
+    gpus = max(request.workers * request.gpus_per_worker for request in resources)
+    capacity = int(available.get("CPU", 0) // cpus)
     if gpus:
-        fits = min(fits, int(cluster.get("GPU", 0) // gpus))
-    return max(1, fits)
+        capacity = min(capacity, int(available.get("GPU", 0) // gpus))
+    return max(1, capacity)
 
 
 def _trial_bundles() -> tune.PlacementGroupFactory:
-    """What Tune reserves for a trial, which trains nothing itself: a byte, for it will have something, on the driver's
-    node: trials watch over workers that come and go, and must not go with them.
+    """Return the placement group of a trial: 1 byte (Ray Tune requires a resource), pinned to the driver's node.
+
+    The loss of a worker node then never takes the trials down that supervise its workers.
     """
     node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[node])
 
 
 class SearchBudget:
-    """Counts the hours that a search has had, over all its runs, in a file of the sweep's folder."""
+    """Time budget of a search. The time spent over all its runs is saved in a file in the sweep's folder."""
 
     def __init__(self, file: StoragePath, hours: float | None) -> None:
-        self._file, self._seconds = file, None if hours is None else 3600 * hours
-        self._before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
+        self._file, self._limit_seconds = file, None if hours is None else 3600 * hours
+        self._seconds_before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
         self._started = time.monotonic()
-        self._kept = -math.inf
+        self._last_save = -math.inf
 
     @property
-    def spent(self) -> float:
-        """Seconds."""
-        return float(self._before) + time.monotonic() - self._started
+    def spent_seconds(self) -> float:
+        """Return the seconds spent on the search, including earlier runs."""
+        return float(self._seconds_before) + time.monotonic() - self._started
 
-    def is_over(self) -> bool:
-        """Whether no new trial should begin."""
-        self.keep()
-        return self._seconds is not None and self.spent >= self._seconds
+    def exhausted(self) -> bool:
+        """Return whether no new trial may start. Also saves the time spent."""
+        self.save()
+        return self._limit_seconds is not None and self.spent_seconds >= self._limit_seconds
 
-    def keep(self) -> None:
-        """Bring the file up to date; to be called now and then."""
-        if self._seconds is not None and time.monotonic() - self._kept > _KEEP_EVERY_SECONDS:
-            self._kept = time.monotonic()
-            spent = json.dumps({"seconds": self.spent}).encode()
-            retry(lambda: self._file.write_bytes(spent), _KEEP_EVERY_SECONDS, f"writing {self._file}")
+    def save(self) -> None:
+        """Write the time spent to the file, at most once a minute; does nothing without a limit."""
+        if self._limit_seconds is not None and time.monotonic() - self._last_save > _SAVE_INTERVAL_SECONDS:
+            self._last_save = time.monotonic()
+            content = json.dumps({"seconds": self.spent_seconds}).encode()
+            retry(lambda: self._file.write_bytes(content), _SAVE_INTERVAL_SECONDS, f"writing {self._file}")
 
 
 @contextmanager
-def _shown(board: Any, expected: int | None, clock: "SearchBudget", console: Console) -> Iterator[None]:
-    """Keep the table in front of the person while Tune blocks."""
+def _live_progress_table(
+    tracker: Any, planned_trials: int | None, budget: "SearchBudget", console: Console
+) -> Iterator[None]:
+    """Display the progress of the trials, and save the budget, while Ray Tune blocks the main thread."""
 
     def render() -> Table:
-        clock.keep()
-        return progress_table(ray.get(board.look.remote()), time.time(), expected)
+        budget.save()
+        return progress_table(ray.get(tracker.statuses.remote()), time.time(), planned_trials)
 
-    with console.live_nodes(render) as refresh, poll_in_background(refresh):
+    with console.live(render) as refresh, poll_in_background(refresh):
         yield

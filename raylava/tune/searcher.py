@@ -1,7 +1,7 @@
-"""What Ray Tune asks during a sweep: which trial is next, and whether one should stop early.
+"""Ray Tune's interfaces to a sweep: a searcher that suggests the next trial and a scheduler that stops trials early.
 
-Tune's own copy of this state (it pickles searchers to be restored) is left empty: what a sweep remembers is in its
-artifacts and studies, which also know of trials of earlier drivers.
+Ray Tune pickles searchers in order to restore them; that copy is left empty, because the state of a sweep is in its
+artifacts and studies, which also hold the trials of earlier drivers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,124 +12,128 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raylava.errors import UserError, first_line
-from raylava.tune.records import LOST
-from raylava.tune.variants import Variant
+from raylava.tune.variants import LOST, Variant
 
-Result = Mapping[str, Any]
+TuneResult = Mapping[str, Any]
 
 
-class Source(Protocol):
-    """The trials of one variant."""
+class TrialSource(Protocol):
+    """Supplies the trials of one variant."""
 
     variant: Variant
 
-    def next(self, trial_id: str, fresh: bool) -> Mapping[str, Any] | None:
-        """The settings of the next trial, Ray's `trial_id` from now on; None when there is none to hand out, or none
-        that an earlier driver left when it may not be a `fresh` one.
+    def next_settings(self, trial_id: str, allow_new: bool) -> Mapping[str, Any] | None:
+        """Start the next trial under Ray Tune's `trial_id` and return its settings, None when there is none left.
+
+        With `allow_new` False, only trials interrupted with an earlier driver are started.
         """
 
-    def should_stop(self, trial_id: str, mark: int, loss: float) -> bool:
-        """Hear how far a trial is; whether it should stop there."""
+    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
+        """Record a trial's loss at a rung and return whether the trial should stop there."""
 
-    def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
-        """Hear how a trial ended."""
+    def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
+        """Record the outcome of a trial."""
 
 
 class SingleTrial:
-    """A variant that is not searched: one trial, as it is."""
+    """The source of a variant without a search: exactly one trial, with the variant's recipe."""
 
     def __init__(self, variant: Variant) -> None:
-        self.variant, self._given = variant, False
-        self.failure: str | None = "it was not begun"
+        self.variant, self._started = variant, False
+        self.failure: str | None = "the trial was not started"
 
-    def next(self, trial_id: str, fresh: bool) -> Mapping[str, Any] | None:
-        """See Source."""
-        if self._given:
+    def next_settings(self, trial_id: str, allow_new: bool) -> Mapping[str, Any] | None:
+        """See TrialSource."""
+        if self._started:
             return None
-        self._given, self.failure = True, "it did not end"
+        self._started, self.failure = True, "the trial did not finish"
         return {}
 
-    def should_stop(self, trial_id: str, mark: int, loss: float) -> bool:
-        """Never."""
+    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
+        """Return False: without a search no trial is stopped early."""
         return False
 
-    def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
-        """See Source."""
-        told = result or {}
-        done = any(name.startswith("objective/") for name in told)
-        self.failure = LOST if error else None if done else told.get("failure", "it was stopped")
+    def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
+        """See TrialSource."""
+        report = result or {}
+        done = any(name.startswith("objective/") for name in report)
+        self.failure = LOST if error else None if done else report.get("failure", "the trial was stopped")
 
 
 class SweepSearcher(Searcher):
-    """Hands trials of the sources to Tune, in turns, until none has more; once the time is over, no fresh ones."""
+    """Suggests trials of the sources in round-robin order until all are exhausted.
+
+    When the search budget is exhausted, only interrupted trials are suggested.
+    """
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        made: Callable[[Variant, Mapping[str, Any]], Variant],
-        begin: Callable[[Variant], int],
-        ended: Callable[[int, str], None],
-        time_is_over: Callable[[], bool],
+        sources: Sequence[TrialSource],
+        apply_settings: Callable[[Variant, Mapping[str, Any]], Variant],
+        add_trial: Callable[[Variant], int],
+        finish_trial: Callable[[int, str], None],
+        budget_exhausted: Callable[[], bool],
     ) -> None:
-        """`made` gives a variant its settings; `begin` enters a trial in the board and returns its number there;
-        `ended` is told of those that cannot say themselves that they are `stopped` early or `failed`.
+        """`add_trial` registers a trial with the tracker and returns its number.
+
+        `finish_trial` receives the outcome, `stopped` or `failed`, of trials that cannot report it themselves.
         """
         super().__init__()
-        self._sources, self._made, self._time_is_over = list(sources), made, time_is_over
-        self._begin, self._ended = begin, ended
-        self._of: dict[str, tuple[Source, int]] = {}
+        self._sources, self._apply_settings, self._budget_exhausted = list(sources), apply_settings, budget_exhausted
+        self._add_trial, self._finish_trial = add_trial, finish_trial
+        self._running: dict[str, tuple[TrialSource, int]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """See Searcher. A search that gives what is no recipe is told so, and asked again."""
-        while (found := self._next(trial_id)) is not None:
-            source, settings = found
+        """See Searcher. A trial whose settings form no valid recipe fails at once; the next one is suggested."""
+        while (suggestion := self._next_suggestion(trial_id)) is not None:
+            source, settings = suggestion
             try:
-                variant = self._made(source.variant, settings) if settings else source.variant
+                variant = self._apply_settings(source.variant, settings) if settings else source.variant
             except UserError as error:
                 source.on_trial_complete(trial_id, {"failure": first_line(error)})
                 continue
-            number = self._begin(variant)
-            self._of[trial_id] = source, number
+            number = self._add_trial(variant)
+            self._running[trial_id] = source, number
             return {"trial": number}
         return str(Searcher.FINISHED)
 
-    def _next(self, trial_id: str) -> tuple[Source, Mapping[str, Any]] | None:
-        fresh = not self._time_is_over()
+    def _next_suggestion(self, trial_id: str) -> tuple[TrialSource, Mapping[str, Any]] | None:
+        allow_new = not self._budget_exhausted()
         for _ in range(len(self._sources)):
             source = self._sources.pop(0)
             self._sources.append(source)
-            settings = source.next(trial_id, fresh)
+            settings = source.next_settings(trial_id, allow_new)
             if settings is not None:
                 return source, settings
         return None
 
-    def should_stop(self, trial_id: str, result: Result) -> bool:
-        """Whether a trial that told a mark should stop there."""
-        if "mark" not in result:
+    def should_stop(self, trial_id: str, result: TuneResult) -> bool:
+        """Return whether a trial that reports a rung should stop there."""
+        if "rung" not in result:
             return False
-        source, number = self._of[trial_id]
-        stop = source.should_stop(trial_id, result["mark"], result["loss"])
+        source, number = self._running[trial_id]
+        stop = source.should_stop(trial_id, result["rung"], result["loss"])
         if stop:
-            self._ended(number, "stopped")
+            self._finish_trial(number, "stopped")
         return stop
 
-    def on_trial_result(self, trial_id: str, result: Result) -> None:
-        """Heard in should_stop already."""
+    def on_trial_result(self, trial_id: str, result: TuneResult) -> None:
+        """Do nothing: EarlyStop passes intermediate results to should_stop."""
 
-    def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
         """See Searcher."""
-        source, number = self._of.pop(trial_id)
+        source, number = self._running.pop(trial_id)
         if error:
-            self._ended(number, "failed")
+            self._finish_trial(number, "failed")
         source.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Tune wants a file there."""
+        """Write an empty file, which Ray Tune requires."""
         with open(checkpoint_path, "wb"):
             pass
 
     def restore(self, checkpoint_path: str) -> None:
-        """A sweep is run again, not restored."""
+        """Raise NotImplementedError: a sweep is resumed by running it again."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,15 +141,15 @@ class SweepSearcher(Searcher):
 
 
 class EarlyStop(FIFOScheduler):
-    """Trials in the order they come; those stop early of which their study says so."""
+    """Runs trials in the order of their suggestion and stops those that the searcher rejects at a rung."""
 
-    def __init__(self, trials: SweepSearcher) -> None:
+    def __init__(self, searcher: SweepSearcher) -> None:
         super().__init__()
-        self._trials = trials
+        self._searcher = searcher
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: Result) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: TuneResult) -> str:
         """See TrialScheduler."""
-        stop = self._trials.should_stop(trial.trial_id, result)
+        stop = self._searcher.should_stop(trial.trial_id, result)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def __getstate__(self) -> dict[str, Any]:

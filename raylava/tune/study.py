@@ -1,8 +1,8 @@
-"""One variant's search: an Optuna study that outlives the driver, asked and told by way of Ray Tune's OptunaSearch.
+"""The search of one variant: an Optuna study that outlives the driver, connected to Ray Tune through OptunaSearch.
 
-The study is the search's memory. It lies in a database, or as Optuna's own journal in the sweep's folder, wherever that
-is. A trial that a killed driver left running is handed out again with the settings it had, so that its artifacts and
-checkpoints are found; one that is stopped early is told as pruned, with the losses it reached.
+The study is the only state of a search. It is stored in a database, or as Optuna's journal in the sweep's folder on any
+filesystem. A trial that was running when its driver was killed is started again with the same settings, so that its
+artifacts and checkpoints are reused. A trial stopped early is recorded as pruned, with its intermediate losses.
 """
 
 import json
@@ -25,130 +25,146 @@ from ray.tune.search.optuna import OptunaSearch
 from raylava.artifacts import fingerprint
 from raylava.errors import UserError
 from raylava.storage import StoragePath, retry
-from raylava.tune.records import LOST, TrialRecord
-from raylava.tune.sweep import Range, Search
-from raylava.tune.variants import Variant
+from raylava.tune.sweep import SearchConfig, SearchRange
+from raylava.tune.variants import LOST, TrialRecord, Variant
 
-RUNGS = 10  # how often in a training its loss is compared
-_FAILURE = "failure"
-_OWNER = "raylava"
+RUNGS = 10  # points in a trial's finetuning at which its loss is compared with other trials
+_FAILURE = "failure"  # user attribute of a failed trial: the error message
+_OWNER = "raylava"  # user attribute of a study: the identity of the search that it belongs to
 _JOURNAL = "study"
-_RETRY_SECONDS = 600.0  # that storage may fail before the sweep does
+_RETRY_SECONDS = 600.0  # time-out for writing the journal to failing storage
 
 
-def distribution(found: Range) -> BaseDistribution:
-    """Optuna's form of a range."""
-    if found.loguniform:
-        return FloatDistribution(*found.loguniform, log=True)
-    if found.uniform:
-        return FloatDistribution(*found.uniform)
-    if found.integer:
-        return IntDistribution(*found.integer)
-    assert found.choice is not None
-    return CategoricalDistribution(found.choice)
+def distribution(search_range: SearchRange) -> BaseDistribution:
+    """Return the Optuna distribution of a search range."""
+    if search_range.loguniform:
+        return FloatDistribution(*search_range.loguniform, log=True)
+    if search_range.uniform:
+        return FloatDistribution(*search_range.uniform)
+    if search_range.integer:
+        return IntDistribution(*search_range.integer)
+    assert search_range.choice is not None
+    return CategoricalDistribution(search_range.choice)
 
 
-def drawn(search: Search, count: int) -> list[dict[str, Any]]:
-    """So many points of the space, without memory: what a search would come to, before it is begun."""
+def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
+    """Return the search space as Optuna distributions by recipe key."""
+    return {key: distribution(search_range) for key, search_range in search.space.items()}
+
+
+def sample_settings(search: SearchConfig, count: int) -> list[dict[str, Any]]:
+    """Draw `count` random points of the search space without recording them; used to plan a search before it starts."""
     study = optuna.create_study(sampler=RandomSampler(seed=search.seed))
-    space = {key: distribution(one) for key, one in search.space.items()}
+    space = distributions(search)
     return [study.ask(fixed_distributions=space).params for _ in range(count)]
 
 
-class Studies:
-    """The studies of a search, one a variant, in a database or in the sweep's folder."""
+class StudyRegistry:
+    """The studies of a sweep's search, one per variant, in a database or in the sweep's folder."""
 
-    def __init__(self, search: Search, name: str, folder: StoragePath, about: Callable[[Variant], Any]) -> None:
-        """`name` is theirs, `folder` the sweep's; `about` is what a variant's results depend on (JSON-able)."""
-        self._search, self._name, self._folder, self._about = search, name, folder, about
+    def __init__(
+        self, search: SearchConfig, name: str, folder: StoragePath, describe: Callable[[Variant], Any]
+    ) -> None:
+        """`name` is the prefix of the studies' names and `folder` the sweep's folder.
 
-    def look(self, variant: Variant) -> list[TrialRecord]:
-        """The trials of a variant; only looks, a driver may be going on with them.
-
-        Raises UserError for a database that cannot be used, and for a study that is another search's.
+        `describe` returns what a variant's results depend on, as a JSON-serializable value.
         """
-        storage, name = self._looked_at, self._study(variant)
-        if name not in _studies(storage):
+        self._search, self._name, self._folder, self._describe = search, name, folder, describe
+
+    def load_trials(self, variant: Variant) -> list[TrialRecord]:
+        """Return the trials of a variant, read-only: a driver may be running the study at the same time.
+
+        Raises UserError for a database that cannot be opened, and for a study that belongs to another search.
+        """
+        storage, name = self._read_only_storage, self._study_name(variant)
+        if name not in _study_summaries(storage):
             return []
         self._check_owner(storage, name, variant)
         study = optuna.load_study(study_name=name, storage=storage)
-        return _all_tried(study, self._search)
+        return _trial_records(study, self._search)
 
     @cached_property
-    def _looked_at(self) -> BaseStorage:
-        return self._open(StorageJournal(self._folder / _JOURNAL))
+    def _read_only_storage(self) -> BaseStorage:
+        return self._open_storage(StorageJournal(self._folder / _JOURNAL))
 
-    def take(self, variants: Sequence[Variant]) -> "list[VariantSearch]":
-        """Go on with them, as the one driver that does. Raises as `look`."""
+    def resume_studies(self, variants: Sequence[Variant]) -> "list[VariantStudy]":
+        """Create or resume the studies of the variants as their only driver. Raises the errors of `load_trials`."""
         journal = StorageJournal(self._folder / _JOURNAL)
-        journal.gather()
-        storage = self._open(journal)
+        journal.compact()
+        storage = self._open_storage(journal)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        found = []
+        studies = []
         for variant in variants:
-            name = self._study(variant)
+            name = self._study_name(variant)
             self._check_owner(storage, name, variant)
-            found.append(VariantSearch(variant, self._search, storage, name, self._identity(variant)))
-        return found
+            studies.append(VariantStudy(variant, self._search, storage, name, self._identity(variant)))
+        return studies
 
-    def _open(self, journal: "StorageJournal") -> BaseStorage:
+    def _open_storage(self, journal: "StorageJournal") -> BaseStorage:
         if self._search.study_storage is None:
             return JournalStorage(journal)
         url = os.path.expandvars(self._search.study_storage)
         unset = re.search(r"\$\{?(\w+)", url)
         if unset:
             raise UserError(
-                f"search.study_storage: the environment has no {unset[1]}; set it, or write the URL in full"
+                f"search.study_storage: environment variable {unset[1]} is not set; set it, or write the URL in full"
             )
         try:
             return RDBStorage(url)
-        except Exception as error:  # whatever its driver raises may hold the URL's password: it is not told or kept
-            told = f"cannot use the database ({type(error).__name__}); look at its URL and your rights"
-            raise UserError(f"search.study_storage: {told}") from None
+        except Exception as error:  # the driver's error may contain the URL's password: neither logged nor chained
+            raise UserError(
+                f"search.study_storage: cannot open the database ({type(error).__name__}); "
+                "check its URL and your permissions"
+            ) from None
 
-    def _study(self, variant: Variant) -> str:
+    def _study_name(self, variant: Variant) -> str:
         return "/".join([self._name, *variant.name.split()])
 
     def _identity(self, variant: Variant) -> str:
-        """What a study is about and where its artifacts are; not how long it goes on."""
-        about = self._search.model_dump(mode="json", exclude={"trials", "hours", "study", "study_storage"})
-        return fingerprint("study", {"search": about, "about": self._about(variant), "sweep": self._folder.uri})
+        """Return the fingerprint of everything a study's results depend on and of the sweep's location.
+
+        Budgets are not part of it, so that a study can be extended.
+        """
+        search = self._search.model_dump(mode="json", exclude={"trials", "hours", "study", "study_storage"})
+        return fingerprint("study", {"search": search, "about": self._describe(variant), "sweep": self._folder.uri})
 
     def _check_owner(self, storage: BaseStorage, name: str, variant: Variant) -> None:
-        """Two searches in one study would learn from each other's trials as if they were their own."""
-        study = _studies(storage).get(name)
+        """Refuse a study of another search: the sampler would learn from trials that are not comparable."""
+        study = _study_summaries(storage).get(name)
         if study is not None and study.n_trials and study.user_attrs.get(_OWNER) != self._identity(variant):
             raise UserError(
-                f"search.study: the study {name!r} is there and was of another search (space, objective, sampler, "
-                "recipe, data or --storage differ); give another name to the study"
+                f"search.study: the study {name!r} already exists and belongs to another search (space, objective, "
+                "sampler, recipe, data or --storage differ); set search.study to another name"
             )
 
 
 class StorageJournal(BaseJournalBackend):
-    """Optuna's journal in a folder of any filesystem: an object for each batch of lines, named by its first line's
-    number, so that nothing is rewritten. For one driver at a time (the sweep's lock).
+    """Optuna journal in a folder of any filesystem, for one driver at a time (guarded by the sweep's lock).
+
+    Each batch of log lines is a new file named by the number of its first line, so that nothing is ever rewritten.
     """
 
     def __init__(self, folder: StoragePath) -> None:
         self._folder = folder
         self._logs: list[dict[str, Any]] = []
-        for file in self._files():
-            if file.name == _batch(len(self._logs)):  # else a gathering was cut off: it is in the first
-                self._logs += [json.loads(line) for line in _content(file).splitlines()]
+        for file in self._batch_files():
+            # Any other number belongs to a batch that an interrupted compaction has merged into the first file.
+            if file.name == _batch_name(len(self._logs)):
+                self._logs += [json.loads(line) for line in _read_or_empty(file).splitlines()]
 
-    def _files(self) -> list[StoragePath]:
-        """Batches, by their first line's number; what a killed writer left of one is none."""
+    def _batch_files(self) -> list[StoragePath]:
+        """Return the batches ordered by their first line; partial files of a killed writer do not match."""
         return [file for file in self._folder.children() if re.fullmatch(r"\d{8}\.jsonl", file.name)]
 
-    def gather(self) -> None:
-        """Make one object of what earlier drivers wrote."""
+    def compact(self) -> None:
+        """Merge the batches of earlier drivers into one file and remove their partial files."""
         self._folder.remove_partial_files()
-        files = self._files()
+        files = self._batch_files()
         if len(files) < 2:
             return
-        (self._folder / _batch(0)).write_bytes(_lines(self._logs))
+        (self._folder / _batch_name(0)).write_bytes(_to_lines(self._logs))
         for file in files:
-            if file.name != _batch(0):
+            if file.name != _batch_name(0):
                 file.delete()
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
@@ -157,91 +173,95 @@ class StorageJournal(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """See BaseJournalBackend."""
-        file = self._folder / _batch(len(self._logs))
-        retry(lambda: file.write_bytes(_lines(logs)), _RETRY_SECONDS, f"writing {file}")
+        file = self._folder / _batch_name(len(self._logs))
+        retry(lambda: file.write_bytes(_to_lines(logs)), _RETRY_SECONDS, f"writing {file}")
         self._logs += logs
 
 
-def _batch(first: int) -> str:
-    return f"{first:08d}.jsonl"
+def _batch_name(first_line: int) -> str:
+    return f"{first_line:08d}.jsonl"
 
 
-def _content(file: StoragePath) -> bytes:
-    """Empty where another driver has gathered it since it was listed."""
+def _read_or_empty(file: StoragePath) -> bytes:
+    """Return the file's content, or nothing if another driver has compacted it since it was listed."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
         return b""
 
 
-def _lines(logs: list[dict[str, Any]]) -> bytes:
+def _to_lines(logs: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
 
 
-class VariantSearch(OptunaSearch):
-    """The trials of one variant: those of its study that a killed driver left, then new ones.
+class VariantStudy(OptunaSearch):
+    """The study of one variant as a source of trials: first those interrupted with an earlier driver, then new ones.
 
-    Reaches into OptunaSearch's study and trials (Ray 2.60): it has no way to go on with a trial that is there, and
-    would tell a trial that was stopped early as complete.
+    Uses private members of OptunaSearch (Ray 2.60), which cannot resume an existing trial and would record a trial that
+    was stopped early as complete.
     """
 
-    def __init__(self, variant: Variant, search: Search, storage: BaseStorage, name: str, identity: str) -> None:
-        self.variant, self.wanted = variant, search
+    def __init__(self, variant: Variant, search: SearchConfig, storage: BaseStorage, name: str, identity: str) -> None:
+        self.variant, self.search = variant, search
         super().__init__(
-            space={key: distribution(one) for key, one in search.space.items()},
+            space=distributions(search),
             metric=list(search.objective),
             mode=list(search.objective.values()),
             study_name=name,
             storage=storage,
-            sampler=_sampler(search, storage, name),
+            sampler=_create_sampler(search, storage, name),
         )
         self._ot_study.set_user_attr(_OWNER, identity)
         if search.asha:
             self._ot_study.pruner = SuccessiveHalvingPruner(round(RUNGS * search.asha.grace), search.asha.reduction)
-        self._worse = -1.0 if search.objective[self.metric[0]] == "max" else 1.0
-        self._left = self._unended()
+        self._loss_sign = -1.0 if search.objective[self.metric[0]] == "max" else 1.0
+        self._interrupted = self._interrupted_trials()
 
-    def _unended(self) -> list[FrozenTrial]:
-        """Trials that a killed driver left; one that it had not given all its settings is forgotten."""
-        left = self._ot_study.get_trials(states=(TrialState.RUNNING,))
-        for trial in left:
-            if trial.params.keys() != self.wanted.space.keys():
+    def _interrupted_trials(self) -> list[FrozenTrial]:
+        """Return the trials left running by a killed driver; fail those without a value for every searched setting."""
+        running = self._ot_study.get_trials(states=(TrialState.RUNNING,))
+        for trial in running:
+            if trial.params.keys() != self.search.space.keys():
                 self._ot_study.tell(trial.number, state=TrialState.FAIL)
-        return [trial for trial in left if trial.params.keys() == self.wanted.space.keys()]
+        return [trial for trial in running if trial.params.keys() == self.search.space.keys()]
 
     @property
-    def tried(self) -> list[TrialRecord]:
-        """All trials so far, those that run among them."""
-        return _all_tried(self._ot_study, self.wanted)
+    def trials(self) -> list[TrialRecord]:
+        """Return all trials of the study, including those that are running."""
+        return _trial_records(self._ot_study, self.search)
 
-    def next(self, trial_id: str, fresh: bool) -> dict[str, Any] | None:
-        """See searcher.Source."""
-        if self._left:
-            frozen = self._left.pop(0)
+    def next_settings(self, trial_id: str, allow_new: bool) -> dict[str, Any] | None:
+        """See searcher.TrialSource."""
+        if self._interrupted:
+            frozen = self._interrupted.pop(0)
             self._ot_trials[trial_id] = optuna.trial.Trial(self._ot_study, frozen._trial_id)
             return dict(frozen.params)
-        if not fresh or (self.wanted.trials is not None and len(self.tried) >= self.wanted.trials):
+        if not allow_new or (self.search.trials is not None and len(self.trials) >= self.search.trials):
             return None
         self.suggest(trial_id)
         return dict(self._ot_trials[trial_id].params)
 
-    def should_stop(self, trial_id: str, mark: int, loss: float) -> bool:
-        """Keep the loss that a trial reached at a mark (1 to RUNGS); whether successive halving ends the trial there.
+    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
+        """Record a trial's loss at a rung (1 to RUNGS) and return whether successive halving stops the trial there.
 
-        Kept so that less is better for the study's own direction, as its sampler and pruner will have it.
+        The loss is recorded with the sign for which the study's direction prefers smaller losses: Optuna's sampler and
+        pruner rank intermediate values by that direction.
         """
         if len(self.metric) > 1:
-            return False  # Optuna keeps no intermediate values of several objectives
+            return False  # Optuna does not store intermediate values of multi-objective studies
         trial = self._ot_trials[trial_id]
-        trial.report(self._worse * loss, mark)
-        return self.wanted.asha is not None and mark < RUNGS and trial.should_prune()
+        trial.report(self._loss_sign * loss, rung)
+        return self.search.asha is not None and rung < RUNGS and trial.should_prune()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended: done with `objective/NAME`s, failed with `failure`, or stopped early."""
-        trial, told = self._ot_trials.pop(trial_id), result or {}
-        values = [told.get(f"objective/{name}") for name in self.metric]
-        if error or "failure" in told:
-            trial.set_user_attr(_FAILURE, told.get("failure", LOST))
+        """Record the outcome of a trial in the study.
+
+        A result with `objective/NAME` values is done, one with `failure` has failed, any other was stopped early.
+        """
+        trial, report = self._ot_trials.pop(trial_id), result or {}
+        values = [report.get(f"objective/{name}") for name in self.metric]
+        if error or "failure" in report:
+            trial.set_user_attr(_FAILURE, report.get("failure", LOST))
             self._ot_study.tell(trial, state=TrialState.FAIL)
         elif None in values:
             self._ot_study.tell(trial, state=TrialState.PRUNED)
@@ -249,27 +269,28 @@ class VariantSearch(OptunaSearch):
             self._ot_study.tell(trial, values)
 
 
-def _all_tried(study: Study, search: Search) -> list[TrialRecord]:
-    """All trials but those that a killed driver had not given all their settings."""
-    return [_tried(one, list(search.objective)) for one in study.trials if one.params.keys() == search.space.keys()]
+def _trial_records(study: Study, search: SearchConfig) -> list[TrialRecord]:
+    """Return the study's trials, without those that a killed driver left with incomplete settings."""
+    names = list(search.objective)
+    return [_trial_record(trial, names) for trial in study.trials if trial.params.keys() == search.space.keys()]
 
 
-def _tried(frozen: FrozenTrial, names: list[str]) -> TrialRecord:
-    ended = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}.get(frozen.state)
-    values = dict(zip(names, frozen.values, strict=True)) if ended == "done" else {}
-    losses = {mark: abs(value) for mark, value in frozen.intermediate_values.items()}
-    return TrialRecord(frozen.number, frozen.params, ended, frozen.user_attrs.get(_FAILURE), values, losses)
+def _trial_record(frozen: FrozenTrial, names: list[str]) -> TrialRecord:
+    outcome = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}.get(frozen.state)
+    objectives = dict(zip(names, frozen.values, strict=True)) if outcome == "done" else {}
+    losses = {rung: abs(value) for rung, value in frozen.intermediate_values.items()}
+    return TrialRecord(frozen.number, frozen.params, outcome, frozen.user_attrs.get(_FAILURE), objectives, losses)
 
 
-def _studies(storage: BaseStorage) -> dict[str, StudySummary]:
+def _study_summaries(storage: BaseStorage) -> dict[str, StudySummary]:
     return {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
 
 
-def _sampler(search: Search, storage: BaseStorage, name: str) -> BaseSampler:
-    """Seeded by what was tried already as well: a sampler that starts anew would draw its first points again."""
-    known = _studies(storage).get(name)
-    tried = known.n_trials if known else 0
-    seed = int(fingerprint("sampler", {"study": name, "seed": search.seed, "tried": tried})[:8], 16)
+def _create_sampler(search: SearchConfig, storage: BaseStorage, name: str) -> BaseSampler:
+    """Create a sampler whose seed includes the number of trials so far: a resumed search must not repeat its points."""
+    summary = _study_summaries(storage).get(name)
+    trial_count = summary.n_trials if summary else 0
+    seed = int(fingerprint("sampler", {"study": name, "seed": search.seed, "tried": trial_count})[:8], 16)
     if search.sampler == "random":
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, constant_liar=True)  # trials run side by side: not the same point for all
+    return TPESampler(seed=seed, constant_liar=True)  # trials run concurrently: avoids suggesting the same point twice

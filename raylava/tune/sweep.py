@@ -1,28 +1,40 @@
-"""The sweep's file: a base recipe, axes along which it varies, settings to search. Knows nothing of what that costs."""
+"""Typed configuration of a sweep file: a base recipe, axes along which it varies, settings to search."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from raylava.config.load import explained, read_mapping
+from raylava.config.load import describe_error, read_mapping
 from raylava.config.recipe import ConfigModel
 from raylava.errors import UserError
 
-_COLUMNS = ("seed", "loss", "final_loss", "ended", "failure", "cost_hours", "share_hours", "model_path")
+_RESULT_COLUMNS = (
+    "seed",
+    "loss",
+    "final_loss",
+    "outcome",
+    "failure",
+    "device_hours",
+    "shared_device_hours",
+    "model_path",
+)
 
 Level = dict[str, Any]  # settings by recipe key
 
 
-def _levels(axis: Any) -> dict[str, Level]:
+def _validate_levels(axis: Any) -> dict[str, Level]:
     for name, settings in axis.items():
         if not isinstance(settings, dict) or not settings:
             raise ValueError(f"level {name!r} must give recipe keys and values, such as {{finetune.lr: 1e-4}}")
     return dict(axis)
 
 
-class Range(ConfigModel):
-    """Where a setting is searched; one of the four. Both ends of a range count; `choice` takes plain values."""
+class SearchRange(ConfigModel):
+    """Values that a search may give to a setting: exactly one of the four fields.
+
+    Both ends of a range are included; `choice` lists plain values.
+    """
 
     loguniform: tuple[float, float] | None = None
     uniform: tuple[float, float] | None = None
@@ -30,45 +42,46 @@ class Range(ConfigModel):
     choice: tuple[bool | int | float | str, ...] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
+    def _validate_range(self) -> Self:
         if len(self.model_fields_set) != 1:
             raise ValueError("give one of loguniform, uniform, int, choice, such as {loguniform: [1.0e-6, 1.0e-4]}")
         ends = self.loguniform or self.uniform or self.integer
         if ends and ends[0] >= ends[1]:
-            raise ValueError(f"the first end {ends[0]} must be below the second {ends[1]}")
+            raise ValueError(f"the lower end {ends[0]} must be below the upper end {ends[1]}")
         if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError(f"loguniform starts above 0, not at {self.loguniform[0]}; uniform may start there")
+            raise ValueError(f"loguniform must start above 0, not at {self.loguniform[0]}; uniform may start there")
         return self
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Both ends, or all choices."""
+        """Return both ends of the range, or all choices."""
         return self.choice or self.loguniform or self.uniform or self.integer or ()
 
 
-class Asha(ConfigModel):
-    """Asynchronous successive halving (Li et al. 2020): which trials are stopped early, by their finetuning loss.
+class AshaConfig(ConfigModel):
+    """Early stopping by finetuning loss: asynchronous successive halving (Li et al. 2020).
 
-    After a share `grace` of finetuning, and each time after `reduction` times as much, a trial goes on only when its
-    loss is among the best 1/`reduction` of those that came as far.
+    A trial is first compared after the fraction `grace` of finetuning, then each time after `reduction` times as much.
+    It continues only if its loss is among the best 1/`reduction` of the trials that reached the same point.
     """
 
     grace: float = Field(0.1, ge=0.1, le=1)
     reduction: int = Field(3, ge=2)
 
 
-class Search(ConfigModel):
-    """Settings to search within each variant, by Optuna, until so many trials or hours are spent on each or on all.
+class SearchConfig(ConfigModel):
+    """A search of settings within each variant, run by Optuna.
 
-    `space` maps recipe keys to ranges. `objective` maps what counts to a direction: `loss` (the end of finetuning), a
-    benchmark's name (its score), `seconds` (what the trial's training took). With `study_storage`, an SQLAlchemy URL
-    whose `$NAME`s are environment variables, Optuna keeps the study in that database; else it lies beside the report.
+    `space` maps recipe keys to ranges. `objective` maps objectives to a direction: `loss` (at the end of finetuning), a
+    benchmark's name (its score), `seconds` (training time). `trials` limits the trials of each variant, `hours` the
+    whole search. `study_storage` is an SQLAlchemy URL in which `$NAME` is replaced by the environment variable; without
+    it, the study is stored next to the report.
     """
 
-    space: dict[str, Range] = Field(min_length=1)
+    space: dict[str, SearchRange] = Field(min_length=1)
     objective: dict[str, Literal["min", "max"]] = Field(min_length=1)
     sampler: Literal["tpe", "random"] = "tpe"
-    asha: Asha | None = None
+    asha: AshaConfig | None = None
     trials: int | None = Field(None, ge=1)
     hours: float | None = Field(None, gt=0)
     study: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -76,55 +89,56 @@ class Search(ConfigModel):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _ends(self) -> Self:
+    def _validate_budget(self) -> Self:
         if self.trials is None and self.hours is None:
-            raise ValueError("a search needs an end; give trials (of each variant) or hours (of the whole search)")
+            raise ValueError("a search needs a budget; give trials (of each variant) or hours (of the whole search)")
         if self.asha and len(self.objective) > 1:
-            raise ValueError("asha weighs trials by one objective; give one, or leave asha out")
+            raise ValueError("asha supports one objective; keep one objective, or remove asha")
         return self
 
 
-class Sweep(ConfigModel):
-    """Every combination of one level of each axis, and of each seed, is a variant of the recipe.
+class SweepConfig(ConfigModel):
+    """A sweep: every combination of one level of each axis and one seed is a variant of the recipe.
 
-    An axis is levels by name, each of which sets recipe keys. `exclude` names combinations to leave out (a mapping of
-    axes to levels; those it does not name may be any). `set` changes the recipe for all. `seeds` are repetitions.
-    With `search`, each variant is a study of many trials.
+    `axes` maps each axis to its levels by name; a level sets recipe keys. `exclude` lists combinations to skip, each a
+    mapping of axes to levels; an axis that it does not name matches any level. `set` changes the recipe of all
+    variants. `seeds` are repetitions. With `search`, each variant becomes a study of many trials.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     recipe: str
     set: Level = Field(default={})
-    axes: dict[str, Annotated[dict[str, Any], AfterValidator(_levels)]] = Field(default={})
+    axes: dict[str, Annotated[dict[str, Any], AfterValidator(_validate_levels)]] = Field(default={})
     exclude: tuple[dict[str, str], ...] = ()
     seeds: tuple[int, ...] = ()
-    search: Search | None = None
+    search: SearchConfig | None = None
     max_concurrent_trials: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _names_what_there_is(self) -> Self:
+    def _validate_names(self) -> Self:
         for axis in self.axes:
-            if axis in _COLUMNS:
-                raise ValueError(f"an axis cannot be called {axis!r}: results.csv has a column of that name; rename it")
+            if axis in _RESULT_COLUMNS:
+                raise ValueError(f"axis {axis!r} has the name of a column of results.csv; rename the axis")
         for combination in self.exclude:
             for axis, level in combination.items():
                 if axis not in self.axes:
-                    raise ValueError(f"exclude names the axis {axis!r}; known here: {', '.join(self.axes)}")
+                    raise ValueError(f"exclude names an unknown axis {axis!r}; choose one of: {', '.join(self.axes)}")
                 if level not in self.axes[axis]:
-                    raise ValueError(f"exclude names {axis}={level}; its levels are {', '.join(self.axes[axis])}")
+                    levels = ", ".join(self.axes[axis])
+                    raise ValueError(f"exclude names an unknown level {axis}={level}; choose one of: {levels}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} must differ")
+            raise ValueError(f"seeds {list(self.seeds)} must differ; remove the repeated ones")
         return self
 
 
-def load_sweep(path: str) -> Sweep:
-    """The sweep in a YAML file; its `recipe` is looked for beside the file.
+def load_sweep(path: str) -> SweepConfig:
+    """Load a sweep from a YAML file; its `recipe` is a path relative to that file.
 
-    Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
+    Raises UserError with a one-line message for a missing file, YAML that does not parse, or an invalid key or value.
     """
     data = read_mapping(Path(path), "sweep")
     try:
-        sweep = Sweep.model_validate(data)
+        sweep = SweepConfig.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{path}: {explained(error, Sweep)}") from error
+        raise UserError(f"{path}: {describe_error(error, SweepConfig)}") from error
     return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})

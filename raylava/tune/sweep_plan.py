@@ -1,4 +1,4 @@
-"""What a sweep comes to before anything runs: its variants' stages, those they share, those that are there already."""
+"""The stages of a sweep before anything runs: which ones variants share and which artifacts already exist."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,71 +7,81 @@ from functools import cached_property
 from raylava.artifacts import Artifact
 from raylava.errors import UserError
 from raylava.evaluate.benchmarks import BenchmarkCache
+from raylava.pipeline.graph import build_stages
 from raylava.pipeline.stage import Stage
-from raylava.pipeline.stages import stages_of
 from raylava.storage import StoragePath
-from raylava.tune.records import TrialResult
-from raylava.tune.variants import Variant
+from raylava.tune.variants import TrialResult, Variant
 
 
 @dataclass(frozen=True)
-class JobSpec:
-    """A distinct stage of a sweep: variants that need it share one artifact."""
+class PlannedStage:
+    """A distinct stage of a sweep. All its `users` (a number of variants) share one artifact."""
 
     stage: str
     label: str
     fingerprint: str
     users: int
-    found: bool
+    is_cached: bool
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's variants, each with its stages, in the same order. What is found is looked up once."""
+    """The variants of a sweep and, in the same order, the stages of each. Artifacts are looked up once."""
 
     variants: tuple[Variant, ...]
     stages: tuple[tuple[Stage, ...], ...]
 
     @cached_property
-    def _found(self) -> dict[str, Artifact | None]:
-        """By place."""
-        specs = {str(stage.spec.path): stage.spec for stages in self.stages for stage in stages}
-        return {key: spec.find() for key, spec in specs.items()}
+    def _artifacts(self) -> dict[str, Artifact | None]:
+        """All artifacts by storage path, None for those that do not exist yet."""
+        specs = {str(stage.spec().path): stage.spec() for stages in self.stages for stage in stages}
+        return {path: spec.find() for path, spec in specs.items()}
 
     @cached_property
-    def works(self) -> list[JobSpec]:
-        """The distinct stages, in the order in which variants first need them."""
-        first: dict[str, Stage] = {}
+    def planned_stages(self) -> list[PlannedStage]:
+        """Return the distinct stages, in the order in which variants first need them."""
+        distinct: dict[str, Stage] = {}
         users: dict[str, int] = {}
-        for stage in (one for stages in self.stages for one in stages):
-            key = str(stage.spec.path)
-            first.setdefault(key, stage)
-            users[key] = users.get(key, 0) + 1
+        for stage in (stage for stages in self.stages for stage in stages):
+            path = str(stage.spec().path)
+            distinct.setdefault(path, stage)
+            users[path] = users.get(path, 0) + 1
         return [
-            JobSpec(one.spec.stage, one.label, one.spec.fingerprint, users[key], self._found[key] is not None)
-            for key, one in first.items()
+            PlannedStage(
+                stage.kind,
+                stage.label,
+                stage.spec().fingerprint,
+                users[path],
+                is_cached=self._artifacts[path] is not None,
+            )
+            for path, stage in distinct.items()
         ]
 
     def artifacts(self, variant: int) -> dict[str, Artifact]:
-        """What is there of one variant, by stage label."""
-        found = {stage.label: self._found[str(stage.spec.path)] for stage in self.stages[variant]}
-        return {label: artifact for label, artifact in found.items() if artifact is not None}
+        """Return the existing artifacts of the variant at an index, by stage label."""
+        artifacts = {stage.label: self._artifacts[str(stage.spec().path)] for stage in self.stages[variant]}
+        return {label: artifact for label, artifact in artifacts.items() if artifact is not None}
 
 
-def plan_of(ended: Sequence[TrialResult], storage: StoragePath) -> SweepPlan:
-    """The plan of trials that ended; one that failed before it was a recipe, or could be resolved, has no stages."""
-    exams, stages = BenchmarkCache(), list[tuple[Stage, ...]]()
-    for one in ended:
+def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) -> SweepPlan:
+    """Return the plan of finished trials.
+
+    A trial that failed because its settings are no valid recipe, or its inputs cannot be resolved, has no stages.
+    """
+    benchmark_cache, stages = BenchmarkCache(), list[tuple[Stage, ...]]()
+    for result in trial_results:
         try:
-            stages.append(tuple(stages_of(one.variant.recipe, storage, exams)) if one.is_recipe else ())
+            recipe = result.variant.recipe
+            stages.append(tuple(build_stages(recipe, storage, benchmark_cache)) if result.is_valid_recipe else ())
         except UserError:
-            if one.how != "failed":
+            if result.outcome != "failed":
                 raise
             stages.append(())
-    return SweepPlan(tuple(one.variant for one in ended), tuple(stages))
+    return SweepPlan(tuple(result.variant for result in trial_results), tuple(stages))
 
 
-def plan(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
-    """Resolve every variant. Raises UserError for input that cannot work, before any worker starts."""
-    exams = BenchmarkCache()
-    return SweepPlan(tuple(variants), tuple(tuple(stages_of(one.recipe, storage, exams)) for one in variants))
+def plan_sweep(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
+    """Resolve the stages of every variant. Raises UserError for invalid input, before any worker starts."""
+    benchmark_cache = BenchmarkCache()
+    stages = (tuple(build_stages(variant.recipe, storage, benchmark_cache)) for variant in variants)
+    return SweepPlan(tuple(variants), tuple(stages))

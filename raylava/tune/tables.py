@@ -1,4 +1,4 @@
-"""A sweep's tables on the console: what is planned, where trials are, what came of them."""
+"""Terminal tables of a sweep: its plan, the progress of its trials, its results."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,74 +11,79 @@ from raylava.tune.results import SweepResults
 from raylava.tune.sweep_plan import SweepPlan
 from raylava.tune.tracker import TrialStatus
 
-_ROWS = 24  # of a table that lives: what runs, and the last that ended
+_MAX_ROWS = 24  # rows of the progress table, and trials up to which the results table lists all
 
 
 def plan_table(sweep_plan: SweepPlan) -> Table:
-    """Stages by kind: how often they are needed, how many are distinct, how many are there."""
-    works = sweep_plan.works
+    """Return, for each kind of stage, how many the trials need, how many are distinct, cached and left to build."""
+    stages = sweep_plan.planned_stages
     table = Table(title=f"{len(sweep_plan.variants)} trials", title_justify="left")
-    for heading in ("stage", "needed", "distinct", "found", "to make"):
+    for heading in ("stage", "needed", "distinct", "cached", "to build"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for kind in dict.fromkeys(work.stage for work in works):
-        own = [work for work in works if work.stage == kind]
-        found = sum(work.found for work in own)
-        needed = sum(work.users for work in own)
-        table.add_row(kind, str(needed), str(len(own)), str(found), str(len(own) - found))
+    for kind in dict.fromkeys(stage.stage for stage in stages):
+        distinct = [stage for stage in stages if stage.stage == kind]
+        cached = sum(stage.is_cached for stage in distinct)
+        needed = sum(stage.users for stage in distinct)
+        table.add_row(kind, str(needed), str(len(distinct)), str(cached), str(len(distinct) - cached))
     return table
 
 
-def progress_table(trials: Sequence[TrialStatus], now: float, expected: int | None) -> Table:
-    """A line a trial: those that run, then those that ended last. `now` in seconds of the epoch; `expected` trials in
-    all (None where nobody knows).
+def progress_table(trials: Sequence[TrialStatus], now: float, planned_trials: int | None) -> Table:
+    """Return one row per running trial, followed by the trials that finished most recently.
+
+    `now` is Unix time in seconds; `planned_trials` is the total number of trials, None if unknown.
     """
-    table = Table("trial", "variant", "stage", "step", "figures", "ETA")
-    running = [one for one in enumerate(trials) if not one[1].ended]
-    ended = [one for one in enumerate(trials) if one[1].ended]
-    for number, where in sorted(running + ended[-max(0, _ROWS - len(running)) :]):
-        table.add_row(str(number), escape(where.variant), *_told(where, now))
-    counts = Counter(where.ended or "running" for where in trials)
-    waiting = [f"{expected - len(trials)} to come"] if expected and expected > len(trials) else []
-    table.caption = ", ".join([f"{count} {how}" for how, count in counts.items()] + waiting) or "starting"
+    table = Table("trial", "variant", "stage", "step", "metrics", "ETA")
+    running = [(number, status) for number, status in enumerate(trials) if not status.outcome]
+    finished = [(number, status) for number, status in enumerate(trials) if status.outcome]
+    for number, status in sorted(running + finished[-max(0, _MAX_ROWS - len(running)) :]):
+        table.add_row(str(number), escape(status.variant), *_progress_cells(status, now))
+    counts = Counter(status.outcome or "running" for status in trials)
+    captions = [f"{count} {outcome}" for outcome, count in counts.items()]
+    if planned_trials and planned_trials > len(trials):
+        captions.append(f"{planned_trials - len(trials)} pending")
+    table.caption = ", ".join(captions) or "starting"
     table.caption_justify = "left"
     return table
 
 
-def _told(where: TrialStatus, now: float) -> list[str]:
-    """Stage, step, figures, ETA."""
-    if where.ended:
-        return [where.ended]
-    step = f"{where.done:g}/{where.total:g}" if where.total else ""
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in where.figures.items() if name != "wait")
-    return [where.doing, step, figures, _eta(where, now)]
+def _progress_cells(status: TrialStatus, now: float) -> list[str]:
+    """Return the cells stage, step, metrics and ETA; of a finished trial only its outcome."""
+    if status.outcome:
+        return [status.outcome]
+    step = f"{status.done:g}/{status.total:g}" if status.total else ""
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in status.metrics.items() if name != "wait")
+    return [status.stage, step, metrics, _eta(status, now)]
 
 
-def _eta(where: TrialStatus, now: float) -> str:
-    """Of the stage."""
-    if where.since is None or where.done <= where.since[1] or now <= where.since[0]:
+def _eta(status: TrialStatus, now: float) -> str:
+    """Return the remaining time of the current stage, empty if unknown."""
+    if status.first_report is None:
         return ""
-    rate = (where.done - where.since[1]) / (now - where.since[0])
-    seconds = (where.total - where.done) / rate
+    first_time, first_done = status.first_report
+    if status.done <= first_done or now <= first_time:
+        return ""
+    rate = (status.done - first_done) / (now - first_time)
+    seconds = (status.total - status.done) / rate
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def results_table(findings: SweepResults) -> Table:
-    """A line a trial; of many, the best of each variant and those that failed."""
-    chosen = {id(row) for row in findings.chosen}
-    few = len(findings.rows) <= _ROWS
-    shown = [row for row in findings.rows if few or id(row) in chosen or row.ended.failure]
-    columns = [*findings.sweep.axes, *(["seed"] if findings.sweep.seeds else [])]
-    columns += list(findings.sweep.search.space) if findings.sweep.search else []
-    columns += [*findings.benchmarks, "loss", "ended"]
+def results_table(results: SweepResults) -> Table:
+    """Return one row per trial; of a long list only the best trial of each variant and those that failed."""
+    best_rows = {id(row) for row in results.best_rows}
+    list_all = len(results.rows) <= _MAX_ROWS
+    rows = [row for row in results.rows if list_all or id(row) in best_rows or row.trial.failure]
+    columns = [*results.sweep.axes, *(["seed"] if results.sweep.seeds else [])]
+    columns += list(results.sweep.search.space) if results.sweep.search else []
+    columns += [*results.benchmarks, "loss", "outcome"]
     table = Table(*(escape(column.rpartition(".")[2]) for column in columns))
-    for row in shown:
-        variant = row.ended.variant
-        known = {**variant.levels, "seed": variant.seed, **variant.searched, **row.values, **row.scores}
-        table.add_row(
-            *(_cell(known.get(column)) for column in columns[:-1]), escape(row.ended.failure or row.ended.how)
-        )
-    if len(shown) < len(findings.rows):
-        table.caption, table.caption_justify = f"{len(findings.rows)} trials in all, see results.csv", "left"
+    for row in rows:
+        variant = row.trial.variant
+        values = {**variant.levels, "seed": variant.seed, **variant.searched, **row.objectives, **row.scores}
+        cells = [_cell(values.get(column)) for column in columns[:-1]]
+        table.add_row(*cells, escape(row.trial.failure or row.trial.outcome))
+    if len(rows) < len(results.rows):
+        table.caption, table.caption_justify = f"{len(results.rows)} trials in total, see results.csv", "left"
     return table
 
 

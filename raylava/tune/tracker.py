@@ -1,4 +1,4 @@
-"""Where every trial of a sweep is: trials tell, the driver looks."""
+"""A Ray actor that holds the status of every trial of a sweep: trials report to it, the driver reads it."""
 
 from dataclasses import dataclass, field
 
@@ -7,56 +7,58 @@ import ray
 
 @dataclass
 class TrialStatus:
-    """One trial: its variant in words, what it is doing, how far that is, which stages it made itself.
+    """Progress of one trial.
 
-    `ended` is how: done, stopped (early) or failed. `since` is when (seconds of the epoch) and where it was first heard
-    of in its stage, so that a rate can be told.
+    `done` of `total` units of `stage` are complete; `metrics` are its latest. `built_stages` are the stages that
+    this trial built itself rather than reused. `outcome` is done, stopped (early) or failed, and None while the trial
+    runs. `first_report` is the (Unix time in seconds, units done) of the stage's first progress report, from
+    which its rate is computed.
     """
 
     variant: str
-    doing: str = "starting"
+    stage: str = "starting"
     done: float = 0.0
     total: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
-    made: list[str] = field(default_factory=list)
-    ended: str | None = None
-    since: tuple[float, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    built_stages: list[str] = field(default_factory=list)
+    outcome: str | None = None
+    first_report: tuple[float, float] | None = None
 
 
 @ray.remote(num_cpus=0)
 class TrialTracker:
-    """The state of each trial, by number, and the recipe it is to make."""
+    """Holds the status and the recipe of each trial, by the trial's number."""
 
     def __init__(self) -> None:
         self._trials: list[TrialStatus] = []
         self._recipes: list[str] = []
 
-    def join(self, variant: str, recipe: str) -> int:
-        """A trial is about to begin; its number. `recipe` is JSON."""
+    def add_trial(self, variant: str, recipe: str) -> int:
+        """Register a trial with its variant's name and its recipe as JSON, and return the trial's number."""
         self._trials.append(TrialStatus(variant))
         self._recipes.append(recipe)
         return len(self._trials) - 1
 
     def recipe(self, trial: int) -> str:
-        """What the trial is to make."""
+        """Return the trial's recipe as JSON."""
         return self._recipes[trial]
 
-    def start(self, trial: int, stage: str) -> None:
-        """A trial sets out to make a stage, which none has made and none is making."""
-        where = self._trials[trial]
-        where.doing, where.done, where.total, where.figures, where.since = stage, 0.0, 0.0, {}, None
-        where.made.append(stage)
+    def start_stage(self, trial: int, stage: str) -> None:
+        """Record that a trial builds a stage that does not exist yet and that no other trial is building."""
+        status = self._trials[trial]
+        status.stage, status.done, status.total, status.metrics, status.first_report = stage, 0.0, 0.0, {}, None
+        status.built_stages.append(stage)
 
-    def tell(self, trial: int, done: float, total: float, figures: dict[str, float], at: float) -> None:
-        """How far it is with that, `at` so many seconds of the epoch."""
-        where = self._trials[trial]
-        where.done, where.total, where.figures = done, total, figures
-        where.since = where.since or (at, done)
+    def report_progress(self, trial: int, done: float, total: float, metrics: dict[str, float], at: float) -> None:
+        """Record the progress of the trial's current stage; `at` is the Unix time of the report in seconds."""
+        status = self._trials[trial]
+        status.done, status.total, status.metrics = done, total, metrics
+        status.first_report = status.first_report or (at, done)
 
-    def end(self, trial: int, how: str) -> None:
-        """A trial ended."""
-        self._trials[trial].ended = how
+    def finish(self, trial: int, outcome: str) -> None:
+        """Record the outcome of a trial: done, stopped or failed."""
+        self._trials[trial].outcome = outcome
 
-    def look(self) -> list[TrialStatus]:
-        """All trials, in the order they began."""
+    def statuses(self) -> list[TrialStatus]:
+        """Return the status of all trials, in the order in which they started."""
         return self._trials

@@ -1,7 +1,8 @@
-"""One trial: a variant's stages, walked within a Ray Tune trial. Holds no CPU and no GPU: its stages ask for their own.
+"""One trial: runs the stages of a variant inside a Ray Tune trial.
 
-A stage that another trial is building is waited for, not built twice (stages.make). An error of the trial's own is its
-result, so that Tune starts only those again whose process was lost.
+The trial itself reserves no CPU and no GPU; its stages request their own resources. A stage that another trial is
+building is waited for, not built twice (stage.run_stage). An exception is reported as the trial's result, so that Ray
+Tune restarts only trials whose process died.
 """
 
 import logging
@@ -14,95 +15,102 @@ import ray
 from ray import tune
 
 from raylava.artifacts import Artifact
-from raylava.cli.tables import benchmarks, headline
 from raylava.cluster.session import silence_ray_logs
 from raylava.config.recipe import Recipe
-from raylava.console import ProgressBar
 from raylava.errors import first_line
+from raylava.pipeline.graph import build_stages
+from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.pipeline.stage import run_stage
-from raylava.pipeline.stages import stages_of
+from raylava.progress import ProgressBar
 from raylava.storage import storage_path
-from raylava.train.metrics_logger import training_seconds
+from raylava.train.step_log import training_seconds
 from raylava.tune.study import RUNGS
 from raylava.tune.variants import LOSS, SECONDS
 
 logger = logging.getLogger(__name__)
 
-_TELL_EVERY_SECONDS = 0.5
-_COMPARED = "finetune"  # the stage whose loss is compared between trials
+_REPORT_INTERVAL_SECONDS = 0.5
+_COMPARED_STAGE = "finetune"  # the stage whose loss is compared between trials
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable. `config` holds the trial's number, the storage, the board; `search`: whether it is of one.
+    """Run one trial: the trainable of Ray Tune.
 
-    Reports `mark` and `loss` on the way when it is of a search, then `objective/NAME`s or `failure`.
+    `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor and whether the trial belongs to a
+    `search`. Trials of a search report `rung` and `loss` during finetuning. Every trial ends with a report of its
+    `objective/NAME` values or of its `failure`.
     """
     silence_ray_logs()
-    board, number = config["board"], config["trial"]
-    recipe = Recipe.model_validate_json(ray.get(board.recipe.remote(number)))
-    teller = _TrialReporter(board, number, compared=config["search"])
+    tracker, number = config["tracker"], config["trial"]
+    recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
+    reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
     try:
-        made = {stage.label: run_stage(stage, teller) for stage in stages_of(recipe, storage_path(config["storage"]))}
-        told: dict[str, Any] = {"objective": objectives(made)}
-    except Exception as error:  # whatever it is, it is this variant's result
+        stages = build_stages(recipe, storage_path(config["storage"]))
+        artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
+        report: dict[str, Any] = {"objective": compute_objectives(artifacts)}
+    except Exception as error:  # any error of the stages is the result of this variant
         logger.exception("the trial failed")
-        told = {"failure": first_line(error)}
-    ray.get(board.end.remote(number, "failed" if "failure" in told else "done"))
-    tune.report(told)
+        report = {"failure": first_line(error)}
+    ray.get(tracker.finish.remote(number, "failed" if "failure" in report else "done"))
+    tune.report(report)
 
 
-def objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-    """All that a search may rank_candidates of a finished variant, by name."""
-    scores = {name: headline(artifacts[f"evaluate {name}"]) for name in benchmarks(artifacts)}
-    trained = [one for one in artifacts.values() if one.stage in ("pretrain", "finetune")]
-    seconds = sum(training_seconds(one.path, one) for one in trained)
+def compute_objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Return every objective of a finished variant by name: the final loss, training seconds, benchmark scores."""
+    scores = {name: headline_score(artifacts[f"evaluate {name}"]) for name in scored_benchmarks(artifacts)}
+    trained = [artifact for artifact in artifacts.values() if artifact.stage in ("pretrain", "finetune")]
+    seconds = sum(training_seconds(artifact.path, artifact) for artifact in trained)
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
 
 
 class _TrialReporter:
-    """What a stage shows, told to the board (console.Shows)."""
+    """Progress reporter (progress.ProgressReporter) that forwards the progress of stages to the tracker."""
 
-    def __init__(self, board: Any, trial: int, compared: bool) -> None:
-        self._board, self._trial, self._compared = board, trial, compared
+    def __init__(self, tracker: Any, trial: int, compare_loss: bool) -> None:
+        self._tracker, self._trial, self._compare_loss = tracker, trial, compare_loss
 
     def say(self, text: str) -> None:
-        """Nobody reads a trial's lines: what was made is in the artifacts."""
+        """Discard the line: a trial has no console, and its results are in the artifacts."""
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
-        self._board.start.remote(self._trial, title)
-        yield _TrackerBar(self._board, self._trial, Rungs() if self._compared and title == _COMPARED else None)
+        self._tracker.start_stage.remote(self._trial, title)
+        rungs = Rungs() if self._compare_loss and title == _COMPARED_STAGE else None
+        yield _TrackerBar(self._tracker, self._trial, rungs)
 
 
 class _TrackerBar:
-    """To the board not more often than someone looks; to Tune at each mark."""
+    """Progress bar that reports to the tracker at most every half second, and to Ray Tune at each rung."""
 
-    def __init__(self, board: Any, trial: int, marks: "Rungs | None") -> None:
-        self._board, self._trial, self._marks = board, trial, marks
-        self._told = 0.0
+    def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None") -> None:
+        self._tracker, self._trial, self._rungs = tracker, trial, rungs
+        self._last_report = 0.0
 
-    def update(self, done: float, total: float, **figures: float) -> None:
-        """See console.ProgressBar."""
-        if time.monotonic() - self._told >= _TELL_EVERY_SECONDS or done == total:
-            self._told = time.monotonic()
-            self._board.tell.remote(self._trial, done, total, figures, time.time())
-        reached = self._marks.saw(done, total, figures["loss"]) if self._marks else None
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        """See progress.ProgressBar."""
+        if time.monotonic() - self._last_report >= _REPORT_INTERVAL_SECONDS or done == total:
+            self._last_report = time.monotonic()
+            self._tracker.report_progress.remote(self._trial, done, total, metrics, time.time())
+        reached = self._rungs.record_loss(done, total, metrics["loss"]) if self._rungs else None
         if reached:
-            tune.report({"mark": reached[0], "loss": reached[1]})
+            tune.report({"rung": reached[0], "loss": reached[1]})
 
 
 class Rungs:
-    """Cuts a training into RUNGS equal parts: the mean loss of each, once it is over."""
+    """Divides the steps of a training stage into RUNGS equal parts and computes the mean loss of each."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
-    def saw(self, done: float, total: float, loss: float) -> tuple[int, float] | None:
-        """A step is done, each once and in order. The mark (1 to RUNGS) that it reached and the mean, if it did."""
+    def record_loss(self, done: float, total: float, loss: float) -> tuple[int, float] | None:
+        """Record the loss of step `done` of `total` (1-based, each step once and in order).
+
+        Returns (rung, mean loss since the previous rung) when the step completes a rung (1 to RUNGS), else None.
+        """
         self._losses.append(loss)
-        mark = int(RUNGS * done // total)
-        if mark == int(RUNGS * (done - 1) // total):
+        rung = int(RUNGS * done // total)
+        if rung == int(RUNGS * (done - 1) // total):
             return None
         mean = sum(self._losses) / len(self._losses)
         self._losses = []
-        return mark, mean
+        return rung, mean

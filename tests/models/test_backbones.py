@@ -15,11 +15,11 @@ from raylava.config.recipe import Connector, Language, Model, Vision
 from raylava.errors import UserError
 from raylava.evaluate.engines import TransformersEngine
 from raylava.models.export import publish
-from raylava.models.llava import CONNECTOR, CONNECTOR_FILE, build_llava, check_connector
+from raylava.models.llava import CONNECTOR, CONNECTOR_FILE, build_llava, validate_connector
 from raylava.models.registry import (
     LanguageSpec,
     VisionSpec,
-    check_known,
+    validate_backbones,
     load_tokenizer,
     resolve_language,
     resolve_vision,
@@ -79,7 +79,7 @@ def test_dinov2_takes_another_image_size_and_clip_does_not(toy_assets: Artifact)
 )
 def test_an_unknown_backbone_is_told_without_network(language: dict, vision: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        check_known(Language(**language), Vision(**vision))
+        validate_backbones(Language(**language), Vision(**vision))
 
 
 def test_a_folder_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_connector_that_does_not_fit_is_told_by_its_widths(
     weights = {f"{CONNECTOR}linear_1.weight": torch.zeros(8, 4), f"{CONNECTOR}linear_2.weight": torch.zeros(8, 8)}
     save_file(weights, tmp_path / CONNECTOR_FILE)
     with pytest.raises(UserError, match=r"joins widths 4 → 8, but .* is 16 wide"):
-        check_connector(str(tmp_path), vision, language)
+        validate_connector(str(tmp_path), vision, language)
     with pytest.raises(UserError, match="no raylava connector there"):
-        check_connector(str(tmp_path / "nowhere"), vision, language)
+        validate_connector(str(tmp_path / "nowhere"), vision, language)
 
 
 def test_a_fitting_connector_is_put_in_place(
@@ -104,7 +104,7 @@ def test_a_fitting_connector_is_put_in_place(
 ) -> None:
     trained = build_llava(toy_model, vision, seed=7, dtype=torch.float32).model.multi_modal_projector
     save_file({CONNECTOR + name: value for name, value in trained.state_dict().items()}, tmp_path / CONNECTOR_FILE)
-    check_connector(str(tmp_path), vision, language)
+    validate_connector(str(tmp_path), vision, language)
     model = toy_model.model_copy(update={"connector": Connector(weights=str(tmp_path))})
     loaded = build_llava(model, vision, seed=1, dtype=torch.float32).model.multi_modal_projector
     for name, value in trained.state_dict().items():

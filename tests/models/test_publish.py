@@ -13,7 +13,7 @@ from PIL import Image
 
 from raylava.config.recipe import Model
 from raylava.corpus.conversation import ChatTokenizer, Turn
-from raylava.corpus.images import normalise, square
+from raylava.corpus.images import normalize_pixels, resize_exact
 from raylava.evaluate.engines import PromptBuilder, TransformersEngine
 from raylava.models.export import publish
 from raylava.models.llava import build_llava
@@ -79,7 +79,7 @@ def test_the_processor_computes_the_pixels_of_preparation(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    prepared = normalise(square(noise, vision.pixels, fit), vision.pixels)
+    prepared = normalize_pixels(resize_exact(noise, vision.pixels, fit), vision.pixels)
     published = _processor(folder)(text="<image>", images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(published, torch.from_numpy(prepared), rtol=0, atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_a_later_turns_prompt_is_what_training_saw(folder: Path, toy_model: Mode
     prompt = PromptBuilder(str(folder)).prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
     tokenizer = load_tokenizer(toy_model.language)
     turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
-    encoded = ChatTokenizer(tokenizer, language.template).encode(turns, images=1)
+    encoded = ChatTokenizer(tokenizer, language.template).encode(turns, image_count=1)
     assert prompt == tokenizer.decode(encoded.input_ids[: encoded.loss_spans[-1][0]])
 
 

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Resources
-from raylava.console import NullProgressBar
+from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from raylava.train.ray_backend import train
 from raylava.train.spec import CHECKPOINTS, SNAPSHOT, TrainSpec

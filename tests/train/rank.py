@@ -29,7 +29,7 @@ from raylava.errors import RunError
 from raylava.models.llava import PackTensors, build_llava
 from raylava.models.registry import load_tokenizer, resolve_vision
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.perf.shapes import shape_of
+from raylava.perf.shapes import shape_from_config
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
 from raylava.train.batch_plan import BatchPlan
@@ -63,7 +63,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
     llava = build_llava(model, spec, seed=0, dtype=DTYPES[training.precision], attention=training.attn_implementation)
     stage, device = run.get("stage", "finetune"), torch.device("cpu")
     kept = read_checkpoint_meta(storage_path(run["resume"])).zero_stage if "resume" in run else None
-    resolved = AutoResolver(stage, shape_of(llava.config), corpus.lengths, plan, device).resolve_auto(training, kept)
+    resolved = AutoResolver(stage, shape_from_config(llava.config), corpus.lengths, plan, device).resolve_auto(training, kept)
     engine = Engine(llava, stage, resolved.training, plan.steps, device)
     first = engine.load(Path(run["resume"])) if "resume" in run else 0
     layout = PackCollator(spec, *load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
@@ -82,7 +82,7 @@ def steps(given: dict[str, Any], run: dict[str, Any]) -> Iterator[dict[str, Any]
             engine.wait_for_save()
         if work.step.number == 0 and "moments" in run:
             _write_moments(engine, run["moments"])
-        line = {"step": work.step.number, **vars(result), "way": vars(resolved.option.way), "advice": resolved.advice}
+        line = {"step": work.step.number, **vars(result), "way": vars(resolved.option.config), "advice": resolved.advice}
         if work.step.number == plan.steps - 1:
             line["weights"] = _digest(engine.weights(only_trained=False))
         yield line

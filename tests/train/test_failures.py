@@ -20,8 +20,8 @@ from raylava.models.registry import LanguageSpec, VisionSpec
 from raylava.storage import storage_path
 from raylava.train.spec import CHECKPOINTS, SNAPSHOT, TrainSpec
 from raylava.train.step_log import STEP_LOG
-from tests.flaky import FlakyProxy
-from tests.processes import kill_with_children
+from tests.support.flaky_proxy import FlakyProxy
+from tests.support.processes import kill_with_children
 
 pytestmark = pytest.mark.slow
 

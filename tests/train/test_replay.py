@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from raylava.cli import main
 from raylava.config.recipe import Language, Model, Resources, Training
-from raylava.console import NullProgressBar
+from raylava.progress import NullProgressBar
 from raylava.corpus.blocks import Blocks
 from raylava.errors import RunError, UserError
 from raylava.models.registry import LanguageSpec, VisionSpec

@@ -8,7 +8,7 @@ import pytest
 from raylava.errors import RunError
 from raylava.storage import storage_path
 from raylava.train.upload import upload
-from tests.flaky import FlakyProxy
+from tests.support.flaky_proxy import FlakyProxy
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Answers and references → figures: pure functions, apart from answering.
+"""Benchmark metrics: pure functions from answers and references to scores.
 
-`tally` is what all scores are made of (counts, figures, bootstrap intervals). A room a family of rules: `exact` (GQA
-and one's own questions), `yesno` (POPE), `vqav2`, `mme`, `letters` (ScienceQA, MMVP), `judged` (MM-Vet). `rules` names
-them.
+`score_table` holds per-unit counts, the metrics computed from them and their bootstrap intervals. Each family of
+metrics has one module: `exact_match` (GQA and custom questions), `yes_no` (POPE), `vqa_accuracy` (VQAv2), `mme`,
+`multiple_choice` (ScienceQA, MMVP) and `mm_vet` (grades of a judge). `registry` maps metric names to functions.
 """

@@ -1,45 +1,46 @@
-"""Answers that must equal a reference: GQA's rule (the official one, as LLaVA applies it), and one's own questions."""
+"""Exact match with a reference: the metric of GQA (the official rule as LLaVA applies it) and of custom questions."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-from raylava.evaluate.metrics.score_table import Array, ScoreTable, share
+from raylava.evaluate.metrics.score_table import Array, ScoreTable, ratio
 from raylava.evaluate.questions import Question
 
 
-def normalise(text: str) -> str:
-    """Full stops at the end dropped, lower case, spaces trimmed."""
+def normalize_answer(text: str) -> str:
+    """Return the text in lower case, without surrounding whitespace and trailing full stops."""
     return text.strip().rstrip(".").strip().lower()
 
 
-def matches(text: str | None, references: Sequence[str]) -> bool:
-    """Whether an answer equals one of the references; no answer (None) does not."""
-    return text is not None and normalise(text) in {normalise(reference) for reference in references}
+def is_exact_match(text: str | None, references: Sequence[str]) -> bool:
+    """Return whether an answer equals one of the references after normalization; a missing answer (None) does not."""
+    return text is not None and normalize_answer(text) in {normalize_answer(reference) for reference in references}
 
 
 def exact_match(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTable:
-    """The share of answers that match exactly."""
-    right = [matches(text, question.references) for question, text in zip(questions, texts, strict=True)]
-    return mean_of("exact_match", right, questions)
+    """Return the fraction of answers that match a reference exactly."""
+    correct = [is_exact_match(text, question.references) for question, text in zip(questions, texts, strict=True)]
+    return mean_score("exact_match", correct, questions)
 
 
-def mean_of(name: str, credit: Sequence[float], questions: Sequence[Question]) -> ScoreTable:
-    """A figure that is the mean credit of questions."""
-    counts = np.array([[float(one), 1.0] for one in credit])
+def mean_score(name: str, scores: Sequence[float], questions: Sequence[Question]) -> ScoreTable:
+    """Return a table of one metric: the mean of the per-question scores."""
+    counts = np.array([[float(score), 1.0] for score in scores])
 
-    def figures(sums: Array) -> dict[str, Array]:
-        return {name: share(sums[..., 0], sums[..., 1])}
+    def compute(sums: Array) -> dict[str, Array]:
+        return {name: ratio(sums[..., 0], sums[..., 1])}
 
-    return ScoreTable(counts, [question.category for question in questions], figures, [float(one) for one in credit])
+    categories = [question.category for question in questions]
+    return ScoreTable(counts, categories, compute, [float(score) for score in scores])
 
 
-def majority(questions: Sequence[Question]) -> dict[str, float]:
-    """By category, and over `all`, the share that the best constant answer to each category would match."""
-    by_category: dict[str, list[str]] = defaultdict(list)
+def majority_baseline(questions: Sequence[Question]) -> dict[str, float]:
+    """Return the exact match of the best constant answer to each category, by category and over `all` questions."""
+    references: dict[str, list[str]] = defaultdict(list)
     for question in questions:
-        by_category[question.category].append(normalise(question.references[0]))
-    right = {name: Counter(own).most_common(1)[0][1] for name, own in by_category.items()}
-    found = {name: right[name] / len(own) for name, own in by_category.items()}
-    return found | {"all": sum(right.values()) / len(questions)}
+        references[question.category].append(normalize_answer(question.references[0]))
+    correct = {category: Counter(texts).most_common(1)[0][1] for category, texts in references.items()}
+    by_category = {category: correct[category] / len(texts) for category, texts in references.items()}
+    return by_category | {"all": sum(correct.values()) / len(questions)}

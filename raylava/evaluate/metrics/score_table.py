@@ -1,8 +1,8 @@
-"""What scores are made of: counts a unit, figures of their sums, intervals by resampling units. Pure functions.
+"""Score tables: counts per unit, metrics computed from their sums, and intervals by resampling units. Pure functions.
 
-A unit is what stands or falls together: a question, the two of a image (MME), the two of a pair (MMVP). Figures are
-functions of the units' summed counts, so that a bootstrap (Efron & Tibshirani 1993) recomputes them exactly; units are
-drawn with replacement within their category, whose sizes the benchmark fixed.
+A unit is what is scored as a whole: a question, both questions of an image (MME) or both questions of a pair (MMVP).
+Metrics are functions of the summed counts of units, so a bootstrap (Efron & Tibshirani 1993) recomputes them exactly.
+Units are drawn with replacement within their category, because the benchmark fixes the size of each category.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ Array = npt.NDArray[np.float64]
 _DRAWS = 2000
 _PAIRED_DRAWS = 4000
 _INTERVAL = (2.5, 97.5)  # percentiles
-_AT_ONCE = 20_000_000  # weights held at a time
+_MAX_WEIGHTS = 20_000_000  # bootstrap weights in memory at once
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score and its 95 % interval."""
+    """The value of a metric and its 95 % interval."""
 
     value: float
     low: float
@@ -30,103 +30,113 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A benchmark's verdict. `figures` by name, the headline first; `credit` is what each question earned, 0 to 1.
-    `protocol` names whose rules were applied.
+class BenchmarkResult:
+    """The scores of one benchmark.
+
+    `scores` maps metric names to values, the headline metric first. `per_question` maps question ids to scores from 0
+    to 1. `protocol` names the toolkit whose scoring rules were applied, `missing` lists ids of unanswered questions.
     """
 
     benchmark: str
     protocol: str
     questions: int
     missing: tuple[str, ...]
-    figures: Mapping[str, Metric]
+    scores: Mapping[str, Metric]
     by_category: Mapping[str, Mapping[str, float]]
-    credit: Mapping[str, float]
+    per_question: Mapping[str, float]
 
     @property
     def headline(self) -> tuple[str, Metric]:
-        """The first figure and its name."""
-        return next(iter(self.figures.items()))
+        """The name and value of the first metric."""
+        return next(iter(self.scores.items()))
 
     def metrics(self) -> dict[str, Any]:
-        """For an artifact's record: all but each question's credit."""
+        """Return everything except the per-question scores, as JSON types for an artifact's record."""
         return {
             "benchmark": self.benchmark,
             "protocol": self.protocol,
             "questions": self.questions,
             "missing": len(self.missing),
             "headline": self.headline[0],
-            "figures": {name: vars(figure) for name, figure in self.figures.items()},
-            "by_category": {name: dict(figures) for name, figures in self.by_category.items()},
+            "scores": {name: vars(metric) for name, metric in self.scores.items()},
+            "by_category": {name: dict(metrics) for name, metrics in self.by_category.items()},
         }
 
 
-Figures = Callable[[Array], dict[str, Array]]
+ComputeMetrics = Callable[[Array], dict[str, Array]]
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """(units, columns) counts, each unit's category, and what figures follow from sums over units.
+    """Counts of shape (units, columns), the category of each unit, and the metrics computed from sums over units.
 
-    `figures` takes (…, columns) sums and gives (…) values by name. `credit` is each question's, in order.
+    `compute` maps sums of shape (…, columns) to metric values of shape (…) by name. `per_question_scores` has one score
+    per question, in question order. `compute_category` replaces `compute` for the metrics of a single category.
     """
 
     counts: Array
     categories: Sequence[str]
-    figures: Figures
-    credit: Sequence[float]
-    of_category: Figures | None = None  # where a category alone has figures of its own
+    compute: ComputeMetrics
+    per_question_scores: Sequence[float]
+    compute_category: ComputeMetrics | None = None
 
-    def over_all(self) -> dict[str, Metric]:
-        """Every figure with its interval."""
-        values = self.figures(self.counts.sum(axis=0))
-        drawn = self.figures(self._resampled())
-        found = {}
+    def overall(self) -> dict[str, Metric]:
+        """Return every metric over all units, with its interval."""
+        values = self.compute(self.counts.sum(axis=0))
+        resampled = self.compute(self._resampled_sums())
+        metrics = {}
         for name, value in values.items():
-            low, high = np.percentile(drawn[name], _INTERVAL)
-            found[name] = Metric(float(value), float(low), float(high))
-        return found
+            low, high = np.percentile(resampled[name], _INTERVAL)
+            metrics[name] = Metric(float(value), float(low), float(high))
+        return metrics
 
     def by_category(self) -> dict[str, dict[str, float]]:
-        """Figures of each category alone, and the number of its units."""
+        """Return the metrics of each category alone, and its number of units under the key `units`."""
         labels = np.array(self.categories)
-        found = {}
-        for name in sorted(set(self.categories)):
-            own = self.counts[labels == name]
-            figures = (self.of_category or self.figures)(own.sum(axis=0))
-            found[name] = {"units": float(len(own))} | {figure: float(value) for figure, value in figures.items()}
-        return found
+        compute = self.compute_category or self.compute
+        by_category = {}
+        for category in sorted(set(self.categories)):
+            counts = self.counts[labels == category]
+            values = {name: float(value) for name, value in compute(counts.sum(axis=0)).items()}
+            by_category[category] = {"units": float(len(counts))} | values
+        return by_category
 
-    def _resampled(self) -> Array:
-        """(draws, columns) sums over units drawn with replacement within each category."""
+    def _resampled_sums(self) -> Array:
+        """Return (draws, columns) sums over units drawn with replacement within each category."""
         generator = np.random.default_rng(0)
         labels = np.array(self.categories)
-        total = np.zeros((_DRAWS, self.counts.shape[1]))
-        for name in sorted(set(self.categories)):
-            own = self.counts[labels == name]
-            step = max(1, _AT_ONCE // len(own))
+        sums = np.zeros((_DRAWS, self.counts.shape[1]))
+        for category in sorted(set(self.categories)):
+            counts = self.counts[labels == category]
+            step = max(1, _MAX_WEIGHTS // len(counts))
             for start in range(0, _DRAWS, step):
                 draws = min(step, _DRAWS - start)
-                weights = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), draws)
-                total[start : start + draws] += weights @ own
-        return total
+                weights = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)
+                sums[start : start + draws] += weights @ counts
+        return sums
 
 
 def paired_interval(differences: Array) -> tuple[float, float]:
-    """The 95 % interval of the mean of (runs, questions) differences in credit, both drawn with replacement."""
+    """Return the 95 % bootstrap interval of the mean of (runs, questions) score differences.
+
+    Runs and questions are both drawn with replacement.
+    """
     runs, questions = differences.shape
     generator = np.random.default_rng(0)
-    drawn_runs = generator.multinomial(runs, np.full(runs, 1 / runs), _PAIRED_DRAWS) / runs
+    run_weights = generator.multinomial(runs, np.full(runs, 1 / runs), _PAIRED_DRAWS) / runs
     means = np.empty(_PAIRED_DRAWS)
-    step = max(1, _AT_ONCE // questions)
+    step = max(1, _MAX_WEIGHTS // questions)
     for start in range(0, _PAIRED_DRAWS, step):
-        part = slice(start, min(start + step, _PAIRED_DRAWS))
-        drawn = generator.multinomial(questions, np.full(questions, 1 / questions), part.stop - start) / questions
-        means[part] = np.einsum("dp,pq,dq->d", drawn_runs[part], differences, drawn, optimize=True)
+        rows = slice(start, min(start + step, _PAIRED_DRAWS))
+        question_weights = generator.multinomial(questions, np.full(questions, 1 / questions), rows.stop - start)
+        means[rows] = np.einsum(
+            "dp,pq,dq->d", run_weights[rows], differences, question_weights / questions, optimize=True
+        )
     low, high = np.percentile(means, _INTERVAL)
     return float(low), float(high)
 
 
-def share(right: Array, of: Array) -> Array:
-    """right / of; 0 where there is nothing to divide by."""
-    return np.divide(right, of, out=np.zeros_like(np.asarray(right, dtype=float)), where=np.asarray(of) > 0)
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """Return numerator / denominator, and 0 where the denominator is 0."""
+    zeros = np.zeros_like(np.asarray(numerator, dtype=float))
+    return np.divide(numerator, denominator, out=zeros, where=np.asarray(denominator) > 0)

@@ -1,75 +1,79 @@
-"""Yes or no: POPE (Li et al. 2023) by LLaVA's rule or lmms-eval's, and one's own questions of that kind."""
+"""Yes-or-no questions: POPE (Li et al. 2023) by LLaVA's or lmms-eval's protocol, and custom questions of that kind."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from raylava.evaluate.metrics.score_table import Array, ScoreTable, share
+from raylava.evaluate.metrics.score_table import Array, ScoreTable, ratio
 from raylava.evaluate.questions import Question
 
-_OUTCOMES = 5  # true and false yes, false and true no, neither
+_OUTCOMES = 5  # true yes, false yes, false no, true no, neither
 
 
-def llava(text: str) -> str:
-    """`no` when the first sentence, commas dropped, has one of the words No, no, not; all else is `yes`."""
+def parse_llava(text: str) -> str:
+    """Return `no` if the first sentence, without commas, has one of the words No, no and not; otherwise `yes`."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def lmms_eval(text: str) -> str:
-    """The answer must be the very word, in any case; all else is neither."""
+def parse_lmms_eval(text: str) -> str:
+    """Return the whole answer in lower case; only exactly `yes` or `no` can be correct."""
     return text.strip().lower()
 
 
-PROTOCOLS: dict[str, Callable[[str], str]] = {"llava": llava, "lmms-eval": lmms_eval}
+PROTOCOLS: dict[str, Callable[[str], str]] = {"llava": parse_llava, "lmms-eval": parse_lmms_eval}
 
 
-def yes_or_no(questions: Sequence[Question], texts: Sequence[str | None], protocol: str) -> ScoreTable:
-    """Accuracy, F1, precision, recall and the share of yes.
+def yes_no_scores(questions: Sequence[Question], texts: Sequence[str | None], protocol: str) -> ScoreTable:
+    """Return accuracy, F1, precision, recall and the fraction of `yes` answers.
 
-    By llava, of each category, then their mean; an answer that is missing is wrong whatever the label. By lmms-eval,
-    over all questions at once; one that is missing or neither is wrong, but no false yes or no.
+    The llava protocol computes each metric per category and averages over categories; a missing answer counts as
+    a false yes or a false no. The lmms-eval protocol computes metrics over all questions at once; an answer that is
+    missing or neither yes nor no is wrong, but counts as neither a false yes nor a false no.
     """
-    read, by_category = PROTOCOLS[protocol], protocol == "llava"
+    parse, average_categories = PROTOCOLS[protocol], protocol == "llava"
     categories = sorted({question.category for question in questions})
     outcomes = [
-        _outcome(None if text is None else read(text), question.references[0], neither=not by_category)
+        _outcome(None if text is None else parse(text), question.references[0], allow_neither=not average_categories)
         for question, text in zip(questions, texts, strict=True)
     ]
     counts = np.zeros((len(questions), _OUTCOMES * len(categories)))
     for row, (question, outcome) in enumerate(zip(questions, outcomes, strict=True)):
         counts[row, _OUTCOMES * categories.index(question.category) + outcome] = 1.0
 
-    def figures(sums: Array) -> dict[str, Array]:
-        own = sums.reshape(*sums.shape[:-1], len(categories), _OUTCOMES)
-        if not by_category:
-            return _figures(own.sum(axis=-2))
-        return {name: _mean(values, own.sum(axis=-1) > 0) for name, values in _figures(own).items()}
+    def compute(sums: Array) -> dict[str, Array]:
+        by_category = sums.reshape(*sums.shape[:-1], len(categories), _OUTCOMES)
+        if not average_categories:
+            return _classification_metrics(by_category.sum(axis=-2))
+        has_questions = by_category.sum(axis=-1) > 0
+        metrics = _classification_metrics(by_category)
+        return {name: _masked_mean(values, has_questions) for name, values in metrics.items()}
 
-    credit = [float(outcome in (0, 3)) for outcome in outcomes]
-    return ScoreTable(counts, [question.category for question in questions], figures, credit)
+    scores = [float(outcome in (0, 3)) for outcome in outcomes]
+    return ScoreTable(counts, [question.category for question in questions], compute, scores)
 
 
-def _outcome(said: str | None, label: str, neither: bool) -> int:
-    if said == label:
+def _outcome(answer: str | None, label: str, allow_neither: bool) -> int:
+    """Return the index of the outcome, in the order of `_OUTCOMES`."""
+    if answer == label:
         return 0 if label == "yes" else 3
-    if neither and said not in ("yes", "no"):
+    if allow_neither and answer not in ("yes", "no"):
         return 4
     return 1 if label == "no" else 2
 
 
-def _figures(own: Array) -> dict[str, Array]:
-    """(…, outcomes) → (…) each."""
-    true_yes, false_yes, false_no, true_no = (own[..., column] for column in range(4))
-    precision, recall = share(true_yes, true_yes + false_yes), share(true_yes, true_yes + false_no)
+def _classification_metrics(outcomes: Array) -> dict[str, Array]:
+    """Return metrics of shape (…) from outcome counts of shape (…, outcomes)."""
+    true_yes, false_yes, false_no, true_no = (outcomes[..., column] for column in range(4))
+    precision, recall = ratio(true_yes, true_yes + false_yes), ratio(true_yes, true_yes + false_no)
     return {
-        "accuracy": share(true_yes + true_no, own.sum(axis=-1)),
-        "f1": share(2 * precision * recall, precision + recall),
+        "accuracy": ratio(true_yes + true_no, outcomes.sum(axis=-1)),
+        "f1": ratio(2 * precision * recall, precision + recall),
         "precision": precision,
         "recall": recall,
-        "yes_ratio": share(true_yes + false_yes, own.sum(axis=-1)),
+        "yes_ratio": ratio(true_yes + false_yes, outcomes.sum(axis=-1)),
     }
 
 
-def _mean(values: Array, there: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]") -> Array:
-    return share((values * there).sum(axis=-1), there.sum(axis=-1).astype(float))
+def _masked_mean(values: Array, mask: "np.ndarray[tuple[int, ...], np.dtype[np.bool_]]") -> Array:
+    return ratio((values * mask).sum(axis=-1), mask.sum(axis=-1).astype(float))

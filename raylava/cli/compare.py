@@ -1,0 +1,44 @@
+"""`raylava compare`: compare evaluations of the same benchmark."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from raylava.cli.command import CommandResult, execute
+from raylava.cli.options import AsJson
+from raylava.console import Console
+
+
+def command(
+    evaluations: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="evaluate artifacts, of one benchmark or more")
+    ],
+    html: Annotated[str, typer.Option("--html", metavar="FILE", help="the page to write")] = "compare.html",
+    as_json: AsJson = False,
+) -> int:
+    """Compare evaluations, and show the questions that they answer differently."""
+    return execute("compare", as_json, lambda console: _compare(evaluations, html, console))
+
+
+def _compare(evaluations: list[str], html: str, console: Console) -> CommandResult:
+    from raylava.artifacts import load_artifact
+    from raylava.cli.tables import comparison_table
+    from raylava.evaluate.compare import compare
+    from raylava.evaluate.comparison_page import page
+
+    comparisons = compare([load_artifact(path) for path in evaluations])
+    Path(html).write_text(page(comparisons), encoding="utf-8")
+    for comparison in comparisons:
+        console.show(comparison_table(comparison))
+    console.say(f"page: [bold]{escape(html)}[/]   (the questions that are scored differently, with their images)")
+    return CommandResult(
+        {
+            comparison.benchmark: {
+                "mean_scores": dict(comparison.mean_scores),
+                "differences": [vars(difference) for difference in comparison.differences],
+            }
+            for comparison in comparisons
+        }
+    )

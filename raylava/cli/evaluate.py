@@ -1,0 +1,108 @@
+"""`raylava evaluate`: have a model answer a benchmark, and score it."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from raylava.cli.command import CommandResult, execute
+from raylava.cli.options import DEFAULT_STORAGE, AsJson, Storage
+from raylava.console import Console
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of one evaluation, as given."""
+
+    model: str
+    benchmark: str
+    data: str
+    images: str
+    metric: str
+    protocol: str
+    max_rows: int | None
+    max_new_tokens: int | None
+    batch_size: int
+    judge: str
+    engine: str
+    precision: str
+    workers: int | None
+    gpus_per_worker: int
+    storage: str
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a finetune artifact, Hugging Face folder, or hub id")],
+    benchmark: Annotated[str, typer.Option("--benchmark", metavar="NAME", help="as for score")],
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="the official files; for custom, the questions")],
+    images: Annotated[str, typer.Option("--images", metavar="DIR", help="the images, if not below --data")] = "",
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="for custom, as for score")] = "exact_match",
+    protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="as for score")] = "",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="the first N questions only")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="(default: 16; mm-vet 512)")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="questions per batch")] = 32,
+    judge: Annotated[
+        str, typer.Option("--judge", metavar="COMMAND", help="for mm-vet: reads a prompt, prints a grade")
+    ] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="transformers, or vllm where it is installed")
+    ] = "transformers",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="NAME", help="fp32, bf16, fp16, or auto: that of the weights")
+    ] = "auto",
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, metavar="N", help="model replicas (default: all that fit)")
+    ] = None,
+    gpus_per_worker: Annotated[int, typer.Option("--gpus-per-worker", min=0, metavar="G", help="GPUs per replica")] = 0,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> int:
+    """Have a model answer a benchmark, and score it."""
+    options = _Options(
+        model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, engine, precision,
+        workers, gpus_per_worker, storage,
+    )  # fmt: skip
+    return execute("evaluate", as_json, lambda console: _evaluate(options, console))
+
+
+def _evaluate(options: _Options, console: Console) -> CommandResult:
+    from raylava.cli.tables import result_table
+    from raylava.cluster.roles import TRAIN, node_labels_for
+    from raylava.config.recipe import Resources
+    from raylava.evaluate.benchmarks import load_named_benchmark
+    from raylava.evaluate.generation import ActorPool
+    from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
+    from raylava.pipeline.report import show_unjudged
+    from raylava.pipeline.results import is_scored
+    from raylava.storage import writable
+
+    benchmark, loaded = load_named_benchmark(
+        options.benchmark,
+        options.data,
+        options.images,
+        options.metric,
+        options.protocol,
+        options.max_rows,
+        options.max_new_tokens,
+        options.batch_size,
+    )
+    node_labels = node_labels_for(TRAIN, Resources())
+    actors = ActorPool(options.workers, gpus_per_actor=options.gpus_per_worker, node_labels=node_labels)
+    storage = writable(options.storage)
+    request = EvaluationRequest(
+        model_ref(options.model),
+        benchmark,
+        loaded,
+        actors,
+        judge=options.judge,
+        engine=options.engine,
+        precision=options.precision,
+    )
+    artifact = evaluate_model(request, storage, console)
+    if is_scored(artifact):
+        console.show(result_table(artifact.metrics))
+    else:
+        show_unjudged(artifact, console)
+    return CommandResult(artifact.record)

@@ -1,0 +1,23 @@
+"""Arguments and options that several commands share."""
+
+import os
+from typing import Annotated
+
+import typer
+
+DEFAULT_STORAGE = "raylava-storage"
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="a recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="settings to change, such as finetune.lr=1e-5")
+]
+Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="where artifacts are stored")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="the cluster's job server (RAY_API_SERVER_ADDRESS)")
+]
+
+
+def job_server(address: str | None) -> str | None:
+    """Return the address of the job server from the option or the environment."""
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS")

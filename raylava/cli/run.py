@@ -1,0 +1,35 @@
+"""`raylava run`: build every missing artifact of a recipe."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from raylava.cli.command import CommandResult, execute
+from raylava.cli.options import DEFAULT_STORAGE, AsJson, Overrides, RecipeFile, Storage
+from raylava.console import Console
+
+
+def command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        Literal["prepare"] | None, typer.Option("--only", metavar="STAGE", help="prepare: build the corpora only")
+    ] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> int:
+    """Build every missing artifact of a recipe."""
+    return execute("run", as_json, lambda console: _run(recipe, overrides or [], only, storage, console))
+
+
+def _run(recipe_file: str, overrides: list[str], only: str | None, storage: str, console: Console) -> CommandResult:
+    from raylava.config.load import load_recipe
+    from raylava.pipeline.report import show_results
+    from raylava.pipeline.results import summarize
+    from raylava.pipeline.runner import run
+    from raylava.storage import writable
+
+    recipe = load_recipe(recipe_file, overrides)
+    artifacts = run(recipe, writable(storage), console, only)
+    show_results(artifacts, console)
+    return CommandResult(summarize(artifacts))

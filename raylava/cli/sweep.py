@@ -1,0 +1,83 @@
+"""`raylava sweep`: run every variant of a sweep, building shared stages once."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from raylava.cli.command import CommandResult, execute
+from raylava.cli.estimate import (
+    Corpora,
+    EstimateOptions,
+    Gpu,
+    GpusPerNode,
+    Mfu,
+    Nodes,
+    Prices,
+    Rows,
+    show_sweep_cost,
+)
+from raylava.cli.options import DEFAULT_STORAGE, AsJson, Overrides, Storage
+from raylava.console import Console
+from raylava.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from raylava.config.recipe import Recipe
+
+
+def command(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a sweep")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="show the plan and its hours, and run nothing")] = False,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    gpu: Gpu = None,
+    mfu: Mfu = None,
+    prices: Prices = None,
+    corpus: Corpora = None,
+    rows: Rows = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> int:
+    """Run every variant of a sweep, building shared stages once."""
+    options = EstimateOptions(storage, nodes, gpus_per_node, gpu, mfu, prices, corpus or [], rows or [])
+    return execute("sweep", as_json, lambda console: _sweep(sweep, overrides or [], plan, options, console))
+
+
+def _sweep(
+    file: str, overrides: list[str], plan_only: bool, options: EstimateOptions, console: Console
+) -> CommandResult:
+    from raylava.storage import writable
+    from raylava.tune.report import write_report
+    from raylava.tune.results import SweepResults
+    from raylava.tune.runner import SweepRun
+    from raylava.tune.sweep import load_sweep
+    from raylava.tune.sweep_plan import plan_of_results, plan_sweep
+    from raylava.tune.tables import plan_table, results_table
+
+    sweep, storage = load_sweep(file), writable(options.storage)
+    sweep_run = SweepRun(sweep, overrides, storage)
+    plan = plan_sweep(sweep_run.planned_variants(), storage)
+    console.show(plan_table(plan))
+    if plan_only:
+        hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
+        return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
+    trials = sweep_run.run(console)
+    results = SweepResults(sweep, overrides, plan_of_results(trials, storage), trials)
+    write_report(results, sweep_run.folder)
+    console.show(results_table(results))
+    report = escape(str(sweep_run.folder / "report.html"))
+    console.say(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
+    failed = [trial for trial in trials if trial.outcome == "failed"]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(trials)} trials failed, the first: {failed[0].failure}")
+    return CommandResult({"results": results.table(), "folder": sweep_run.folder.uri})
+
+
+def _show_hours(name: str, recipes: "list[Recipe]", options: EstimateOptions, console: Console) -> dict[str, Any]:
+    """Display the hours of the plan, where enough is known about its corpora to predict them."""
+    try:
+        return show_sweep_cost(name, recipes, options, console)
+    except UserError as error:
+        console.say(f"[dim]no prediction of its duration: {escape(str(error))}[/]")
+        return {}

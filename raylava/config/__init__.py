@@ -1,0 +1,4 @@
+"""Configuration: `recipe` defines the typed recipe, `load` reads it from YAML with parents and overrides.
+
+Validation happens here, once, before any worker starts; later code may rely on it.
+"""

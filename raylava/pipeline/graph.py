@@ -1,0 +1,172 @@
+"""Expand a recipe into its stages.
+
+    prepare(alignment)   ─▶ pretrain ─▶ connector ┐
+    prepare(instruction) ─────────────────────────┴─▶ finetune ─▶ model ─▶ evaluate
+                                        untrained model (a baseline) ─▶ evaluate
+
+Expansion reads configuration files and annotations, and refuses input that cannot work before any worker starts.
+"""
+
+import dataclasses
+from typing import Any
+
+from raylava.config.recipe import Benchmark, Corpus, Recipe, StageName
+from raylava.corpus.prepare import PrepareSpec
+from raylava.errors import UserError
+from raylava.evaluate.benchmarks import BenchmarkCache
+from raylava.evaluate.generation import ActorPool
+from raylava.models.registry import (
+    ResolvedModel,
+    VisionSpec,
+    absolute_name,
+    load_tokenizer,
+    resolve_model,
+    tokenizer_sha256,
+    validate_backbones,
+    weights_identity,
+)
+from raylava.pipeline.evaluation import EvaluateStage, EvaluationRequest, ModelRef
+from raylava.pipeline.stage import Stage
+from raylava.pipeline.stages import PrepareStage, TrainStage, UntrainedStage
+from raylava.storage import StoragePath, join, storage_path
+from raylava.train.spec import TrainSpec
+
+
+def build_stages(recipe: Recipe, storage: StoragePath, benchmarks: BenchmarkCache | None = None) -> list[Stage]:
+    """Return the recipe's stages in an order in which each follows its inputs.
+
+    `benchmarks` avoids reading a benchmark's files again for another recipe. Raises UserError for input that cannot
+    work.
+    """
+    recipe = make_absolute(recipe)
+    stages = _StageBuilder(recipe, storage, resolve(recipe), benchmarks or BenchmarkCache()).build()
+    for stage in stages:
+        stage.spec()  # identifies the inputs now: a mistake must be reported before any stage runs
+    return stages
+
+
+def resolve(recipe: Recipe) -> ResolvedModel:
+    """Resolve the recipe's model. Raises UserError for a missing or unsuitable backbone, connector or max_length."""
+    validate_backbones(recipe.model.language, recipe.model.vision)
+    model = resolve_model(recipe.model)
+    if model.connector_weights:
+        from raylava.models.llava import validate_connector
+
+        validate_connector(model.connector_weights, model.vision, model.language)
+    _check_lengths(recipe, model.vision)
+    return model
+
+
+def _check_lengths(recipe: Recipe, vision: VisionSpec) -> None:
+    for name, corpus in (("alignment", recipe.corpora.alignment), ("instruction", recipe.corpora.instruction)):
+        if corpus is not None and corpus.max_length <= vision.image_tokens:
+            raise UserError(
+                f"corpora.{name}.max_length={corpus.max_length}: one image takes {vision.image_tokens} tokens with "
+                f"{vision.name}; raise it"
+            )
+
+
+def make_absolute(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute locations, since workers run in another directory."""
+    model, data = recipe.model, storage_path(recipe.data or ".").uri
+    weights = model.connector.weights
+    parts = {
+        "language": model.language.model_copy(update={"name": absolute_name(model.language.name)}),
+        "vision": model.vision.model_copy(update={"name": absolute_name(model.vision.name)}),
+        "connector": model.connector.model_copy(update={"weights": weights and storage_path(weights).uri}),
+    }
+    return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
+
+
+class _StageBuilder:
+    """Builds the stages of one recipe; each method builds one type."""
+
+    def __init__(self, recipe: Recipe, storage: StoragePath, model: ResolvedModel, benchmarks: BenchmarkCache) -> None:
+        self._recipe, self._storage, self._model, self._benchmarks = recipe, storage, model, benchmarks
+        self._tokenizer = tokenizer_sha256(load_tokenizer(model.language))
+        self._backbones = _identify_backbones(model)
+
+    def build(self) -> list[Stage]:
+        recipe = self._recipe
+        stages: list[Stage] = []
+        connector: Stage | None = None
+        if recipe.pretrain.enabled and recipe.model.connector.weights is None:
+            assert recipe.corpora.alignment is not None
+            alignment = self._prepare("alignment", recipe.corpora.alignment)
+            connector = self._train("pretrain", alignment, None)
+            stages += [alignment, connector]
+        instruction = self._prepare("instruction", recipe.corpora.instruction)
+        finetune = self._train("finetune", instruction, connector)
+        return [*stages, instruction, finetune, *self._evaluations(finetune)]
+
+    def _prepare(self, name: str, corpus: Corpus) -> PrepareStage:
+        recipe, model = self._recipe, self._model
+        paths = tuple(
+            (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
+        )
+        spec = PrepareSpec(name, corpus, paths, model.language, model.vision, output="")
+        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage)
+
+    def _train(self, stage: StageName, blocks: Stage, connector: Stage | None) -> TrainStage:
+        recipe = self._recipe
+        weights = self._model.connector_weights
+        spec = TrainSpec(
+            stage=stage,
+            model=self._model,
+            training=recipe.pretrain if stage == "pretrain" else recipe.finetune,
+            seed=recipe.seed,
+            blocks="",
+            connector=None,
+            image_aspect=recipe.corpora.instruction.image_aspect,
+            output="",
+            tracking=recipe.tracking,
+        )
+        inputs = {"blocks": blocks.spec()} | ({"connector": connector.spec()} if connector else {})
+        given_connector = weights and _connector_sha256(weights)
+        return TrainStage(spec, self._backbones, recipe.resources, self._storage, inputs, given_connector)
+
+    def _untrained(self) -> UntrainedStage:
+        recipe = self._recipe
+        image_aspect = recipe.corpora.instruction.image_aspect
+        return UntrainedStage(self._model, self._backbones, recipe.seed, image_aspect, self._storage)
+
+    def _evaluations(self, model: Stage) -> list[Stage]:
+        stages: list[Stage] = []
+        untrained: Stage | None = None
+        for benchmark in self._recipe.evaluate:
+            stages.append(self._evaluate(benchmark, model, f"evaluate {benchmark.name}"))
+            if "blank_images" in benchmark.baselines:
+                label = f"evaluate {benchmark.name} (blank)"
+                stages.append(self._evaluate(benchmark, model, label, blank_images=True))
+            if "untrained" in benchmark.baselines:
+                if untrained is None:
+                    untrained = self._untrained()
+                    stages.append(untrained)
+                stages.append(self._evaluate(benchmark, untrained, f"evaluate {benchmark.name} (untrained)"))
+        return stages
+
+    def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank_images: bool = False) -> EvaluateStage:
+        request = EvaluationRequest(
+            model=ModelRef(model.spec().path.uri, model.spec().fingerprint, {"model": model.spec()}),
+            benchmark=benchmark,
+            loaded=self._benchmarks.get(benchmark, self._recipe.data),
+            actors=ActorPool.from_resources(self._recipe.resources),
+            blank_images=blank_images,
+        )
+        return EvaluateStage(label, request, self._storage)
+
+
+def _identify_backbones(model: ResolvedModel) -> dict[str, Any]:
+    """Return what identifies the backbones in the fingerprints of training stages."""
+    return {
+        "vision": weights_identity(model.vision.name, model.vision.revision),
+        "image": model.vision.fingerprint_fields(),
+        "language": weights_identity(model.language.name, model.language.revision),
+        "template": dataclasses.asdict(model.language.template),
+    }
+
+
+def _connector_sha256(folder: str) -> str:
+    from raylava.models.llava import CONNECTOR_FILE
+
+    return (storage_path(folder) / CONNECTOR_FILE).sha256()

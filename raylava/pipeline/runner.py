@@ -1,0 +1,78 @@
+"""Run the stages of a recipe whose artifacts are missing, on a Ray cluster or, for one training stage, without Ray."""
+
+import os
+import time
+from contextlib import nullcontext
+
+from raylava.artifacts import Artifact, lock
+from raylava.cluster.nodes import live_nodes, startable_node_types
+from raylava.cluster.placement import placements, resource_requests
+from raylava.cluster.roles import cluster_has_roles
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Recipe
+from raylava.errors import UserError
+from raylava.pipeline.graph import build_stages
+from raylava.pipeline.stage import Stage, commit, reuse, run_stage
+from raylava.pipeline.stages import TrainStage
+from raylava.progress import ProgressReporter
+from raylava.storage import StoragePath
+
+
+def run(
+    recipe: Recipe, storage: StoragePath, reporter: ProgressReporter, only: str | None = None
+) -> dict[str, Artifact]:
+    """Build every missing artifact of the recipe, or those of one kind of stage (`only`: prepare).
+
+    Returns all artifacts by stage label.
+    """
+    stages = [stage for stage in build_stages(recipe, storage) if only in (None, stage.kind)]
+    missing = [stage for stage in stages if stage.spec().find() is None]
+    if not missing:
+        return {stage.label: reuse(stage, reporter) for stage in stages}
+    with ray_session(recipe.resources):
+        check_capacity(recipe, {stage.kind for stage in missing}, reporter)
+        return {stage.label: run_stage(stage, reporter) for stage in stages}
+
+
+def check_capacity(recipe: Recipe, kinds: set[str], reporter: ProgressReporter) -> None:
+    """Check that the connected cluster can run the recipe's stages of these kinds (prepare, finetune, …).
+
+    Reports stages that will wait for new nodes. Raises UserError for a stage that can never start.
+    """
+    node_types = startable_node_types() if os.environ.get("RAY_ADDRESS") else []
+    requests = [request for request in resource_requests(recipe, cluster_has_roles()) if kinds & set(request.stages)]
+    for placement in placements(requests, live_nodes(), node_types):
+        request = placement.request
+        stages = " and ".join(request.stages)
+        if placement.is_impossible:
+            raise UserError(f"{stages} can never start on this cluster: {request.description}: {placement.reason}")
+        if placement.fits_now < request.min_workers:
+            reporter.say(f"[dim]{stages} will wait for nodes: {request.description}, {placement.fits_now} fit now[/]")
+
+
+def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter: ProgressReporter) -> Artifact | None:
+    """Train one stage in this process and those that torchrun started with it; return the artifact on rank 0.
+
+    Raises UserError when the recipe has no such stage or an input artifact is missing.
+    """
+    from raylava.train import torchrun_backend
+
+    stage = _select_training_stage(build_stages(recipe, storage), label)
+    if stage.spec().find() is not None:
+        return reuse(stage, reporter)
+    started = time.monotonic()
+    is_rank_0 = torchrun_backend.RankInfo.from_environment().rank == 0
+    with lock(stage.spec().path, label) if is_rank_0 else nullcontext():
+        with reporter.stage(label, stage.unit) as progress:
+            metrics = torchrun_backend.run(stage.train_spec(), recipe.resources, progress)
+        return None if metrics is None else commit(stage, metrics, started, reporter)
+
+
+def _select_training_stage(stages: list[Stage], label: str) -> TrainStage:
+    training_stages = {stage.label: stage for stage in stages if isinstance(stage, TrainStage)}
+    if label not in training_stages:
+        raise UserError(f"{label}: not a training stage of this recipe; choose one of: {', '.join(training_stages)}")
+    for spec in training_stages[label].inputs.values():
+        if spec.find() is None:
+            raise UserError(f"{label} needs {spec.path}, which does not exist yet; build it with `raylava run`")
+    return training_stages[label]

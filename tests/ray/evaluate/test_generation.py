@@ -1,0 +1,39 @@
+"""Ray Data actors answer the questions that are not stored yet; an unreadable image gives a missing answer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
+from raylava.evaluate.prediction_store import PredictionStore
+from raylava.evaluate.questions import GeneratedAnswer, Question
+from raylava.progress import NullProgressBar
+from raylava.storage import storage_path
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_interrupted_evaluation_answers_only_the_missing_questions(untrained_llava: Path, tmp_path: Path) -> None:
+    questions = [Question(str(number), None, f"What is {number}?", "all", ("x",)) for number in range(6)]
+    earlier = PredictionStore(storage_path(tmp_path))
+    earlier.add([GeneratedAnswer(question.question_id, question.text, "stored") for question in questions[:4]])
+    earlier.flush()
+    config = GenerationConfig(str(untrained_llava), "", max_new_tokens=2)
+    store = PredictionStore(storage_path(tmp_path))
+    answers = generate_answers(questions, config, ActorPool(), NullProgressBar(), store)
+    assert [answer.question_id for answer in answers] == [question.question_id for question in questions]
+    assert [answer.text for answer in answers[:4]] == ["stored"] * 4
+    assert all(answer.text != "stored" for answer in answers[4:])
+    assert len(PredictionStore(storage_path(tmp_path)).predictions) == 6, "all answers are stored in the end"
+
+
+def test_unreadable_image_gives_a_missing_answer_with_the_problem(untrained_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
+    questions = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
+    config = GenerationConfig(str(untrained_llava), str(tmp_path), max_new_tokens=2)
+    answers = generate_answers(questions, config, ActorPool(), NullProgressBar())
+    assert [answer.text is None for answer in answers] == [True, False, True]
+    assert [bool(answer.problem) for answer in answers] == [True, False, True]

@@ -1,0 +1,53 @@
+"""Prepares a corpus in a separate process with its own Ray cluster, which a test may kill."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from raylava.corpus.prepare import PrepareSpec
+
+_SCRIPT = """
+import pickle, sys
+import ray
+from raylava.corpus.prepare import prepare
+from raylava.progress import NullProgressBar
+spec = pickle.loads(bytes.fromhex(sys.argv[1]))
+nodes = int(sys.argv[2])
+if nodes:
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+else:
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+prepare(spec, "tokenizer", NullProgressBar())
+ray.shutdown()
+"""
+
+
+def environment_without_ray() -> dict[str, str]:
+    """Return the environment without the address of the session's Ray cluster."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def start_prepare(spec: PrepareSpec, nodes: int) -> "subprocess.Popen[bytes]":
+    """Start preparing on a Ray cluster of `nodes` one-CPU nodes, or on a local Ray instance for 0."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, pickle.dumps(spec).hex(), str(nodes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment_without_ray(),
+    )
+
+
+def wait_for_records(folder: Path, process: "subprocess.Popen[bytes]", count: int = 5) -> None:
+    """Wait until `count` blocks are complete. Fails when the process ends before."""
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("record-*.json"))) < count:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

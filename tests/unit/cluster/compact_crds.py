@@ -1,0 +1,128 @@
+"""Generate kuberay_crds.json, the schemas with which test_cluster_files.py validates KubeRay manifests.
+
+    python tests/unit/cluster/compact_crds.py FOLDER VERSION
+
+FOLDER contains ray.io_rayclusters.yaml and ray.io_rayjobs.yaml from ray-operator/config/crd/bases of the KubeRay
+repository at VERSION (a tag or commit, which is recorded in the result). The result contains the v1 spec of each kind
+as JSON Schema. Descriptions, defaults and status are omitted, objects accept no undeclared properties, and schemas that
+occur more than once (such as the pod template) are shared. Validation rules in CEL are not converted.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CRDS = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+RESULT = Path(__file__).with_name("kuberay_crds.json")
+_KEYWORDS = {
+    "type",
+    "required",
+    "enum",
+    "pattern",
+    "minimum",
+    "maximum",
+    "minItems",
+    "maxItems",
+    "maxLength",
+    "minLength",
+}
+_MIN_SHARED_LENGTH = 200  # characters of JSON; shorter repeated schemas are not shared
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """Convert a structural schema of Kubernetes to a JSON Schema that rejects undeclared properties."""
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"], **({"pattern": schema["pattern"]} if "pattern" in schema else {})}
+    result: dict[str, Any] = {key: value for key, value in schema.items() if key in _KEYWORDS}
+    if "items" in schema:
+        result["items"] = strict(schema["items"])
+    if "properties" in schema:
+        result["properties"] = {name: strict(inner) for name, inner in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            result["additionalProperties"] = False
+    elif isinstance(schema.get("additionalProperties"), dict):
+        result["additionalProperties"] = strict(schema["additionalProperties"])
+    return result
+
+
+def resource_schema(crd: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the v1 schema of a resource, with KubeRay's schema of its spec and a minimal one of its metadata."""
+    version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
+    spec = strict(version["schema"]["openAPIV3Schema"]["properties"]["spec"])
+    return {
+        "type": "object",
+        "required": ["apiVersion", "kind", "metadata", "spec"],
+        "properties": {
+            "apiVersion": {"enum": ["ray.io/v1"]},
+            "kind": {"enum": [kind]},
+            "metadata": {"type": "object", "required": ["name"]},
+            "spec": spec,
+        },
+        "additionalProperties": False,
+    }
+
+
+def share(kinds: dict[str, Any]) -> dict[str, Any]:
+    """Return equivalent schemas in which large repeated schemas are moved to `$defs`."""
+    counts: Counter[str] = Counter()
+
+    def count(schema: dict[str, Any]) -> None:
+        counts[_text(schema)] += 1
+        if counts[_text(schema)] == 1:  # subschemas of a repeated schema are counted once
+            _map_subschemas(schema, count)
+
+    for schema in kinds.values():
+        count(schema)
+    names = {
+        text: f"s{i}" for i, text in enumerate(t for t, n in counts.items() if n > 1 and len(t) >= _MIN_SHARED_LENGTH)
+    }
+
+    def refer(schema: dict[str, Any]) -> dict[str, Any]:
+        name = names.get(_text(schema))
+        return {"$ref": f"#/$defs/{name}"} if name else _map_subschemas(schema, refer)
+
+    return {
+        "$defs": {name: _map_subschemas(json.loads(text), refer) for text, name in names.items()},
+        "kinds": {kind: refer(schema) for kind, schema in kinds.items()},
+    }
+
+
+def _map_subschemas(schema: dict[str, Any], transform: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Return the schema with `transform` applied to its direct subschemas."""
+    result = dict(schema)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            result[key] = transform(schema[key])
+    if "properties" in schema:
+        result["properties"] = {name: transform(inner) for name, inner in schema["properties"].items()}
+    return result
+
+
+def _text(node: Any) -> str:
+    return json.dumps(node, sort_keys=True, separators=(",", ":"))
+
+
+def compact(folder: Path, version: str) -> dict[str, Any]:
+    """Return the content of the result: the origin, and the schemas."""
+    texts = {kind: (folder / name).read_bytes() for kind, name in CRDS.items()}
+    crds = {kind: yaml.load(text, Loader=yaml.CSafeLoader) for kind, text in texts.items()}
+    origin = {
+        "repository": "https://github.com/ray-project/kuberay (Apache-2.0)",
+        "path": "ray-operator/config/crd/bases",
+        "version": version,
+        "sha256": {CRDS[kind]: hashlib.sha256(text).hexdigest() for kind, text in texts.items()},
+        "generated by": "tests/unit/cluster/compact_crds.py",
+    }
+    return {"origin": origin, **share({kind: resource_schema(crd, kind) for kind, crd in crds.items()})}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    RESULT.write_text(json.dumps(compact(Path(sys.argv[1]), sys.argv[2]), indent=1, sort_keys=True) + "\n")

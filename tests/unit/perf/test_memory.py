@@ -1,0 +1,57 @@
+"""Predicted memory responds to world size, pack size, activation checkpointing and offload as it must."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylava.models.shapes import LANGUAGE, VISION
+from raylava.perf.memory import ExecutionConfig, PackShape, TrainableModel, checkpoint_bytes, predict_memory
+from raylava.perf.shapes import LlavaShape, language_shape, vision_shape
+
+
+def gemma(name: str) -> TrainableModel:
+    vision = vision_shape(VISION["openai/clip-vit-large-patch14-336"], 336)
+    shape = LlavaShape(language_shape(LANGUAGE[name]), vision)
+    return TrainableModel(shape, trains_language=True, trains_vision=False, bytes_per_value=2)
+
+
+MODELS = st.sampled_from([gemma("google/gemma-2b-it"), gemma("google/gemma-7b-it")])
+PACKS = st.builds(lambda tokens: PackShape(tokens, tokens // 5, tokens // 700 + 1), st.integers(512, 32_768))
+
+
+@settings(deadline=None)
+@given(MODELS, PACKS, st.integers(1, 3), st.sampled_from([2, 8, 64]), st.booleans())
+def test_more_workers_never_need_more_memory_each(
+    model: TrainableModel, pack: PackShape, zero_stage: int, workers: int, activation_checkpointing: bool
+) -> None:
+    config = ExecutionConfig(zero_stage, False, False, activation_checkpointing, pack.tokens)
+    assert predict_memory(model, config, pack, 2 * workers).peak <= predict_memory(model, config, pack, workers).peak
+
+
+@settings(deadline=None)
+@given(MODELS, PACKS, st.integers(0, 3), st.sampled_from([1, 8, 64]))
+def test_activation_checkpointing_never_needs_more_memory_and_longer_packs_never_less(
+    model: TrainableModel, pack: PackShape, zero_stage: int, workers: int
+) -> None:
+    def peak(pack: PackShape, activation_checkpointing: bool) -> float:
+        config = ExecutionConfig(zero_stage, False, False, activation_checkpointing, pack.tokens)
+        return predict_memory(model, config, pack, workers).peak
+
+    longer = PackShape(2 * pack.tokens, 2 * pack.loss_tokens, 2 * pack.images)
+    assert peak(pack, activation_checkpointing=True) <= peak(pack, activation_checkpointing=False)
+    assert peak(longer, activation_checkpointing=False) >= peak(pack, activation_checkpointing=False)
+
+
+@settings(deadline=None)
+@given(MODELS, PACKS, st.integers(1, 3))
+def test_offloaded_optimizer_is_on_the_host(model: TrainableModel, pack: PackShape, zero_stage: int) -> None:
+    on_device, on_host = (
+        predict_memory(model, ExecutionConfig(zero_stage, offload, False, False, pack.tokens), pack, 8)
+        for offload in (False, True)
+    )
+    assert on_host.host == on_device.optimizer
+    assert on_host.peak < on_device.peak
+
+
+def test_checkpoint_holds_weights_master_weights_and_two_moments_of_what_trains() -> None:
+    model = gemma("google/gemma-2b-it")
+    assert checkpoint_bytes(model, ExecutionConfig(2, False, False, False, 4096)) == model.parameters * (2 + 4 + 4 + 4)

@@ -1,0 +1,70 @@
+"""The searcher suggests trials of all sources in turn and reports those that are stopped early."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylava.storage import StoragePath, storage_path
+from raylava.tune.searcher import SingleTrial, SweepSearcher, TrialSource
+from raylava.tune.variants import Variant, variants, with_settings
+from tests.support.studies import loss_result, make_sweep, resume_study
+
+
+@pytest.fixture
+def variant() -> Variant:
+    return variants(make_sweep(), [])[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StoragePath:
+    return storage_path(tmp_path)
+
+
+def make_searcher(sources: list[TrialSource]) -> tuple[SweepSearcher, list[str], list[tuple[int, str]]]:
+    """Return a searcher, the names of the trials that it adds, and the (number, outcome) of those that it finishes."""
+    added: list[str] = []
+    finished: list[tuple[int, str]] = []
+
+    def add_trial(variant: Variant) -> int:
+        added.append(variant.name)
+        return len(added) - 1
+
+    def apply_settings(variant: Variant, settings: Mapping[str, Any]) -> Variant:
+        return with_settings(make_sweep(), variant, settings, [])
+
+    searcher = SweepSearcher(
+        sources, apply_settings, add_trial, lambda *outcome: finished.append(outcome), lambda: False
+    )
+    return searcher, added, finished
+
+
+def test_variants_without_a_search_are_suggested_once_in_order() -> None:
+    searcher, added, _ = make_searcher([SingleTrial(variant) for variant in variants(make_sweep(seeds=(3, 1, 2)), [])])
+    assert [searcher.suggest(name) for name in "abcd"] == [{"trial": 0}, {"trial": 1}, {"trial": 2}, "FINISHED"]
+    assert added == ["seed=3", "seed=1", "seed=2"]
+
+
+def test_studies_alternate_and_settings_that_form_no_valid_recipe_fail_alone(
+    variant: Variant, folder: StoragePath
+) -> None:
+    too_small = resume_study(
+        variant, folder / "one", space={"finetune.max_tokens_per_pack": {"choice": [16]}}, trials=2
+    )
+    valid = resume_study(variant, folder / "two", trials=2)
+    searcher, added, _ = make_searcher([too_small, valid])
+    assert [searcher.suggest(name) for name in "abc"] == [{"trial": 0}, {"trial": 1}, "FINISHED"]
+    assert len(added) == 2
+    assert all("max_tokens_per_pack=16 is less than" in (trial.failure or "") for trial in too_small.trials)
+
+
+def test_trial_stopped_early_is_reported_to_the_tracker(variant: Variant, folder: StoragePath) -> None:
+    study = resume_study(variant, folder, asha={"grace": 0.1, "reduction": 2})
+    searcher, _, finished = make_searcher([study])
+    searcher.suggest("good")
+    searcher.suggest("bad")
+    assert not searcher.should_stop("good", {"rung": 1, "loss": 0.1})
+    assert searcher.should_stop("bad", {"rung": 1, "loss": 0.9})
+    assert finished == [(1, "stopped")]
+    assert not searcher.should_stop("good", loss_result(0.1))
