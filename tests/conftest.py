@@ -13,7 +13,7 @@ from raylava.config.recipe import Corpus, ImageEncoding, Language, Model, Resour
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.corpus.prepare import PrepareSpec, make_block, publish_corpus, stage_rows
-from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer, resolve_language, resolve_vision
+from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import storage_path
 from raylava.toy.assets import ToyAssetsStage, ToySize, build_toy_assets
@@ -119,13 +119,18 @@ def toy_model(toy_assets: Artifact) -> Model:
 
 
 @pytest.fixture(scope="session")
-def vision(toy_model: Model) -> VisionSpec:
-    return resolve_vision(toy_model.vision)
+def resolved_model(toy_model: Model) -> ResolvedModel:
+    return resolve_model(toy_model)
 
 
 @pytest.fixture(scope="session")
-def language(toy_model: Model) -> LanguageSpec:
-    return resolve_language(toy_model.language)
+def vision(resolved_model: ResolvedModel) -> VisionSpec:
+    return resolved_model.vision
+
+
+@pytest.fixture(scope="session")
+def language(resolved_model: ResolvedModel) -> LanguageSpec:
+    return resolved_model.language
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ class _StageBenchmark:
         plan = workload.plan_of_known_lengths
         resolver = AutoResolver(stage, workload.model.shape, workload.corpus.lengths, plan, device)
         resolved = resolver.resolve_auto(workload.training)
-        self._config = resolved.option.config
+        self._config = resolved.candidate.config
         self._engine: Engine = Engine(llava, stage, resolved.training, _STEPS + 1, device)
         self._image_token = int(llava.config.image_token_index)
 
@@ -235,11 +235,11 @@ class _StageBenchmark:
 def _model(recipe: Recipe, dtype: torch.dtype, attention: str) -> "LlavaForConditionalGeneration":
     """Build the recipe's model from its weights if both backbones are local folders, else with random weights."""
     from raylava.models.llava import build_llava
-    from raylava.models.registry import resolve_vision
+    from raylava.models.registry import resolve_model
 
     model = recipe.model
     if is_folder(model.language.name) and is_folder(model.vision.name):
-        return build_llava(model, resolve_vision(model.vision), 0, dtype, attention)
+        return build_llava(resolve_model(model), 0, dtype, attention)
     return random_llava(model, dtype, attention)
 
 
@@ -247,9 +247,9 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
     """Return a randomly initialized model with the recipe's backbone shapes, on torch's default device."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from raylava.models.attention import register
+    from raylava.models.attention import register_varlen
 
-    register()
+    register_varlen()
     language, vision, patches = model_configs(model)
     config = LlavaConfig(
         vision_config=AutoConfig.for_model(**vision),

@@ -86,8 +86,8 @@ class MemoryBreakdown:
     """Predicted bytes of one device; `host` is the bytes of the device's share of its host.
 
     `at_rest` is allocated between steps. `peak` is the maximum over a step and `peak_phase` the phase that reaches it.
-    `activations` are the saved activations; they include backward temporaries, and `logits` is not zero, if the peak phase
-    allocates these.
+    `activations` are the saved activations, with backward temporaries if the peak phase allocates these; `logits` is zero
+    unless the peak phase allocates them.
     """
 
     weights: float
@@ -337,7 +337,7 @@ def _optimizer_values(model: TrainableModel, config: ExecutionConfig) -> int:
 
 
 def _gathered_copies(step: StepContext, copies: int) -> float:
-    """Return the bytes of so many full copies of the weights that ZeRO 3 partitions, within DeepSpeed's limit."""
+    """Return the bytes of `copies` full copies of the weights that ZeRO 3 partitions, within DeepSpeed's limit."""
     if step.config.zero_stage < 3:
         return 0.0
     partitioned = step.model.shape.parameters - _persistent_parameters(step.model.shape)

@@ -22,7 +22,7 @@ class Traffic:
     def bytes_sent(self, world_size: int) -> float:
         """Return the bytes that each device sends in ring collectives (Patarasu and Yuan 2009).
 
-        An all-reduce counts twice, as it is a reduce-scatter followed by an all-gather.
+        An all-reduce counts twice: it is a reduce-scatter followed by an all-gather.
         """
         return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (world_size - 1) / world_size
 
