@@ -2,8 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Workers of pytest-xdist. Most tests wait for processes to start, so that two at once take half the time.
+JOBS ?= 2
 
-.PHONY: install demo ablation test lint format clean
+.PHONY: install demo ablation test test-unit test-ray test-chaos lint format clean
 
 install: $(VENV)/.installed
 
@@ -19,8 +21,16 @@ ablation: install
 	$(BIN)/raylava toy toy
 	$(BIN)/raylava sweep jobs/recipes/toy-ablations.yaml
 
-test: install
-	$(BIN)/pytest -m "slow or not slow"
+test: test-unit test-ray test-chaos
+
+test-unit: install
+	$(BIN)/pytest tests/unit -n $(JOBS) --dist loadfile
+
+test-ray: install
+	$(BIN)/pytest tests/ray -n $(JOBS) --dist loadfile
+
+test-chaos: install
+	$(BIN)/pytest tests/chaos -n $(JOBS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

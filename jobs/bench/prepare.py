@@ -1,10 +1,10 @@
-"""How fast corpora are prepared: raylava beside the bare loop, a torch DataLoader and datasets.map, in one run.
+"""Throughput of corpus preparation: raylava beside a bare loop, a torch DataLoader and datasets.map, in one run.
 
     python jobs/bench/prepare.py [--images N] [--cluster]
 
-Each does the same work on the same JPEGs (640×480, made here): decode, pad to square, resize to CLIP-L/336's input,
-tokenize the caption. raylava and the bare loop also encode what they store. The usual ways use the Hugging Face image
-processor. With --cluster, raylava joins the Ray cluster that RAY_ADDRESS names.
+All process the same JPEGs (640×480, generated here): decode, pad to a square, resize to the input of CLIP-L/336, and
+tokenize the caption. raylava and the bare loop also encode the stored image; the DataLoader and datasets.map use the
+Hugging Face image processor. With --cluster, raylava joins the Ray cluster of RAY_ADDRESS.
 """
 
 import argparse
@@ -29,25 +29,26 @@ from rich.table import Table
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source
 from raylava.corpus.conversation import ChatTokenizer, Turn
-from raylava.corpus.images import decode_image, decode_block_image, normalize_pixels, prepare_image, resize_exact
+from raylava.corpus.images import decode_block_image, decode_image, normalize_pixels, prepare_image, resize_exact
 from raylava.corpus.prepare import PrepareSpec, prepare
-from raylava.models.registry import PixelRule, VisionSpec, load_tokenizer
+from raylava.models.registry import LanguageSpec, PixelRule, VisionSpec, load_tokenizer
 from raylava.models.templates import GEMMA
 from raylava.toy.language import train_tokenizer
 
 WORKERS = 2
-UNIQUE = 500  # different images; rows cycle through them
+UNIQUE_IMAGES = 500  # rows cycle through them
+VOCABULARY = 640
 RULE = PixelRule(336, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-VISION = VisionSpec("clip-l-336", "clip", RULE, patch_size=14, width=1024)
-TALK = [
+VISION = VisionSpec("clip-l-336", "main", "clip", RULE, patch_size=14, width=1024)
+CONVERSATION = (
     "Describe the picture briefly.",
     "left red circle, right blue square, and other things besides, as captions go.",
-]
+)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One way's figures: images a second in all and in steady state, bytes kept a image, peak memory in MB."""
+    """Measurements of one method: images/s overall and in steady state, stored bytes per image, peak memory in MB."""
 
     name: str
     overall: float
@@ -57,105 +58,114 @@ class Result:
 
 
 def make_corpus(folder: Path, images: int) -> None:
-    """JPEGs with the spectrum of photographs, and LLaVA JSON over them."""
+    """Write JPEGs with the spectrum of photographs, and LLaVA JSON that refers to them."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number in range(min(UNIQUE, images)):
-        _photo(rng).save(folder / "images" / f"{number}.jpg", quality=90)
-    turns = [{"from": "human", "value": f"<image>\n{TALK[0]}"}, {"from": "gpt", "value": TALK[1]}]
-    rows = [{"id": str(n), "image": f"{n % UNIQUE}.jpg", "conversations": turns} for n in range(images)]
+    for number in range(min(UNIQUE_IMAGES, images)):
+        _draw_photo(rng).save(folder / "images" / f"{number}.jpg", quality=90)
+    turns = [
+        {"from": "human", "value": f"<image>\n{CONVERSATION[0]}"},
+        {"from": "gpt", "value": CONVERSATION[1]},
+    ]
+    rows = [{"id": str(n), "image": f"{n % UNIQUE_IMAGES}.jpg", "conversations": turns} for n in range(images)]
     (folder / "rows.json").write_text(json.dumps(rows))
-    train_tokenizer(640, seed=0).save_pretrained(folder / "tokenizer")
+    train_tokenizer(VOCABULARY, seed=0).save_pretrained(folder / "tokenizer")
 
 
-def _photo(rng: np.random.Generator, width: int = 640, height: int = 480) -> Image.Image:
-    """Noise of falling amplitude over octaves, as in photographs (1/f)."""
+def _draw_photo(rng: np.random.Generator, width: int = 640, height: int = 480) -> Image.Image:
+    """Return noise whose amplitude falls over octaves as in photographs (1/f)."""
     total = np.zeros((height, width, 3))
     for octave in (4, 8, 16, 32, 64, 128, 256, 640):
         noise = rng.integers(0, 256, (height * octave // 640 + 2, width * octave // 640 + 2, 3), dtype=np.uint8)
-        layer = Image.fromarray(synthetic_pack).resize((width, height), Image.Resampling.BICUBIC)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
         total += np.asarray(layer, dtype=float) / octave**0.7
     low, high = total.min(), total.max()
     return Image.fromarray(((total - low) / (high - low) * 255).astype(np.uint8))
 
 
-def job_for(folder: Path) -> PrepareSpec:
-    """raylava's own job over the corpus, with the default storage."""
+def prepare_spec(folder: Path) -> PrepareSpec:
+    """Return raylava's preparation of the corpus, with the default image encoding."""
     corpus = Corpus(sources=(Source(annotations="rows.json", images="images"),), samples_per_block=256)
-    places = ((str(folder / "rows.json"), str(folder / "images")),)
-    language = Language(name=str(folder / "tokenizer"))
-    return PrepareSpec("bench", corpus, places, language, GEMMA, VISION, str(folder / "blocks"))
+    source_paths = ((str(folder / "rows.json"), str(folder / "images")),)
+    language = LanguageSpec(str(folder / "tokenizer"), "main", "gemma", width=0, vocabulary=VOCABULARY)
+    return PrepareSpec("bench", corpus, source_paths, language, VISION, str(folder / "blocks"))
 
 
-class SearchBudget:
-    """When how many images were done; the steady rate leaves out the first and last tenth."""
+class ThroughputRecorder:
+    """A progress bar that records when images were done; the steady rate excludes the first and last tenth."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._marks: list[tuple[float, float]] = []
+        self._start = time.monotonic()
+        self._updates: list[tuple[float, float]] = []  # (time, images done)
 
-    def update(self, done: float, total: float, **figures: float) -> None:
-        """A raylava bar."""
-        self._marks.append((time.monotonic(), done))
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        """Record the number of images done; raylava's progress bars have this interface."""
+        self._updates.append((time.monotonic(), done))
 
     def overall(self) -> float:
-        return self._marks[-1][1] / (self._marks[-1][0] - self._started)
+        """Return the images/s of the whole run."""
+        return self._updates[-1][1] / (self._updates[-1][0] - self._start)
 
     def steady(self) -> float:
-        total = self._marks[-1][1]
-        kept = [mark for mark in self._marks if 0.1 * total <= mark[1] <= 0.9 * total]
-        (t0, n0), (t1, n1) = kept[0], kept[-1]
-        return (n1 - n0) / (t1 - t0)
+        """Return the images/s between the first and the last tenth of the images."""
+        total = self._updates[-1][1]
+        middle = [update for update in self._updates if 0.1 * total <= update[1] <= 0.9 * total]
+        (first_time, first_done), (last_time, last_done) = middle[0], middle[-1]
+        return (last_done - first_done) / (last_time - first_time)
 
 
-def raylava_way(folder: Path, images: int, clock: SearchBudget) -> float:
+Method = Callable[[Path, int, ThroughputRecorder], float]  # (folder, images, recorder) → stored bytes per image
+
+
+def raylava_prepare(folder: Path, images: int, recorder: ThroughputRecorder) -> float:
     with ray_session(Resources(workers=WORKERS)):
-        manifest = prepare(job_for(folder), "bench", clock)
+        manifest = prepare(prepare_spec(folder), "bench", recorder)
     assert manifest.rows == images
     return sum(block.bytes for block in manifest.blocks) / images
 
 
-def bare_loop(folder: Path, images: int, clock: SearchBudget) -> float:
-    """One process a core, no framework: the ceiling."""
-    names = [f"{number % UNIQUE}.jpg" for number in range(images)]
+def bare_loop(folder: Path, images: int, recorder: ThroughputRecorder) -> float:
+    """Run one process per core without any framework: the ceiling."""
+    names = [f"{number % UNIQUE_IMAGES}.jpg" for number in range(images)]
     total = 0
-    with multiprocessing.get_context("spawn").Pool(WORKERS, _bare_setup, (str(folder),)) as pool:
-        for done, size in enumerate(pool.imap_unordered(_bare_one, names, chunksize=64), 1):
+    with multiprocessing.get_context("spawn").Pool(WORKERS, _init_bare_worker, (str(folder),)) as pool:
+        for done, size in enumerate(pool.imap_unordered(_prepare_bare, names, chunksize=64), 1):
             total += size
             if done % 64 == 0 or done == images:
-                clock.update(done, images)
+                recorder.update(done, images)
     return total / images
 
 
-_BARE: dict[str, Any] = {}
+_BARE_WORKER: dict[str, Any] = {}
 
 
-def _bare_setup(folder: str) -> None:
+def _init_bare_worker(folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _BARE["folder"] = Path(folder)
-    _BARE["encoder"] = ChatTokenizer(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
+    _BARE_WORKER["folder"] = Path(folder)
+    _BARE_WORKER["tokenizer"] = ChatTokenizer(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
 
 
-def _bare_one(name: str) -> int:
-    content = (_BARE["folder"] / "images" / name).read_bytes()
+def _prepare_bare(name: str) -> int:
+    content = (_BARE_WORKER["folder"] / "images" / name).read_bytes()
     stored = prepare_image(content, RULE, "pad", ImageEncoding(), 10**8)
-    _BARE["encoder"].encode([Turn("human", f"<image>\n{TALK[0]}"), Turn("gpt", TALK[1])], image_count=1)
+    turns = [Turn("human", f"<image>\n{CONVERSATION[0]}"), Turn("gpt", CONVERSATION[1])]
+    _BARE_WORKER["tokenizer"].encode(turns, image_count=1)
     return len(stored)
 
 
-class _Usual:
-    """What LLaVA's data loading does for one row: pillow, the Hugging Face processor, the tokenizer."""
+class _HuggingFaceRows:
+    """Rows as LLaVA's data loading computes them: Pillow, the Hugging Face image processor, the tokenizer."""
 
     def __init__(self, folder: Path, images: int) -> None:
         from transformers import LlavaImageProcessorPil
 
         self._folder, self._images = folder, images
-        whole = {"height": RULE.size, "width": RULE.size}
+        size = {"height": RULE.size, "width": RULE.size}
         self._processor = LlavaImageProcessorPil(
-            do_pad=True, size=whole, do_center_crop=False, image_mean=list(RULE.mean), image_std=list(RULE.std)
+            do_pad=True, size=size, do_center_crop=False, image_mean=list(RULE.mean), image_std=list(RULE.std)
         )
         self._tokenizer = load_tokenizer(Language(name=str(folder / "tokenizer")))
 
@@ -163,69 +173,70 @@ class _Usual:
         return self._images
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        image = Image.open(self._folder / "images" / f"{number % UNIQUE}.jpg").convert("RGB")
+        image = Image.open(self._folder / "images" / f"{number % UNIQUE_IMAGES}.jpg").convert("RGB")
         pixels = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
-        text = f"<start_of_turn>user\n{TALK[0]}<end_of_turn>\n<start_of_turn>model\n{TALK[1]}<end_of_turn>\n"
+        question, answer = CONVERSATION
+        text = f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{answer}<end_of_turn>\n"
         return {"pixel_values": pixels, "input_ids": self._tokenizer(text, return_tensors="pt")["input_ids"][0]}
 
 
-def data_loader(folder: Path, images: int, clock: SearchBudget) -> float:
+def data_loader(folder: Path, images: int, recorder: ThroughputRecorder) -> float:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(_Usual(folder, images), batch_size=32, num_workers=WORKERS)  # type: ignore[arg-type]
+    loader = DataLoader(_HuggingFaceRows(folder, images), batch_size=32, num_workers=WORKERS)  # type: ignore[arg-type]
     done = 0
     for batch in loader:
         done += len(batch["pixel_values"])
-        clock.update(done, images)
+        recorder.update(done, images)
     return 3 * RULE.size**2 * 4.0
 
 
-def datasets_map(folder: Path, images: int, clock: SearchBudget) -> float:
+def datasets_map(folder: Path, images: int, recorder: ThroughputRecorder) -> float:
     import datasets
 
     datasets.disable_progress_bars()
-    usual = _Usual(folder, images)
+    rows = _HuggingFaceRows(folder, images)
     table = datasets.Dataset.from_dict({"number": list(range(images))})
 
-    def one(row: dict[str, Any]) -> dict[str, Any]:
-        made = usual[row["number"]]
-        return {"pixel_values": made["pixel_values"].numpy(), "input_ids": made["input_ids"].numpy()}
+    def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
+        tensors = rows[row["number"]]
+        return {"pixel_values": tensors["pixel_values"].numpy(), "input_ids": tensors["input_ids"].numpy()}
 
-    table.map(one, num_proc=WORKERS, writer_batch_size=64, cache_file_name=str(folder / "map.arrow"))
-    clock.update(images, images)
+    table.map(prepare_row, num_proc=WORKERS, writer_batch_size=64, cache_file_name=str(folder / "map.arrow"))
+    recorder.update(images, images)
     return 3 * RULE.size**2 * 4.0
 
 
-def measure(name: str, way: Callable[[Path, int, SearchBudget], float], folder: Path, images: int) -> Result:
-    """Run one way in a process of its own, watching the memory of all it starts."""
+def measure(name: str, method: Method, folder: Path, images: int) -> Result:
+    """Run one method in a separate process and measure the memory of its whole process tree."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measured, args=(way, folder, images, theirs))
-    peak, stopping = [0.0], threading.Event()
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_run_method, args=(method, folder, images, sender))
+    peak, stop = [0.0], threading.Event()
     process.start()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peak, stopping))
+    watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, stop))
     watcher.start()
-    overall, steady, size = ours.recv()
-    stopping.set()
+    overall, steady, size = receiver.recv()
+    stop.set()
     watcher.join()
     process.join()
     return Result(name, overall, steady, size, peak[0] / 2**20)
 
 
-def _measured(way: Callable[[Path, int, SearchBudget], float], folder: Path, images: int, pipe: Any) -> None:
-    clock = SearchBudget()
-    size = way(folder, images, clock)
-    steady = clock.steady() if way is not datasets_map else clock.overall()
-    pipe.send((clock.overall(), steady, size))
+def _run_method(method: Method, folder: Path, images: int, sender: Any) -> None:
+    recorder = ThroughputRecorder()
+    size = method(folder, images, recorder)
+    steady = recorder.steady() if method is not datasets_map else recorder.overall()
+    sender.send((recorder.overall(), steady, size))
 
 
-def _watch(pid: int | None, peak: list[float], stopping: threading.Event) -> None:
-    """The largest sum of memory not shared with others over the process and all below it, in bytes."""
-    while not stopping.wait(0.5):
-        peak[0] = max(peak[0], sum(_unshared(process) for process in _family(pid)))
+def _watch_memory(pid: int | None, peak: list[float], stop: threading.Event) -> None:
+    """Store in `peak` the largest sum of unshared memory over the process tree, in bytes."""
+    while not stop.wait(0.5):
+        peak[0] = max(peak[0], sum(_unshared_bytes(process) for process in _process_tree(pid)))
 
 
-def _family(pid: int | None) -> Iterator[psutil.Process]:
+def _process_tree(pid: int | None) -> Iterator[psutil.Process]:
     try:
         parent = psutil.Process(pid)
         yield parent
@@ -234,7 +245,7 @@ def _family(pid: int | None) -> Iterator[psutil.Process]:
         return
 
 
-def _unshared(process: psutil.Process) -> float:
+def _unshared_bytes(process: psutil.Process) -> float:
     try:
         return process.memory_info().rss - process.memory_info().shared
     except psutil.NoSuchProcess:
@@ -242,7 +253,7 @@ def _unshared(process: psutil.Process) -> float:
 
 
 def fidelity(folder: Path) -> dict[str, float]:
-    """How far the stored pixels are from the published processor's, and what a random CLIP-L/14 tower makes of it."""
+    """Compare stored pixels with those of the published processor, and their features in a random CLIP-L/14."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -272,35 +283,37 @@ def fidelity(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all ways and print the table."""
+    """Measure all methods and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=8000)
-    parser.add_argument("--cluster", action="store_true", help="only raylava, on the cluster that RAY_ADDRESS names")
+    parser.add_argument(
+        "--cluster", action="store_true", help="only the bare loop, and raylava on the cluster of RAY_ADDRESS"
+    )
     arguments = parser.parse_args()
-    ways = {"bare loop (ceiling)": bare_loop, "raylava": raylava_way}
+    methods: dict[str, Method] = {"bare loop (ceiling)": bare_loop, "raylava": raylava_prepare}
     if not arguments.cluster:
-        ways |= {"DataLoader + HF processor": data_loader, "datasets.map + HF processor": datasets_map}
+        methods |= {"DataLoader + HF processor": data_loader, "datasets.map + HF processor": datasets_map}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus(folder, arguments.images)
-        results = [measure(title, way, folder, arguments.images) for title, way in ways.items()]
-        _print(results, fidelity(folder), arguments.images)
+        results = [measure(title, method, folder, arguments.images) for title, method in methods.items()]
+        _print_results(results, fidelity(folder), arguments.images)
 
 
-def _print(results: list[Result], fidelity: dict[str, float], images: int) -> None:
+def _print_results(results: list[Result], fidelity: dict[str, float], images: int) -> None:
     ceiling = results[0]
     table = Table(title=f"{images} JPEGs of 640×480, {WORKERS} workers", title_justify="left")
-    for heading in ("way", "images/s", "of ceiling", "steady images/s", "of ceiling", "bytes/image", "peak MB"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    for one in results:
+    for heading in ("method", "images/s", "of ceiling", "steady images/s", "of ceiling", "bytes/image", "peak MB"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for result in results:
         table.add_row(
-            one.name,
-            f"{one.overall:.0f}",
-            f"{one.overall / ceiling.overall:.2f}",
-            f"{one.steady:.0f}",
-            f"{one.steady / ceiling.steady:.2f}",
-            f"{one.bytes_per_image:,.0f}",
-            f"{one.peak_mb:.0f}",
+            result.name,
+            f"{result.overall:.0f}",
+            f"{result.overall / ceiling.overall:.2f}",
+            f"{result.steady:.0f}",
+            f"{result.steady / ceiling.steady:.2f}",
+            f"{result.bytes_per_image:,.0f}",
+            f"{result.peak_mb:.0f}",
         )
     console = Console(file=sys.stdout, width=120)
     console.print(table)

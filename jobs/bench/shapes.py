@@ -1,4 +1,4 @@
-"""A LLaVA of given proportions with random weights, and a corpus like LLaVA's for it: what train.py measures on."""
+"""The models and data of train.py: LLaVA models of given shapes with random weights, and corpora like LLaVA's."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from raylava.config.recipe import ImageEncoding
+from raylava.config.recipe import ImageEncoding, StageName
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -21,22 +21,25 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.images import encode_image
-from raylava.models.attention import register
-from raylava.models.llava import StageName
+from raylava.models.attention import register_varlen
 from raylava.models.registry import PixelRule, VisionSpec
 from raylava.train.data_loader import PackCollator
 from raylava.train.engine import DTYPES
 
-RULE_MEAN, RULE_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-BEGIN, IMAGES = 2, 32
+PIXEL_MEAN, PIXEL_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+BEGIN_TOKEN = 2
+UNIQUE_IMAGES = 32  # samples cycle through them
 HEADS = 8
-BATCH: dict[StageName, int] = {"pretrain": 128, "finetune": 64}  # global, in samples
-MICRO_BATCH: dict[StageName, int] = {"pretrain": 32, "finetune": 16}  # the reference's, as in LLaVA's scripts
+GLOBAL_BATCH_SIZE: dict[StageName, int] = {"pretrain": 128, "finetune": 64}
+MICRO_BATCH_SIZE: dict[StageName, int] = {"pretrain": 32, "finetune": 16}  # of the reference, as in LLaVA's scripts
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaVA-Gemma's sizes. Text is `1/text_divisor` as long as in LLaVA's corpora, to keep its share of a sample."""
+    """The dimensions of a LLaVA-Gemma model.
+
+    Text is shortened by `text_divisor` relative to LLaVA's corpora, which preserves its share of a sample's tokens.
+    """
 
     width: int
     layers: int
@@ -56,7 +59,7 @@ class Shape:
 
 
 SHAPES = {
-    # Gemma-2B and CLIP-L/336 with all widths an eighth, half the layers and a ninth of the tokens.
+    # Gemma-2B and CLIP-L/336 with an eighth of all widths, half the layers and a ninth of the tokens.
     "small": Shape(
         width=256,
         layers=9,
@@ -86,28 +89,29 @@ SHAPES = {
 }
 
 
-def draw(shape: Shape, stage: StageName, count: int) -> list[Sample]:
-    """Noise, in samples with lengths like those of LLaVA's corpora (lognormal; the parameters are estimates)."""
+def draw_samples(shape: Shape, stage: StageName, count: int) -> list[Sample]:
+    """Draw samples of random content with lengths like those of LLaVA's corpora (lognormal, estimated parameters)."""
     rng = np.random.default_rng(0)
-    rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
-    noise = rng.integers(0, 256, (IMAGES, rule.size, rule.size, 3), dtype=np.uint8)
+    rule = PixelRule(shape.pixels, PIXEL_MEAN, PIXEL_STD)
+    noise = rng.integers(0, 256, (UNIQUE_IMAGES, rule.size, rule.size, 3), dtype=np.uint8)
     images = [encode_image(pixels, ImageEncoding()) for pixels in noise]
-    return [_sample(shape, stage, rng, images[number % IMAGES], number) for number in range(count)]
+    return [_draw_sample(shape, stage, rng, images[number % UNIQUE_IMAGES], number) for number in range(count)]
 
 
-def _sample(shape: Shape, stage: StageName, rng: np.random.Generator, image: bytes, number: int) -> Sample:
+def _draw_sample(shape: Shape, stage: StageName, rng: np.random.Generator, image: bytes, number: int) -> Sample:
     if stage == "pretrain":  # a short request and a caption
-        shown, asked, answered = True, 20.0, float(np.clip(rng.lognormal(2.5, 0.5), 5, 80))
-    else:  # 94 % with a image; conversations, of which answers are 15 to 75 %
-        shown = bool(rng.random() < 0.94)
-        text = np.clip(rng.lognormal(5.0, 0.7), 20, 1400) if shown else np.clip(rng.lognormal(6.0, 0.8), 20, 2000)
-        answered = float(text * rng.uniform(0.15, 0.75))
-        asked = float(text) - answered
-    before, after = (max(1, round(tokens / shape.text_divisor)) for tokens in (asked, answered))
-    words = [int(word) for word in rng.integers(10, shape.vocabulary - 10, before + after)]
-    ids = [BEGIN, *([_image_token(shape)] if shown else []), *words]
-    length = len(ids) + (shape.image_tokens - 1 if shown else 0)
-    return Sample(str(number), ids, [(len(ids) - after, len(ids))], [image] if shown else [], length)
+        has_image, prompt, response = True, 20.0, float(np.clip(rng.lognormal(2.5, 0.5), 5, 80))
+    else:  # 94 % with an image; conversations in which responses are 15 to 75 % of the text
+        has_image = bool(rng.random() < 0.94)
+        text = np.clip(rng.lognormal(5.0, 0.7), 20, 1400) if has_image else np.clip(rng.lognormal(6.0, 0.8), 20, 2000)
+        response = float(text * rng.uniform(0.15, 0.75))
+        prompt = float(text) - response
+    prompt_tokens, response_tokens = (max(1, round(tokens / shape.text_divisor)) for tokens in (prompt, response))
+    text_ids = [int(token) for token in rng.integers(10, shape.vocabulary - 10, prompt_tokens + response_tokens)]
+    ids = [BEGIN_TOKEN, *([_image_token(shape)] if has_image else []), *text_ids]
+    length = len(ids) + (shape.image_tokens - 1 if has_image else 0)
+    loss_span = (len(ids) - response_tokens, len(ids))
+    return Sample(str(number), ids, [loss_span], [image] if has_image else [], length)
 
 
 def _image_token(shape: Shape) -> int:
@@ -115,7 +119,7 @@ def _image_token(shape: Shape) -> int:
 
 
 def write_blocks(samples: list[Sample], folder: Path) -> None:
-    """One block of all samples, with what training reads beside it."""
+    """Write a prepared corpus with all samples in one block."""
     folder.mkdir(parents=True)
     content = encode_block(samples)
     (folder / "block.arrow").write_bytes(content)
@@ -129,11 +133,11 @@ def write_blocks(samples: list[Sample], folder: Path) -> None:
     (folder / MANIFEST).write_bytes(manifest.to_json())
 
 
-def build(shape: Shape, attention: str, device: torch.device) -> Any:
-    """The model with random weights, the same each time."""
+def build_model(shape: Shape, attention: str, device: torch.device) -> Any:
+    """Build the model with random weights from a fixed seed."""
     from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    register()
+    register_varlen()
     text = GemmaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -169,7 +173,9 @@ def build(shape: Shape, attention: str, device: torch.device) -> Any:
     return llava
 
 
-def layout(shape: Shape) -> PackCollator:
-    """How samples lie in packs of this shape."""
-    rule = PixelRule(shape.pixels, RULE_MEAN, RULE_STD)
-    return PackCollator(VisionSpec("bench", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN)
+def pack_collator(shape: Shape) -> PackCollator:
+    """Return the collator for samples of this shape."""
+    rule = PixelRule(shape.pixels, PIXEL_MEAN, PIXEL_STD)
+    return PackCollator(
+        VisionSpec("bench", "main", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN_TOKEN
+    )

@@ -86,8 +86,8 @@ class MemoryBreakdown:
     """Predicted bytes of one device; `host` is the bytes of the device's share of its host.
 
     `at_rest` is allocated between steps. `peak` is the maximum over a step and `peak_phase` the phase that reaches it.
-    `activations` are the saved activations, with backward temporaries if the peak phase allocates these; `logits` is zero
-    unless the peak phase allocates them.
+    `activations` are the saved activations, with backward temporaries if the peak phase allocates these. `logits` is
+    zero unless the peak phase allocates them.
     """
 
     weights: float

@@ -18,8 +18,7 @@ from raylava.cluster.local_cluster import LocalCluster
 from raylava.config.recipe import Recipe
 from raylava.storage import StoragePath
 from raylava.toy.demo import toy_recipe
-from raylava.train.spec import CHECKPOINTS, SNAPSHOT
-from raylava.train.step_log import STEP_LOG
+from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, STEP_LOG
 
 ROOT = Path(__file__).parents[2]
 CLUSTER_CONFIG = ROOT / "cluster" / "local-cluster.yaml"

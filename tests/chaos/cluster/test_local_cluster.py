@@ -15,7 +15,7 @@ from raylava.cluster import local_cluster
 from raylava.cluster.local_cluster import LocalCluster
 from raylava.config.recipe import Recipe
 from raylava.console import Console
-from raylava.pipeline.stages import run
+from raylava.pipeline.runner import run
 from raylava.storage import StoragePath, storage_path
 from tests.support.local_cluster import (
     CLUSTER_CONFIG,
@@ -82,7 +82,7 @@ def test_nodes_start_per_stage_and_resume_after_node_loss_is_bitwise_identical(
     assert lost not in worker_nodes(cluster)
     wait_for(lambda: worker_nodes(cluster) == {})
     second_output = output_of(start_raylava(cluster, "submit", str(file), "--storage", str(tmp_path)))
-    assert second_output.count(" found ") == second_output.count("✓") == 3, "all artifacts are reused"
+    assert second_output.count(" reused ") == second_output.count("✓") == 3, "all artifacts are reused"
 
 
 def test_resubmission_after_head_loss_resumes_from_the_last_checkpoint(

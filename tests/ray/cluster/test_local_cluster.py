@@ -45,9 +45,9 @@ def test_recipe_submitted_twice_is_one_job_that_can_be_stopped(
     first = output_of(start_raylava(cluster, "submit", *arguments, "--detach"))
     second = output_of(start_raylava(cluster, "submit", *arguments, "--detach"))
     assert "submitted" in first
-    assert "runs already" in second
+    assert "is already running" in second
     assert ": stopped" in output_of(start_raylava(cluster, "stop", *arguments))
-    assert "no such job runs" in output_of(start_raylava(cluster, "stop", *arguments))
+    assert "no such job is running" in output_of(start_raylava(cluster, "stop", *arguments))
     (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)  # the shipped recipe refers to ./toy
     shipped = [str(recipes_folder() / "toy.yaml"), "resources.workers=3", "--storage", str(tmp_path)]
     output = output_of(start_raylava(cluster, "check", *shipped, "--address", cluster.address, cwd=tmp_path))
@@ -91,4 +91,4 @@ def test_nodes_without_a_shared_disk_use_a_bucket_and_write_no_secret(
             assert SECRET.encode() not in log.read_bytes(), log
     status = output_of(start_raylava(cluster, "status", "--storage", storage, "--json"))
     states = {artifact["stage"]: artifact["state"] for artifact in json.loads(status.splitlines()[-1])["artifacts"]}
-    assert states == {"prepare": "made", "finetune": "made"}
+    assert states == {"prepare": "complete", "finetune": "complete"}

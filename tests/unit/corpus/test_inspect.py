@@ -53,4 +53,4 @@ def test_inspect_command_rejects_artifacts_of_other_stages(
     toy_assets: Artifact, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(toy_assets.path)]) == 2
-    assert "shows those of prepare" in capfd.readouterr().err
+    assert "inspect shows artifacts of prepare" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The whole road once, small: toy assets → blocks → connector → model → scores, found again by a second run."""
+"""The whole pipeline on tiny assets: blocks → connector → model → scores, reused by a second run."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ from PIL import Image
 
 from raylava.artifacts import Artifact
 from raylava.cli import main
-from raylava.cli.tables import closing, summary
 from raylava.config.recipe import Benchmark, Recipe
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
-from raylava.pipeline.stages import run
+from raylava.pipeline.report import show_results
+from raylava.pipeline.results import summarize
+from raylava.pipeline.runner import run
 from raylava.storage import storage_path
 from raylava.toy.demo import ANSWER_SHEET, toy_recipe, write_answer_sheet
 from raylava.train.batch_plan import BatchPlan
@@ -46,12 +47,12 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifacts(recipe: Recipe, storage: Path) -> dict[str, Artifact]:
+def artifacts(ray_cluster: None, recipe: Recipe, storage: Path) -> dict[str, Artifact]:
     with (storage / "console.txt").open("w") as stream:
         return run(recipe, storage_path(storage), Console(stream))
 
 
-def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
+def test_every_stage_builds_its_artifact(artifacts: dict[str, Artifact]) -> None:
     assert list(artifacts) == [
         "prepare alignment",
         "pretrain",
@@ -70,7 +71,7 @@ def test_each_stage_made_its_artifact(artifacts: dict[str, Artifact]) -> None:
     assert artifacts["evaluate heldout"].metrics["questions"] == 20
 
 
-def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:
+def test_step_log_records_the_samples_of_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:
     lines = [json.loads(line) for line in (artifacts["finetune"].path / STEP_LOG).read_bytes().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     plan = BatchPlan(48, global_batch_size=16, epochs=1, seed=recipe.seed)
@@ -83,7 +84,7 @@ def test_the_ledger_tells_which_samples_formed_each_step(artifacts: dict[str, Ar
     assert [line["loss_tokens"] for line in lines] == [int(lengths.loss_tokens[order].sum()) for order in orders]
 
 
-def test_the_checkpoints_of_a_finished_stage_are_gone(artifacts: dict[str, Artifact]) -> None:
+def test_checkpoints_are_removed_once_a_stage_is_complete(artifacts: dict[str, Artifact]) -> None:
     assert {child.name for child in artifacts["pretrain"].path.children()} == {
         "artifact.json",
         "connector.safetensors",
@@ -93,7 +94,7 @@ def test_the_checkpoints_of_a_finished_stage_are_gone(artifacts: dict[str, Artif
     }
 
 
-def test_a_second_run_finds_everything_and_says_so_in_json(
+def test_second_run_reuses_every_artifact(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "recipe.yaml"
@@ -101,12 +102,12 @@ def test_a_second_run_finds_everything_and_says_so_in_json(
     capfd.readouterr()
     assert main(["run", str(file), "--storage", str(storage), "--json"]) == 0
     out, err = capfd.readouterr()
-    assert json.loads(out) == json.loads(json.dumps(summary(artifacts)))
-    assert err.count("found") == len(artifacts)
+    assert json.loads(out) == json.loads(json.dumps(summarize(artifacts)))
+    assert err.count("reused") == len(artifacts)
 
 
 @pytest.mark.parametrize(
-    ("changes", "made_again"),
+    ("changes", "rebuilt"),
     [
         ({"resources": {"workers": 1}}, set()),
         ({"name": "other"}, set()),
@@ -121,16 +122,16 @@ def test_a_second_run_finds_everything_and_says_so_in_json(
         ),
     ],
 )
-def test_a_variant_shares_every_stage_that_it_has_in_common(
-    changes: dict[str, Any], made_again: set[str], recipe: Recipe, storage: Path, artifacts: dict[str, Artifact]
+def test_variant_shares_every_stage_it_has_in_common(
+    changes: dict[str, Any], rebuilt: set[str], recipe: Recipe, storage: Path, artifacts: dict[str, Artifact]
 ) -> None:
     from raylava.config.load import validate
-    from raylava.pipeline.stages import stages_of
+    from raylava.pipeline.graph import build_stages
 
     data = recipe.model_dump(mode="json")
     _merge(data, changes)
-    stages = stages_of(validate(data, "variant"), storage_path(storage))
-    assert {stage.label for stage in stages if stage.spec.find() is None} == made_again
+    stages = build_stages(validate(data, "variant"), storage_path(storage))
+    assert {stage.label for stage in stages if stage.spec().find() is None} == rebuilt
 
 
 def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -141,14 +142,14 @@ def _merge(data: dict[str, Any], changes: dict[str, Any]) -> None:
             data[key] = value
 
 
-def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
+def test_results_and_answer_sheet_show_the_model_beside_both_baselines(
     artifacts: dict[str, Artifact], toy_assets: Artifact, tmp_path: Path
 ) -> None:
-    with (tmp_path / "shown.txt").open("w") as stream:
+    with (tmp_path / "output.txt").open("w") as stream:
         console = Console(stream)
         sheet = write_answer_sheet(artifacts["evaluate heldout"], toy_assets.path / "corpus" / "images", console)
-        closing(artifacts, console)
-    text = (tmp_path / "shown.txt").read_text()
+        show_results(artifacts, console)
+    text = (tmp_path / "output.txt").read_text()
     for word in ("blank images", "before training", "majority answer", "colour", "raylava chat"):
         assert word in text
     page = sheet.read_bytes().decode()
@@ -157,14 +158,14 @@ def test_the_closing_table_and_sheet_show_answers_beside_both_baselines(
     assert "http" not in page, "the page is self-contained"
 
 
-def in_the_bucket(folder: Path, bucket: str) -> str:
+def upload(folder: Path, bucket: str) -> str:
     for file in folder.rglob("*"):
         if file.is_file():
             (storage_path(bucket) / str(file.relative_to(folder))).write_bytes(file.read_bytes())
     return bucket
 
 
-def test_official_benchmarks_in_a_bucket_are_stages_of_a_recipe(
+def test_official_benchmarks_in_a_bucket_are_evaluated_by_a_recipe(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], s3: str, tmp_path: Path
 ) -> None:
     image = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
@@ -172,28 +173,28 @@ def test_official_benchmarks_in_a_bucket_are_stages_of_a_recipe(
         (tmp_path / maker.__name__.removeprefix("write_") / file).parent.mkdir(parents=True)
         image.save(tmp_path / maker.__name__.removeprefix("write_") / file)
         maker(tmp_path / maker.__name__.removeprefix("write_"))
-    given = [
-        Benchmark(name="pope", benchmark="pope", questions=in_the_bucket(tmp_path / "pope", f"{s3}/official/pope")),
+    benchmarks = [
+        Benchmark(name="pope", benchmark="pope", questions=upload(tmp_path / "pope", f"{s3}/official/pope")),
         Benchmark(
-            name="judged", benchmark="mm-vet", questions=in_the_bucket(tmp_path / "mm_vet", f"{s3}/official/mm-vet")
+            name="judged", benchmark="mm-vet", questions=upload(tmp_path / "mm_vet", f"{s3}/official/mm-vet")
         ),
     ]
     with (tmp_path / "console.txt").open("w") as stream:
         console = Console(stream)
-        made = run(recipe.model_copy(update={"evaluate": tuple(given)}), storage_path(storage), console)
-        closing(made, console)
-    assert made["finetune"].fingerprint == artifacts["finetune"].fingerprint
-    metrics = made["evaluate pope"].metrics
+        results = run(recipe.model_copy(update={"evaluate": tuple(benchmarks)}), storage_path(storage), console)
+        show_results(results, console)
+    assert results["finetune"].fingerprint == artifacts["finetune"].fingerprint
+    metrics = results["evaluate pope"].metrics
     assert (metrics["questions"], metrics["missing"], metrics["protocol"]) == (5, 0, "llava")
     assert list(metrics["by_category"]) == ["adversarial", "popular", "random"]
-    answers = made["evaluate judged"].path / "answers.json"
+    answers = results["evaluate judged"].path / "answers.json"
     assert json.loads(answers.read_bytes()).keys() == {"v1_0"}
-    told = (tmp_path / "console.txt").read_text()
-    assert "pope: " in told
-    assert "for a judge to grade" in " ".join(told.split())
+    output = (tmp_path / "console.txt").read_text()
+    assert "pope: " in output
+    assert "to be graded by a judge" in " ".join(output.split())
 
 
-def start_alone(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":
+def start_training(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":
     """`raylava train` of the recipe's finetuning, under torchrun where there are several processes."""
     file = storage / "recipe.yaml"
     file.write_text(json.dumps(recipe.model_dump(mode="json")))
@@ -204,56 +205,56 @@ def start_alone(recipe: Recipe, storage: Path, processes: int, *overrides: str) 
     )
 
 
-def finished(run: "subprocess.Popen[str]", status: int = 0) -> str:
-    _, told = run.communicate(timeout=300)
-    assert run.returncode == status, told
-    return told
+def wait_for(run: "subprocess.Popen[str]", status: int = 0) -> str:
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == status, err
+    return err
 
 
-def with_inputs(storage: Path, target: Path) -> Path:
-    """A storage that holds what finetuning reads."""
+def copy_inputs(storage: Path, target: Path) -> Path:
+    """Copy the artifacts that finetuning reads to another storage."""
     for stage in ("prepare", "pretrain"):
         shutil.copytree(storage / stage, target / stage)
     return target
 
 
-def trained(storage: Path) -> tuple[list[tuple[Any, ...]], bytes]:
+def read_training(storage: Path) -> tuple[list[tuple[Any, ...]], bytes]:
     (folder,) = (storage / "finetune").iterdir()
     lines = [json.loads(line) for line in (folder / STEP_LOG).read_text().splitlines()]
-    proof = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
-    return proof, (folder / "model.safetensors").read_bytes()
+    losses = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
+    return losses, (folder / "model.safetensors").read_bytes()
 
 
-def test_torchrun_trains_a_stage_to_the_same_bits_as_ray(
+def test_torchrun_training_is_bitwise_identical_to_ray(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    alone = with_inputs(storage, tmp_path)
-    finished(start_alone(recipe, alone, processes=2))
-    assert trained(alone) == trained(storage)
-    (artifact,) = (alone / "finetune").iterdir()
+    standalone = copy_inputs(storage, tmp_path)
+    wait_for(start_training(recipe, standalone, processes=2))
+    assert read_training(standalone) == read_training(storage)
+    (artifact,) = (standalone / "finetune").iterdir()
     record = json.loads((artifact / "artifact.json").read_text())
     assert record["fingerprint"] == artifacts["finetune"].fingerprint
     assert record["inputs"] == artifacts["finetune"].record["inputs"]
     assert not (artifact / "checkpoints").exists()
 
 
-@pytest.mark.slow
-def test_a_process_told_to_stop_saves_first_and_goes_on_to_the_same_bits(
+def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bitwise_identical(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
     longer = ("finetune.global_batch_size=2", "finetune.epochs=12")
-    whole, hurt = with_inputs(storage, tmp_path / "whole"), with_inputs(storage, tmp_path / "hurt")
-    finished(start_alone(recipe, whole, 1, *longer))
-    run = start_alone(recipe, hurt, 1, *longer)
-    while not list(hurt.glob("finetune/*/metrics.jsonl")):
+    undisturbed = copy_inputs(storage, tmp_path / "undisturbed")
+    interrupted = copy_inputs(storage, tmp_path / "interrupted")
+    wait_for(start_training(recipe, undisturbed, 1, *longer))
+    run = start_training(recipe, interrupted, 1, *longer)
+    while not list(interrupted.glob("finetune/*/metrics.jsonl")):
         assert run.poll() is None, run.communicate()
         time.sleep(0.05)
     run.terminate()
-    assert "are saved" in finished(run, status=1)
-    finished(start_alone(recipe, hurt, 1, *longer))
-    assert trained(hurt) == trained(whole)
+    assert "stopped by SIGTERM" in wait_for(run, status=1)
+    wait_for(start_training(recipe, interrupted, 1, *longer))
+    assert read_training(interrupted) == read_training(undisturbed)
 
 
-def test_a_stage_alone_says_what_it_would_read_and_does_not_find(recipe: Recipe, tmp_path: Path) -> None:
-    told = finished(start_alone(recipe, tmp_path, processes=1), status=2)
-    assert "is not made yet; make it with `raylava run`" in " ".join(told.split())
+def test_standalone_stage_names_a_missing_input(recipe: Recipe, tmp_path: Path) -> None:
+    err = wait_for(start_training(recipe, tmp_path, processes=1), status=2)
+    assert "does not exist yet; build it with `raylava run`" in " ".join(err.split())

@@ -1,11 +1,11 @@
-"""A recipe says everything that decides a result, and a mistake in it is told in one line."""
+"""A recipe holds every setting that determines a result; a mistake in it is reported in one line with its fix."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from raylava.config.load import load_recipe
+from raylava.config.load import RENAMED_KEYS, _sections, _suggest_key, load_recipe
 from raylava.config.recipe import Recipe
 from raylava.errors import UserError
 from raylava.models.registry import validate_backbones
@@ -13,7 +13,7 @@ from raylava.toy.demo import recipes_folder
 
 SHIPPED = sorted(
     path.name for path in recipes_folder().glob("*.yaml") if "ablations" not in path.name
-)  # those are sweeps
+)  # those files are sweeps
 
 MINIMAL = {
     "name": "minimal",
@@ -35,7 +35,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("llava-gemma")])
-def test_the_papers_recipes_name_known_backbones_and_the_papers_settings(name: str) -> None:
+def test_recipes_of_the_paper_have_its_backbones_and_settings(name: str) -> None:
     recipe = load_recipe(str(recipes_folder() / name))
     validate_backbones(recipe.model.language, recipe.model.vision)
     assert (recipe.pretrain.global_batch_size, recipe.pretrain.lr) == (256, 1e-3)
@@ -55,15 +55,15 @@ def test_the_papers_recipes_name_known_backbones_and_the_papers_settings(name: s
         ("data=s3://bucket/corpus/", "s3://bucket/corpus"),
     ],
 )
-def test_an_override_sets_one_key(minimal: str, override: str, value: object) -> None:
-    found: object = load_recipe(minimal, [override])
+def test_override_sets_one_key(minimal: str, override: str, value: object) -> None:
+    setting: object = load_recipe(minimal, [override])
     for part in override.partition("=")[0].split("."):
-        found = getattr(found, part)
-    assert found == value
+        setting = getattr(setting, part)
+    assert setting == value
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("finetune.learning_rte=1", "unknown key 'finetune.learning_rte'"),
         ("finetune.lrr=1", "did you mean 'finetune.lr'?"),
@@ -87,25 +87,25 @@ def test_an_override_sets_one_key(minimal: str, override: str, value: object) ->
         ("evaluate=[{name: a, questions: q}, {name: a, questions: q}]", "must differ"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line_with_the_fix(minimal: str, override: str, told: str) -> None:
+def test_wrong_setting_is_reported_in_one_line_with_the_fix(minimal: str, override: str, message: str) -> None:
     with pytest.raises(UserError, match=r"\S") as error:
         load_recipe(minimal, [override])
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("- a\n", "this is a list"), ("a: [", "not valid YAML"), ("extends: missing.yaml\n", "cannot read the recipe")],
 )
-def test_a_file_that_is_no_recipe_is_told_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+def test_file_that_is_no_recipe_is_reported_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_recipe(str(path))
 
 
-def test_a_variant_overrides_only_what_differs_from_its_parent(minimal: str, tmp_path: Path) -> None:
+def test_variant_overrides_only_what_differs_from_its_parent(minimal: str, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("extends: minimal.yaml\nname: child\nfinetune: {lr: 1.0e-5}\n")
     parent, variant = load_recipe(minimal), load_recipe(str(child))
@@ -133,15 +133,40 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
         "finetune.checkpoint.interval_minutes=1",
     ],
 )
-def test_what_does_not_decide_the_result_is_not_in_a_recipes_content(minimal: str, override: str) -> None:
+def test_setting_that_cannot_change_the_result_is_not_fingerprinted(minimal: str, override: str) -> None:
     assert load_recipe(minimal, [override]).fingerprint_fields() == load_recipe(minimal).fingerprint_fields()
 
 
 @pytest.mark.parametrize("override", ["seed=1", "finetune.lr=1e-5", "corpora.instruction.image_aspect=crop"])
-def test_what_decides_the_result_is_in_a_recipes_content(minimal: str, override: str) -> None:
+def test_setting_that_determines_the_result_is_fingerprinted(minimal: str, override: str) -> None:
     assert load_recipe(minimal, [override]).fingerprint_fields() != load_recipe(minimal).fingerprint_fields()
 
 
-def test_a_recipe_survives_being_written_and_read(minimal: str) -> None:
+def test_recipe_is_unchanged_by_writing_and_reading_it(minimal: str) -> None:
     recipe = load_recipe(minimal)
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(RENAMED_KEYS.items()))
+def test_renamed_key_is_refused_with_the_new_key(old: str, new: str) -> None:
+    """Every renamed key has its new name in the recipe's config classes, and the message of its section names it."""
+    keys = {(path, name) for path, section in _sections(Recipe, ()) for name in section.model_fields}
+    paths = [path for path, name in keys if name == new]
+    assert paths, f"{new} is no key of a recipe"
+    for path in paths:
+        assert f"it was renamed to '{'.'.join((*path, new))}'" in _suggest_key((*path, old), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.global_batch=8", "it was renamed to 'finetune.global_batch_size'"),
+        ("finetune.checkpoints={every_minutes: 1}", "it was renamed to 'finetune.checkpoint'"),
+        ("corpora.instruction.on_overlong=trim", "was renamed to 'truncate_exchanges'"),
+        ("evaluate=[{name: a, questions: q, baselines: [blank_pictures]}]", "was renamed to 'blank_images'"),
+    ],
+)
+def test_old_key_or_value_in_a_recipe_is_refused_with_the_new_one(minimal: str, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(minimal, [override])
+    assert message in str(error.value)

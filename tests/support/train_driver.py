@@ -1,0 +1,100 @@
+"""A training driver for tests/chaos/train, in a separate process with its own Ray cluster.
+
+The only argument is JSON: spec (a pickled TrainSpec in hexadecimal), workers, min_workers, nodes (the number of one-CPU
+nodes besides the head), and `failure`, which is injected once a checkpoint is complete: kill_worker, remove_node or
+drain_node; none by default. Prints the metrics of the run as JSON.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Resources
+from raylava.progress import NullProgressBar
+from raylava.storage import storage_path
+from raylava.train.ray_backend import run
+from raylava.train.spec import TrainSpec
+from raylava.train.step_log import CHECKPOINTS, SNAPSHOT
+
+CHECKPOINT_TIMEOUT_S = 120.0
+NOTICE_S = 8  # time between the preemption notice and the loss of the node
+
+
+def complete_checkpoints(spec: TrainSpec) -> list[str]:
+    """Return the names of the checkpoints that Ray Train has recorded as complete."""
+    snapshot = storage_path(spec.output) / CHECKPOINTS / SNAPSHOT
+    return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
+
+
+def inject_failure(failure: str, spec: TrainSpec, cluster: Cluster | None, nodes: list[Any]) -> None:
+    """Wait for the first checkpoint, then kill a worker, or remove the last node with or without a notice."""
+    deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
+    while not complete_checkpoints(spec) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if failure == "kill_worker":
+        workers = [process for process in psutil.process_iter(["cmdline"]) if _is_own_worker(process)]
+        os.kill(max(workers, key=lambda worker: worker.pid).pid, signal.SIGKILL)
+    elif failure == "remove_node":
+        assert cluster is not None
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+    elif failure == "drain_node":
+        assert cluster is not None
+        _drain(nodes[-1])
+        time.sleep(NOTICE_S)  # the notice's own deadline: there is no condition to wait for instead
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+
+
+def _is_own_worker(process: psutil.Process) -> bool:
+    if "RayTrainWorker" not in " ".join(process.info["cmdline"] or []):
+        return False
+    return os.getpid() in [parent.pid for parent in process.parents()]
+
+
+def _drain(node: Any) -> None:
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + NOTICE_S) * 1000)
+    accepted, _ = client.drain_node(node.node_id, preemption, "spot notice", deadline_ms)
+    assert accepted
+
+
+def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:
+    """Start a cluster of a head without CPUs and one-CPU nodes, and connect to it."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # for this long a lost node still counts as alive
+    # Ray Train's default interval; with a shorter one the run would end before the notice.
+    os.environ.pop("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", None)
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
+    os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # Ray's helpers must not wait for a dashboard
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(node_count)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    return cluster, nodes
+
+
+def main(options: dict[str, Any]) -> None:
+    spec: TrainSpec = pickle.loads(bytes.fromhex(options["spec"]))  # noqa: S301 (written by the test)
+    cluster, nodes = start_cluster(options["nodes"]) if options.get("nodes") else (None, [])
+    if options.get("failure"):
+        threading.Thread(target=inject_failure, args=(options["failure"], spec, cluster, nodes), daemon=True).start()
+    resources = Resources(workers=options["workers"], min_workers=options.get("min_workers"))
+    with ray_session(resources):
+        sys.stdout.write(json.dumps(run(spec, resources, NullProgressBar())) + "\n")
+        sys.stdout.flush()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,119 @@
+"""The structure that docs/architecture.md describes: import directions, no cycles, module counts, light imports."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import raylava
+
+PACKAGE = Path(raylava.__file__).parent
+
+# What each package may import of raylava. A new direction must be added here and to docs/architecture.md.
+FOUNDATIONS = {"errors", "storage", "artifacts", "progress"}
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "artifacts": {"errors", "storage"},
+    "progress": set(),
+    "console": {"progress"},
+    "compat": set(),
+    "config": {"errors"},
+    "cluster": FOUNDATIONS | {"config"},
+    "perf": FOUNDATIONS | {"config"},
+    "models": FOUNDATIONS | {"config", "perf"},
+    "corpus": FOUNDATIONS | {"config", "cluster", "models"},
+    "train": FOUNDATIONS | {"compat", "config", "cluster", "perf", "models", "corpus"},
+    "evaluate": FOUNDATIONS | {"config", "cluster", "models", "corpus"},
+    "pipeline": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "train", "evaluate"},
+    "estimate": FOUNDATIONS | {"config", "perf", "models", "corpus", "train"},
+    "tune": FOUNDATIONS | {"console", "config", "cluster", "evaluate", "pipeline", "train"},
+    "toy": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "evaluate", "pipeline"},
+    "cli": FOUNDATIONS
+    | {"console", "config", "cluster", "perf", "models", "corpus", "train", "evaluate", "pipeline"}
+    | {"estimate", "tune", "toy"},
+}
+# Modules of fewer than 40 lines, each with its reason.
+SHORT_MODULES = {
+    "errors.py": "two exception types that every other module imports",
+    "tune/published_scores.py": "the paper's table, as data",
+    "cli/__main__.py": "required by `python -m raylava.cli`",
+    "cli/demo.py": "one command",
+    "cli/chat.py": "one command",
+    "cli/show.py": "one command",
+    "cli/run.py": "one command",
+    "cli/toy.py": "one command",
+    "cli/train.py": "one command",
+    "cli/stop.py": "one command",
+    "cli/preemption_watcher.py": "one command",
+    "cli/local_cluster.py": "one command",
+    "cli/replay.py": "one command",
+    "cli/options.py": "options that several commands share",
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, at_runtime_only: bool = False) -> set[str]:
+    """Return the raylava modules that a module imports, inside functions and for type checking included."""
+    tree = ast.parse(path.read_text())
+    skipped: set[ast.AST] = set()
+    if at_runtime_only:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                skipped |= set(ast.walk(node))
+            if isinstance(node, ast.FunctionDef):
+                skipped |= set(ast.walk(node))
+    names: set[str] = set()
+    for node in set(ast.walk(tree)) - skipped:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    known = {module_name(module) for module in MODULES}
+    return {name for name in names if name in known and name.startswith("raylava.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_follow_the_allowed_directions(path: Path) -> None:
+    name = module_name(path)
+    if name == "raylava":
+        return
+    package = name.split(".")[1]
+    imported = {target.split(".")[1] for target in imports(path)} - {package}
+    assert imported <= ALLOWED[package], f"{name} imports {sorted(imported - ALLOWED[package])}"
+
+
+def test_modules_import_each_other_without_cycles() -> None:
+    graph = {module_name(path): imports(path, at_runtime_only=True) - {module_name(path)} for path in MODULES}
+    packages = {name for name in graph if (PACKAGE.parent / name.replace(".", "/")).is_dir()}
+    graph = {name: targets - packages for name, targets in graph.items() if name not in packages}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_few_modules_are_loose_and_training_has_at_most_fourteen() -> None:
+    loose = [path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
+    train = [path.name for path in (PACKAGE / "train").glob("*.py") if path.name != "__init__.py"]
+    assert len(loose) <= 6, loose
+    assert len(train) <= 14, train
+
+
+def test_short_modules_have_a_reason() -> None:
+    short = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if path.name != "__init__.py" and len(path.read_text().splitlines()) < 40
+    }
+    assert short <= set(SHORT_MODULES)
+
+
+@pytest.mark.parametrize("package", ["corpus", "train"])
+def test_no_terminal_library_is_imported(package: str) -> None:
+    for path in (PACKAGE / package).glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (rich|raylava\.console)\b", path.read_text(), re.MULTILINE), path
