@@ -1,9 +1,10 @@
-"""raylava: LLaVA-Gemma on Ray, from image-text corpora to a Hugging Face model and its scores.
+"""raylava: train, evaluate and ablate LLaVA-Gemma on Ray.
 
-A recipe (recipe.py) unrolls into stages (stages.py); each stage makes one fingerprinted artifact (artifacts.py) on any
-storage (storage.py). The rooms: `corpus` turns conversations and images into Arrow blocks, `model` assembles and
-publishes LLaVA, `train` turns blocks into weights, `evaluate` turns a model into scores, and `micro` is a toy_assets in
-miniature where all of it runs in minutes on a laptop. `cli` is the door.
+A recipe (`config`) expands into stages (`pipeline`), each of which produces one fingerprinted artifact (artifacts.py)
+on any storage (storage.py). `corpus` prepares conversations and images as Arrow blocks, `models` builds and exports
+LLaVA, `train` trains it with DeepSpeed, `evaluate` scores it, `perf` predicts the memory and time of a step,
+`estimate` those of a recipe, `tune` runs sweeps, `cluster` connects to Ray, `toy` builds small assets for a laptop,
+`cli` is the command line.
 """
 
 __version__ = "0.1.0"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import boto3
 import pyarrow.fs as pafs
 
 from raylava.errors import UserError, first_line
@@ -200,6 +199,8 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
 
     Static credentials are passed on; expiring ones (roles) are left to Arrow's own chain, which renews them.
     """
+    import boto3  # here: it takes a third of a second, which local commands need not spend
+
     session = boto3.Session()
     credentials = session.get_credentials()
     options: dict[str, str] = {}

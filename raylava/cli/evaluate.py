@@ -72,12 +72,15 @@ def _evaluate(options: _Options, console: Console) -> CommandResult:
     from raylava.cluster.roles import TRAIN, node_labels_for
     from raylava.config.recipe import Resources
     from raylava.evaluate.benchmarks import load_named_benchmark
+    from raylava.evaluate.engines import validate_engine, validate_precision
     from raylava.evaluate.generation import ActorPool
     from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
     from raylava.pipeline.report import show_unjudged
     from raylava.pipeline.results import is_scored
     from raylava.storage import writable
 
+    validate_engine(options.engine)
+    validate_precision(options.precision)
     benchmark, loaded = load_named_benchmark(
         options.benchmark,
         options.data,

@@ -13,7 +13,6 @@ from raylava.config.recipe import Benchmark, Resources
 from raylava.errors import UserError
 from raylava.evaluate.benchmarks import LoadedBenchmark
 from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
-from raylava.evaluate.engines import validate_engine, validate_precision
 from raylava.evaluate.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
 from raylava.evaluate.judge import grade_answers
 from raylava.evaluate.metrics.exact_match import majority_baseline
@@ -158,9 +157,7 @@ def _write_answers(request: EvaluationRequest, answers: list[GeneratedAnswer], o
 
 
 def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: ProgressReporter) -> Artifact:
-    """Evaluate any model. Raises UserError for an unknown engine or precision."""
-    validate_engine(request.engine)
-    validate_precision(request.precision)
+    """Evaluate any model, on the connected Ray cluster or a local one."""
     stage = EvaluateStage(f"evaluate {request.benchmark.name}", request, storage)
     actors = request.actors
     local_resources = Resources(workers=actors.max_actors or 1, cpus_per_worker=actors.cpus_per_actor)
@@ -172,7 +169,7 @@ def model_ref(model: str) -> ModelRef:
     """Identify a model by its artifact's fingerprint, else by its weights. Raises UserError when there is none."""
     folder = storage_path(model)
     if is_folder(model) and not (folder / "config.json").exists():
-        raise UserError(f"{model}: no model there (no config.json); give a finetune artifact or a Hugging Face folder")
+        raise UserError(f"{model}: no model found (no config.json); give a finetune artifact or a Hugging Face folder")
     if (folder / RECORD_FILE).exists():
         return ModelRef(folder.uri, load_artifact(model).fingerprint)
     location = absolute_name(model)

@@ -23,8 +23,7 @@ from raylava.train.batch_plan import worst_case_packs
 from raylava.train.checkpoints import CheckpointManager
 from raylava.train.data_loader import PackedDataLoader, StepBatch
 from raylava.train.engine import DTYPES, Engine, StepResult, read_checkpoint_meta
-from raylava.train.metrics import ThroughputMeter
-from raylava.train.metrics_logger import MetricsLogger
+from raylava.train.metrics import MetricsLogger, ThroughputMeter
 from raylava.train.replay import dump_step
 from raylava.train.spec import TrainSpec, build_batch_plan, build_collator
 from raylava.train.step_log import STEP_LOG, StepLog

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.cli.entry import main
+from raylava.cli import main
 from raylava.config.recipe import Recipe
 from raylava.errors import RunError
 from raylava.estimate.calibrate import Calibration, calibrate, load_calibration

@@ -1,4 +1,4 @@
-"""A checkpoint's upload waits for storage that comes back, and names the last good one when it does not."""
+"""The upload of a checkpoint is retried while storage fails; giving up names the last good checkpoint."""
 
 import threading
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from raylava.errors import RunError
 from raylava.storage import storage_path
-from raylava.train.upload import upload
+from raylava.train.checkpoints import upload_checkpoint
 from tests.support.flaky_proxy import FlakyProxy
 
 
@@ -19,22 +19,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["refusing", "hanging"])
-def test_it_is_tried_again_until_storage_is_back(
+def test_upload_is_retried_until_storage_recovers(
     mode: str, proxy: FlakyProxy, folder: Path, s3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = storage_path(f"{s3}/upload-{mode}")
     proxy.mode = mode
-    uploading = threading.Thread(target=upload, args=(folder, target, 120.0, lambda: "none"))
-    uploading.start()
-    while "trying again" not in caplog.text:
-        assert uploading.is_alive()
+    thread = threading.Thread(target=upload_checkpoint, args=(folder, target, 120.0, lambda: "none"))
+    thread.start()
+    while "retrying" not in caplog.text:
+        assert thread.is_alive()
     proxy.mode = "well"
-    uploading.join(timeout=100)
-    assert not uploading.is_alive()
+    thread.join(timeout=100)
+    assert not thread.is_alive()
     assert (target / "state/shard.pt").read_bytes() == b"weights" * 1000
 
 
-def test_when_it_never_comes_back_the_last_good_checkpoint_is_named(proxy: FlakyProxy, folder: Path, s3: str) -> None:
+def test_upload_that_keeps_failing_names_the_last_good_checkpoint(proxy: FlakyProxy, folder: Path, s3: str) -> None:
     proxy.mode = "refusing"
     with pytest.raises(RunError, match="the last good checkpoint is step-00000010"):
-        upload(folder, storage_path(f"{s3}/upload-never"), 0.0, lambda: "step-00000010")
+        upload_checkpoint(folder, storage_path(f"{s3}/upload-never"), 0.0, lambda: "step-00000010")

@@ -1,4 +1,4 @@
-"""A run whose steps are not finite ends with a dump, and the dump shows which samples are to blame."""
+"""A run whose steps are not finite ends with a dump, which shows the samples that are not finite by themselves."""
 
 import dataclasses
 import json
@@ -9,36 +9,29 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from raylava.cli import main
-from raylava.config.recipe import Language, Model, Resources, Training
-from raylava.progress import NullProgressBar
+from raylava.config.recipe import Resources, Training
 from raylava.corpus.blocks import Blocks
-from raylava.errors import RunError, UserError
-from raylava.models.registry import LanguageSpec, VisionSpec
+from raylava.errors import RunError
+from raylava.models.registry import ResolvedModel
+from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
-from raylava.train.ray_backend import train
+from raylava.train.ray_backend import run
 from raylava.train.replay import replay
 from raylava.train.spec import TrainSpec
 
 
 @pytest.fixture(scope="module")
-def spec(
-    toy_model: Model,
-    vision: VisionSpec,
-    language: LanguageSpec,
-    prepared_blocks: Blocks,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> TrainSpec:
-    """A run on a language model with a NaN in its embedding."""
+def spec(resolved_model: ResolvedModel, prepared_blocks: Blocks, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    """A run with a language model that has a NaN in its embedding."""
     folder = tmp_path_factory.mktemp("broken") / "gemma"
-    shutil.copytree(toy_model.language.name, folder)
+    shutil.copytree(resolved_model.language.name, folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][7, 3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    broken_language = dataclasses.replace(resolved_model.language, name=str(folder))
     return TrainSpec(
         stage="pretrain",
-        model=toy_model.model_copy(update={"language": Language(name=str(folder))}),
-        vision=vision,
-        language=dataclasses.replace(language, name=str(folder)),
+        model=dataclasses.replace(resolved_model, language=broken_language),
         training=Training(
             epochs=4, global_batch_size=48, precision="fp32", max_tokens_per_pack=384, max_consecutive_skips=2
         ),
@@ -50,25 +43,22 @@ def spec(
     )
 
 
-def test_a_run_of_steps_that_are_not_finite_ends_with_a_dump_that_replays_them(
-    spec: TrainSpec, toy_model: Model, prepared_blocks: Blocks, capfd: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_with_non_finite_steps_ends_with_a_dump_that_can_be_replayed(
+    spec: TrainSpec, resolved_model: ResolvedModel, prepared_blocks: Blocks, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(RunError, match=r"2 steps in a row were not finite, the last is step 1; .*raylava replay"):
-        train(spec, Resources(workers=1), NullProgressBar())
+    message = r"2 consecutive steps had a non-finite loss or gradient, the last is step 1; .*raylava replay"
+    with pytest.raises(RunError, match=message):
+        run(spec, Resources(workers=1), NullProgressBar())
     folder = Path(spec.output) / "replay-step-1"
-    found = list(replay(storage_path(folder)))
-    assert sorted(one.number for one in found) == list(range(48))
-    assert not any(one.finite for one in found)
-    about = json.loads((folder / "replay.json").read_text())
-    about["model"]["language"]["name"] = toy_model.language.name
-    (folder / "replay.json").write_text(json.dumps(about))
-    assert all(one.finite for one in replay(storage_path(folder))), "with the sound model no sample is to blame"
+    samples = list(replay(storage_path(folder)))
+    assert sorted(sample.number for sample in samples) == list(range(48))
+    assert not any(sample.finite for sample in samples)
+    dump = json.loads((folder / "replay.json").read_text())
+    dump["model"]["language"]["name"] = resolved_model.language.name
+    (folder / "replay.json").write_text(json.dumps(dump))
+    assert all(sample.finite for sample in replay(storage_path(folder))), "every sample is finite on the intact model"
     capfd.readouterr()
     assert main(["replay", str(folder), "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)["samples"]
-    assert {one["sample_id"] for one in told} == {prepared_blocks[number].sample_id for number in range(48)}
-
-
-def test_a_folder_without_a_dump_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dumped step there"):
-        list(replay(storage_path(tmp_path)))
+    printed = json.loads(capfd.readouterr().out)["samples"]
+    assert {sample["sample_id"] for sample in printed} == {prepared_blocks[number].sample_id for number in range(48)}

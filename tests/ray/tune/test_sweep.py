@@ -62,7 +62,7 @@ def results(finished_sweep: tuple[SweepRun, SweepResults]) -> SweepResults:
 
 def count_builds(run: SweepRun, results: SweepResults) -> Counter[str]:
     """Return how often a trial started to build each artifact, by its storage path."""
-    paths = [{stage.label: str(stage.spec.path) for stage in stages} for stages in results.plan.stages]
+    paths = [{stage.label: str(stage.spec().path) for stage in stages} for stages in results.plan.stages]
     return Counter(
         trial_paths[label]
         for trial_paths, status in zip(paths, run.trial_statuses, strict=True)

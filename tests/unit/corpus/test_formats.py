@@ -21,7 +21,7 @@ TALK = [{"from": "human", "value": "Hi <image>"}, {"from": "gpt", "value": "naï
 
 
 def scan_and_read(name: str, file: StoragePath) -> list[Any]:
-    """Return all rows by way of their serialized offsets; every second row must read the same on its own."""
+    """Return all rows, read by their serialized offsets; every second row must read the same on its own."""
     file_format = FORMATS[name]
     offsets = json.loads(json.dumps([row_ref.offset for row_ref in file_format.scan(file)]))
     rows = list(file_format.read_rows(file, offsets))

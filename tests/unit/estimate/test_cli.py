@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raylava.cli.entry import main
+from raylava.cli import main
 from raylava.toy.demo import recipes_folder
 
 RECIPE = str(recipes_folder() / "llava-gemma-2b.yaml")

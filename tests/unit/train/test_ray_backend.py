@@ -1,4 +1,4 @@
-"""Which failures of a training are losses of workers, to go on after, and which are its own, to stop at."""
+"""Lost workers are distinguished from errors of the run itself, and the stalled rank is named."""
 
 import pytest
 from ray.exceptions import RayActorError
@@ -7,7 +7,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from torch.distributed import DistBackendError, DistNetworkError
 
 from raylava.errors import RunError
-from raylava.train.ray_backend import lost_workers
+from raylava.train.backend import COMPUTING, LOADING
+from raylava.train.ray_backend import Heartbeat, find_stalled_rank, lost_workers
 
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45456: Connection reset by peer. GLHF!")
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.4]:2211")
@@ -18,33 +19,34 @@ STORE = DistNetworkError("Failed to recv, got 0 bytes. Connection was likely clo
 DEAD = WorkerHealthCheckFailedError("the worker died", RayActorError())
 
 
-def failed(**workers: Exception) -> WorkerGroupError:
-    """A failure of workers: rank0=… raised it; what Ray itself found comes as it is."""
+def training_failure(**errors: Exception) -> WorkerGroupError:
+    """Return Ray Train's error for the errors of rank0=…, rank1=…; those that workers raised get Ray's wrapper."""
     failures = {
         int(name.removeprefix("rank")): error
         if isinstance(error, WorkerHealthCheckFailedError)
         else UserExceptionWithTraceback(error, "a traceback")
-        for name, error in workers.items()
+        for name, error in errors.items()
     }
     return WorkerGroupError("it failed", failures)
 
 
-def test_a_worker_that_ray_finds_dead_is_lost_whatever_the_others_raised() -> None:
-    assert lost_workers(failed(rank0=RESET, rank1=DEAD)) == ["worker 1"]
-    assert lost_workers(failed(rank0=DEAD, rank1=RunError("stopped"), rank2=DEAD)) == ["worker 0", "worker 2"]
+def test_worker_that_ray_reports_dead_is_lost_whatever_errors_other_workers_raised() -> None:
+    assert lost_workers(training_failure(rank0=RESET, rank1=DEAD)) == ["worker 1"]
+    failure = training_failure(rank0=DEAD, rank1=RunError("stopped"), rank2=DEAD)
+    assert lost_workers(failure) == ["worker 0", "worker 2"]
 
 
 @pytest.mark.parametrize("error", [RESET, CLOSED, NCCL, STORE], ids=["reset", "closed", "nccl", "store"])
-def test_a_worker_that_only_the_others_miss_is_lost_before_ray_knows(error: Exception) -> None:
-    """A node that dies is known to the ranks at once, to Ray when it is next looked at."""
-    assert lost_workers(failed(rank0=error)) == ["a worker that worker 0 no longer reaches"]
-    assert lost_workers(failed(rank2=RESET, rank3=error)) == ["a worker that worker 2 no longer reaches"]
+def test_peer_disconnect_on_all_failed_ranks_means_a_lost_worker_before_ray_reports_it(error: Exception) -> None:
+    """The other ranks notice a dead node immediately, Ray only at its next health check."""
+    assert lost_workers(training_failure(rank0=error)) == ["a worker that worker 0 can no longer reach"]
+    assert lost_workers(training_failure(rank2=RESET, rank3=error)) == ["a worker that worker 2 can no longer reach"]
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        RunError("5 steps in a row were not finite"),
+        RunError("5 consecutive steps had a non-finite loss"),
         RuntimeError("shapes cannot be multiplied"),
         OSError("storage: connection reset by peer"),
         RuntimeError("storage: connection reset by peer"),
@@ -52,6 +54,25 @@ def test_a_worker_that_only_the_others_miss_is_lost_before_ray_knows(error: Exce
     ],
     ids=str,
 )
-def test_an_error_of_its_own_is_no_loss_even_where_others_then_miss_that_rank(error: Exception) -> None:
-    assert lost_workers(failed(rank0=error)) == []
-    assert lost_workers(failed(rank0=RESET, rank1=error)) == []
+def test_error_of_the_run_itself_is_no_lost_worker_even_if_peers_then_disconnect(error: Exception) -> None:
+    assert lost_workers(training_failure(rank0=error)) == []
+    assert lost_workers(training_failure(rank0=RESET, rank1=error)) == []
+
+
+def test_no_rank_is_stalled_while_one_sends_heartbeats() -> None:
+    heartbeats = [Heartbeat(0, 7, COMPUTING, time=0.0), Heartbeat(1, 7, LOADING, time=95.0)]
+    assert find_stalled_rank(heartbeats, now=100.0, timeout_s=60.0) is None
+    assert find_stalled_rank([], now=100.0, timeout_s=60.0) is None
+
+
+def test_rank_that_is_furthest_behind_is_the_stalled_one() -> None:
+    heartbeats = [
+        Heartbeat(0, 8, COMPUTING, time=10.0),
+        Heartbeat(1, 8, LOADING, time=10.0),
+        Heartbeat(2, 8, COMPUTING, time=9.0),
+    ]
+    stalled = find_stalled_rank(heartbeats, now=100.0, timeout_s=60.0)
+    assert stalled == "rank 1 has been waiting for data in step 8 for 90 s"
+    heartbeats[2] = Heartbeat(2, 7, COMPUTING, time=30.0)
+    stalled = find_stalled_rank(heartbeats, now=100.0, timeout_s=60.0)
+    assert stalled == "rank 2 has been computing in step 7 for 70 s"

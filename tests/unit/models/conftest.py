@@ -1,0 +1,5 @@
+"""Fixtures of these tests."""
+
+from tests.support.exported import exported as exported
+from tests.support.exported import image_aspect as image_aspect
+from tests.support.siglip import siglip as siglip

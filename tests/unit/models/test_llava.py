@@ -1,0 +1,130 @@
+"""A model built from two backbones: packing changes neither logits nor gradients, and each stage trains its part."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
+
+from raylava.config.recipe import Connector, Model
+from raylava.corpus.blocks import Blocks
+from raylava.errors import UserError
+from raylava.models.llava import (
+    CONNECTOR,
+    CONNECTOR_FILE,
+    VISION_TOWER,
+    PackLoss,
+    build_llava,
+    set_trainable,
+    trainable_names,
+    validate_connector,
+)
+from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
+from raylava.train.data_loader import PackCollator
+from tests.support.packs import collate_groups, loss_and_gradients
+
+
+@pytest.fixture(scope="module", params=["varlen", "sdpa", "eager"])
+def model(resolved_model: ResolvedModel, request: pytest.FixtureRequest) -> PackLoss:
+    llava = build_llava(resolved_model, seed=0, dtype=torch.float32, attn_implementation=request.param)
+    return PackLoss(llava).eval()
+
+
+@pytest.fixture(scope="module")
+def plain_llava(resolved_model: ResolvedModel) -> LlavaForConditionalGeneration:
+    """The model of the `model` fixture, for transformers' own forward pass."""
+    return build_llava(resolved_model, seed=0, dtype=torch.float32).eval()
+
+
+def test_packed_logits_equal_the_logits_of_each_sample_alone(
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    numbers = [0, 1, 2, 3]
+    with torch.inference_mode():
+        (packed,) = collate_groups(prepared_blocks, pack_collator, [numbers])
+        packed_logits = model.logits(
+            packed.input_ids, packed.position_ids, packed.pixel_values, packed.target_positions, packed.cu_seqlens
+        )
+        single_logits = [
+            plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
+            for pack in collate_groups(prepared_blocks, pack_collator, [[number] for number in numbers])
+        ]
+    torch.testing.assert_close(packed_logits, torch.cat(single_logits), rtol=1e-4, atol=1e-5)
+
+
+def test_loss_from_logits_at_target_positions_equals_the_loss_of_transformers(
+    model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    """transformers computes logits at all positions and masks by label."""
+    (pack,) = collate_groups(prepared_blocks, pack_collator, [[5]])
+    labels = torch.full_like(pack.input_ids, -100)
+    labels[0, pack.target_positions + 1] = pack.labels
+    with torch.inference_mode():
+        loss = model(**vars(pack)) / len(pack.labels)
+        expected = plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values, labels=labels).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_do_not_depend_on_packing(
+    model: PackLoss, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    unpacked = [[number] for number in range(6)]
+    expected_loss, expected = loss_and_gradients(model, collate_groups(prepared_blocks, pack_collator, unpacked))
+    for groups in ([[0, 1, 2, 3, 4, 5]], [[5, 0], [3, 2, 4], [1]], [*unpacked, []]):
+        loss, gradients = loss_and_gradients(model, collate_groups(prepared_blocks, pack_collator, groups))
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_pretraining_trains_the_connector_and_finetuning_also_the_language_model(model: PackLoss) -> None:
+    set_trainable(model.llava, "pretrain")
+    assert {name.startswith(CONNECTOR) for name in trainable_names(model.llava)} == {True}
+    assert len(trainable_names(model.llava)) == 4
+    set_trainable(model.llava, "finetune")
+    frozen = {name for name, _ in model.llava.named_parameters()} - trainable_names(model.llava)
+    assert frozen == {name for name, _ in model.llava.named_parameters() if name.startswith(VISION_TOWER)}
+
+
+def test_connector_initialization_depends_only_on_its_seed(resolved_model: ResolvedModel) -> None:
+    def initialize(seed: int) -> torch.Tensor:
+        torch.manual_seed(len(os.urandom(1)) + seed * 31)  # the global state must not matter
+        return build_llava(resolved_model, seed, torch.float32).model.multi_modal_projector.linear_1.weight
+
+    assert torch.equal(initialize(1), initialize(1))
+    assert not torch.equal(initialize(1), initialize(2))
+
+
+def test_connector_of_other_widths_is_rejected_with_both_widths(
+    tmp_path: Path, vision: VisionSpec, language: LanguageSpec
+) -> None:
+    weights = {f"{CONNECTOR}linear_1.weight": torch.zeros(8, 4), f"{CONNECTOR}linear_2.weight": torch.zeros(8, 8)}
+    save_file(weights, tmp_path / CONNECTOR_FILE)
+    with pytest.raises(UserError, match=r"it maps width 4 to 8, but .* has width 16"):
+        validate_connector(str(tmp_path), vision, language)
+    with pytest.raises(UserError, match="no raylava connector there"):
+        validate_connector(str(tmp_path / "nowhere"), vision, language)
+
+
+def test_connector_of_the_right_widths_replaces_random_initialization(
+    tmp_path: Path, toy_model: Model, resolved_model: ResolvedModel
+) -> None:
+    trained = build_llava(resolved_model, seed=7, dtype=torch.float32).model.multi_modal_projector
+    save_file({CONNECTOR + name: value for name, value in trained.state_dict().items()}, tmp_path / CONNECTOR_FILE)
+    validate_connector(str(tmp_path), resolved_model.vision, resolved_model.language)
+    with_connector = resolve_model(toy_model.model_copy(update={"connector": Connector(weights=str(tmp_path))}))
+    loaded = build_llava(with_connector, seed=1, dtype=torch.float32).model.multi_modal_projector
+    for name, value in trained.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_new_image_token_gets_an_embedding_row_and_embeddings_stay_tied(resolved_model: ResolvedModel) -> None:
+    tokenizer = load_tokenizer(resolved_model.language)
+    llava = build_llava(resolved_model, seed=0, dtype=torch.float32)
+    embeddings = llava.get_input_embeddings().weight
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    assert image_id < len(embeddings)
+    assert llava.config.image_token_id == image_id
+    assert llava.lm_head.weight is llava.model.language_model.embed_tokens.weight, "Gemma ties its embeddings"
