@@ -29,13 +29,6 @@ def test_the_nodes_of_a_price_table_are_compared(tmp_path: Path, capfd: pytest.C
     assert by_target["1 × 8 H100"]["stages"]["finetune"]["trainable_parameters"] > 2.5e9
 
 
-def test_finetuning_is_simulated_at_scale(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    data = estimate_json(capfd, RECIPE, "--gpu", "a100", "--simulate", "--spot", "0.05", "--storage", str(tmp_path))
-    sizes = [run["workers"] for run in data["simulated"]["scaled"]]
-    assert (sizes[0], sizes[-1]) == (8, 4096)
-    assert data["simulated"]["failures"]["reclaims_per_node_hour"] == 0.05
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,7 +38,7 @@ def test_finetuning_is_simulated_at_scale(tmp_path: Path, capfd: pytest.CaptureF
         (["--corpus", "/nowhere"], "no prepared corpus there"),
         (["--spot", "0.1"], "add --simulate"),
         (["--simulate", "--spot", "-1"], "-1 is not between 0 and 1,000"),
-        (["--calibrate", "--gpu", "h100"], "--calibrate goes without --gpu"),
+        (["--calibrate", "--gpu", "h100"], "--calibrate cannot be combined with --gpu"),
         (["--calibrate"], "the recipe trains on GPUs and this machine has none"),
         (["--mfu", "3"], "3 is not above 0 and at most 1"),
     ],

@@ -1,5 +1,6 @@
 """Forecasts of the paper's recipes on GPU clusters, without the Hugging Face hub, weights or network access."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def h100_nodes(count: int = 1, price: float | None = None) -> Target:
     return gpu_target(make_cluster(count, 8, "h100", prices), nominal_speed(DEVICES["h100"]))
 
 
+@cache
 def forecast_on_eight_h100(name: str = "llava-gemma-2b", *overrides: str) -> Forecast:
     return forecast(recipe(name, *overrides), h100_nodes(), NOTHING_KNOWN)
 
