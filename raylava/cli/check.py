@@ -23,7 +23,8 @@ def command(
         typer.Option("--cluster", metavar="FILE", help="the node types of a `ray up` file or KubeRay manifest"),
     ] = None,
     address: Annotated[
-        str | None, typer.Option("--address", metavar="URL", help="the cluster there, as it is and as it may grow")
+        str | None,
+        typer.Option("--address", metavar="URL", help="also check the resources of the cluster with this job server"),
     ] = None,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,

@@ -105,8 +105,9 @@ class Corpus(ConfigModel):
     """A mixture of sources, and how their rows become training samples.
 
     `image_aspect` pads an image to a square or crops its center. A sample longer than `max_length` tokens (image tokens
-    included) is quarantined, or loses whole exchanges at its end with `on_overlong: truncate_exchanges`. Preparing
-    fails when more than the fraction `quarantine_limit` of all rows is quarantined.
+    included) is quarantined, or loses whole exchanges at its end with `on_overlong: truncate_exchanges`. An image of
+    more than `max_pixels` is quarantined before it is decoded. Preparing fails when more than the fraction
+    `quarantine_limit` of all rows is quarantined. An Arrow block holds `samples_per_block` samples.
     """
 
     sources: tuple[Source, ...] = Field(..., min_length=1)
@@ -188,11 +189,16 @@ class Training(ConfigModel):
     """One training stage. `global_batch_size` counts samples per step over all workers.
 
     `lr` is the peak learning rate, `connector_lr` the connector's if it differs, `vision_lr` the vision tower's, which
-    stays frozen without one. `warmup_ratio` is a fraction of the steps. A corpus of up to `shuffle_window_gb` is
-    shuffled as a whole; of a larger one, blocks are shuffled, and samples within windows of that size.
-    `activation_checkpointing`, `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is
-    predicted to fit, chosen when training starts. `deepspeed` is passed to DeepSpeed unchanged. A step with a
-    non-finite loss or gradient is skipped; `max_consecutive_skips` of them in a row end the run.
+    stays frozen without one. `warmup_ratio` is a fraction of the steps. `betas` and `eps` are those of AdamW. With
+    `precision: bf16` the optimizer keeps fp32 master weights. A corpus of up to `shuffle_window_gb` is shuffled as a
+    whole; of a larger one, blocks are shuffled, and samples within windows of that size.
+
+    `attn_implementation: varlen` attends within each sample of a pack; the other values name implementations of
+    transformers. `compile` compiles the model and its loss by torch.compile. `activation_checkpointing`,
+    `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is predicted to fit, chosen when
+    training starts. `deepspeed` is passed to DeepSpeed unchanged.
+
+    A step with a non-finite loss or gradient is skipped; `max_consecutive_skips` of them in a row end the run.
     """
 
     enabled: bool = True

@@ -165,13 +165,14 @@ class _StageBenchmark:
         pack_overhead = max(0.0, (four_packs - one_pack) / 3)
         step_overhead = max(0.0, one_pack - pack_overhead)
         compute_seconds = max(seconds - packs * pack_overhead - step_overhead, 0.1 * seconds)
+        steps_and_workers = f"{len(timings)} steps, {self._spec.world_size} workers on {self._device.type}"
         speed = DeviceSpeed(
             flops_per_s=flops / compute_seconds,
             s_per_pack=pack_overhead,
             s_per_step=step_overhead,
             s_per_parameter_update=0.0,
             collective_latency_s=0.0,
-            source=f"measured on this machine: {len(timings)} steps, {self._spec.world_size} workers on {self._device.type}",
+            source=f"measured on this machine: {steps_and_workers}",
             s_per_image_decode=self._decode_seconds() if self._device.type == "cpu" else 0.0,
         )
         return Calibration(speed, startup_s)

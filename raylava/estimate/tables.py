@@ -71,12 +71,13 @@ def candidates_table(stage: StageForecast) -> Table:
 def _candidates_caption(stage: StageForecast) -> str:
     planned, target = stage.planned, stage.target
     terms = ", ".join(f"{name} {seconds:.3g}" for name, seconds in asdict(planned.seconds).items())
+    sent = _bytes(planned.traffic.bytes_sent(target.budget.world_size))
     largest = "none" if stage.largest_pack is None else f"{stage.largest_pack:,}"
     return (
         f"GB per worker, {_gigabytes(target.budget.device)} usable; OOM (phase of the peak); "
         "bf16 sums: gradients of packs are summed in bf16\n"
         f"largest packs that fit with the recipe's settings: {largest}\n"
-        f"the recipe's step: {terms} s; each worker sends {_bytes(planned.traffic.bytes_sent(target.budget.world_size))}; "
+        f"the recipe's step: {terms} s; each worker sends {sent}; "
         f"{target.speed_of(stage.stage).source}"
     )
 

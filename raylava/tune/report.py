@@ -158,8 +158,8 @@ def _search(results: SweepResults) -> Iterator[str]:
     seed_column = ["seed"] if results.sweep.seeds else []
     yield f"## {SEARCH_TITLE}"
     yield ""
-    yield f"The tables above show each variant's best trial by {name}. If that is a benchmark's score, it is biased"
-    yield "upwards, because the trial was selected by it."
+    yield f"The tables above show each variant's best trial by {name}. If the objective is a benchmark's score, that"
+    yield "score is biased, because the trial was selected by it."
     yield ""
     yield from _table_head([*results.sweep.axes, *seed_column, *search.space, *search.objective, "outcome"])
     for row in rows[:_MAX_TRIALS]:
@@ -205,7 +205,7 @@ def _cost(results: SweepResults) -> Iterator[str]:
         f"{len(results.plan.planned_stages)} are distinct."
     )
     yield ""
-    yield from _table_head(["trial", unit, f"{unit}, shared stages divided among their trials"])
+    yield from _table_head(["trial", unit, f"{unit}, shared stages split"])
     for row in results.rows[:_MAX_TRIALS]:
         hours = [f"{row.device_hours:.3f}", f"{row.shared_device_hours:.3f}"]
         yield _table_row([row.trial.variant.name or "the only variant", *hours])
