@@ -29,9 +29,7 @@ RECIPE = str(recipes_folder() / "llava-gemma-2b.yaml")
     ],
     ids=["help", "status", "show", "check"],
 )
-def test_command_does_not_import(
-    arguments: list[str], forbidden: str, toy_assets: Artifact, tmp_path: Path
-) -> None:
+def test_command_does_not_import(arguments: list[str], forbidden: str, toy_assets: Artifact, tmp_path: Path) -> None:
     arguments = [argument.format(storage=tmp_path, artifact=toy_assets.path) for argument in arguments]
     run = subprocess.run([sys.executable, "-c", SCRIPT, forbidden, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

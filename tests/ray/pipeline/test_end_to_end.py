@@ -175,9 +175,7 @@ def test_official_benchmarks_in_a_bucket_are_evaluated_by_a_recipe(
         maker(tmp_path / maker.__name__.removeprefix("write_"))
     benchmarks = [
         Benchmark(name="pope", benchmark="pope", questions=upload(tmp_path / "pope", f"{s3}/official/pope")),
-        Benchmark(
-            name="judged", benchmark="mm-vet", questions=upload(tmp_path / "mm_vet", f"{s3}/official/mm-vet")
-        ),
+        Benchmark(name="judged", benchmark="mm-vet", questions=upload(tmp_path / "mm_vet", f"{s3}/official/mm-vet")),
     ]
     with (tmp_path / "console.txt").open("w") as stream:
         console = Console(stream)
