@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from raylava.artifacts import Artifact
@@ -21,6 +22,10 @@ from raylava.toy.language import LanguageSize
 from raylava.toy.vision import VisionSize
 from raylava.train.data_loader import PackCollator
 from tests.support.flaky_proxy import FlakyProxy
+
+# A deadline would make a property test fail on a busy machine.
+hypothesis.settings.register_profile("raylava", deadline=None)
+hypothesis.settings.load_profile("raylava")
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 

@@ -1,4 +1,4 @@
-"""Training throughput: raylava's engine beside the LLaVA recipe as it is commonly run, in one process tree without Ray.
+"""Training throughput: raylava's engine beside the LLaVA recipe as commonly run, in one process tree without Ray.
 
     python jobs/bench/train.py [--shape gemma-2b] [--stage finetune] [--ladder] [--rounds N]
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -139,7 +139,6 @@ TEXTS = st.text(max_size=30) | st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS.filter(lambda text: text.strip())), min_size=1, max_size=5), st.booleans())
 def test_loss_spans_decode_to_the_answers_and_control_tokens_in_text_stay_text(
     exchanges: list[tuple[str, str]], with_image: bool

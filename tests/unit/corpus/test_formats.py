@@ -29,7 +29,7 @@ def scan_and_read(name: str, file: StoragePath) -> list[Any]:
     return rows
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=12) | st.integers(), max_size=3), max_size=8),
     chunk=st.integers(1, 40),

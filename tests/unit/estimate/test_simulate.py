@@ -50,7 +50,7 @@ def test_equal_seeds_give_equal_runs() -> None:
     assert simulate_run(RUN, FREQUENT_FAILURES, seed=3) != simulate_run(RUN, FREQUENT_FAILURES, seed=4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0, 5), st.floats(10, 5_000), st.integers(0, 100), st.booleans())
 def test_the_total_time_is_productive_work_plus_accounted_overheads(
     failure_rate: float, interval: float, seed: int, elastic: bool

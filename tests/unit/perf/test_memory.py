@@ -1,6 +1,6 @@
 """Predicted memory responds to world size, pack size, activation checkpointing and offload as it must."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylava.models.shapes import LANGUAGE, VISION
@@ -18,7 +18,6 @@ MODELS = st.sampled_from([gemma("google/gemma-2b-it"), gemma("google/gemma-7b-it
 PACKS = st.builds(lambda tokens: PackShape(tokens, tokens // 5, tokens // 700 + 1), st.integers(512, 32_768))
 
 
-@settings(deadline=None)
 @given(MODELS, PACKS, st.integers(1, 3), st.sampled_from([2, 8, 64]), st.booleans())
 def test_more_workers_never_need_more_memory_each(
     model: TrainableModel, pack: PackShape, zero_stage: int, workers: int, activation_checkpointing: bool
@@ -27,7 +26,6 @@ def test_more_workers_never_need_more_memory_each(
     assert predict_memory(model, config, pack, 2 * workers).peak <= predict_memory(model, config, pack, workers).peak
 
 
-@settings(deadline=None)
 @given(MODELS, PACKS, st.integers(0, 3), st.sampled_from([1, 8, 64]))
 def test_activation_checkpointing_never_needs_more_memory_and_longer_packs_never_less(
     model: TrainableModel, pack: PackShape, zero_stage: int, workers: int
@@ -41,7 +39,6 @@ def test_activation_checkpointing_never_needs_more_memory_and_longer_packs_never
     assert peak(longer, activation_checkpointing=False) >= peak(pack, activation_checkpointing=False)
 
 
-@settings(deadline=None)
 @given(MODELS, PACKS, st.integers(1, 3))
 def test_offloaded_optimizer_is_on_the_host(model: TrainableModel, pack: PackShape, zero_stage: int) -> None:
     on_device, on_host = (

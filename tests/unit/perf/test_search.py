@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylava.config.recipe import Language, Model, Training, Vision, ZeroConfig
@@ -76,7 +76,6 @@ def test_every_infeasible_candidate_has_a_reason() -> None:
     assert all("usable" in candidate.infeasible for candidate in candidates)
 
 
-@settings(deadline=None)
 @given(st.floats(1, 200))
 def test_fastest_feasible_is_the_fastest_that_fits(gigabytes: float) -> None:
     candidates = candidates_within(gigabytes)

@@ -73,7 +73,7 @@ def test_epoch_contains_every_sample_once_with_equal_pack_counts_on_all_ranks(
     assert sorted(samples) == list(range(len(lengths)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, MAX_TOKENS_PER_PACK), min_size=1, max_size=60),
     st.sampled_from(WORLD_SIZES),
