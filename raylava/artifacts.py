@@ -37,7 +37,7 @@ _LOCK_POLL_INTERVAL_S = 0.5
 def fingerprint(stage: str, fields: Mapping[str, Any]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 over stage, format version and `fields`.
 
-    `fields` is JSON-serializable; key order does not matter. It must hold nothing that cannot change the result.
+    `fields` is JSON-serializable; key order does not matter. Every field must be able to change the result.
     """
     text = json.dumps({"stage": stage, "format": FORMAT_VERSION, "fields": fields}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
