@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from raylava.toy.language import LanguageSize
 from raylava.toy.vision import VisionSize
 from raylava.train.data_loader import PackCollator
 from tests.support.flaky_proxy import FlakyProxy
+from tests.support.metadata_server import MetadataServer
 
 # A deadline would make a property test fail on a busy machine.
 hypothesis.settings.register_profile("raylava", deadline=None)
@@ -174,3 +176,14 @@ def prepared_blocks(
 def pack_collator(vision: VisionSpec, language: LanguageSpec) -> PackCollator:
     tokenizer = load_tokenizer(language)
     return PackCollator(vision, *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"]))
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    """A stand-in for a cloud's metadata service, which the preemption watcher queries."""
+    server = MetadataServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RAYLAVA_METADATA", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()

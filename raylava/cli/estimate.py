@@ -24,25 +24,22 @@ _MAX_GPUS_PER_NODE = 8
 _DEFAULT_GPU = "h100"
 
 
-def _fraction(text: str) -> float:
-    return _number(text, above=0.0, at_most=1.0)
-
-
-def _number(text: str, above: float, at_most: float) -> float:
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text} is not a number") from error
-    if not above < value <= at_most:
-        raise typer.BadParameter(f"{text} is not above {above:g} and at most {at_most:g}")
+
+
+def _fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text} is not above 0 and at most 1")
     return value
 
 
 def _reclaim_rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text} is not a number") from error
+    value = _number(text)
     if not 0 <= value < 1000:
         raise typer.BadParameter(f"{text} is not between 0 and 1,000")
     return value

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from raylava.cli.command import CommandResult, execute
-from raylava.cli.options import DEFAULT_STORAGE, AsJson, Storage
+from raylava.cli.options import DEFAULT_STORAGE, AsJson, BenchmarkData, Storage
 from raylava.console import Console
 
 
@@ -34,7 +34,7 @@ class _Options:
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a finetune artifact, Hugging Face folder, or hub id")],
     benchmark: Annotated[str, typer.Option("--benchmark", metavar="NAME", help="as for score")],
-    data: Annotated[str, typer.Option("--data", metavar="DIR", help="the official files; for custom, the questions")],
+    data: BenchmarkData,
     images: Annotated[str, typer.Option("--images", metavar="DIR", help="the images, if not below --data")] = "",
     metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="for custom, as for score")] = "exact_match",
     protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="as for score")] = "",

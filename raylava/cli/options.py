@@ -13,6 +13,9 @@ Overrides = Annotated[
 ]
 Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="where artifacts are stored")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+BenchmarkData = Annotated[
+    str, typer.Option("--data", metavar="DIR", help="the official files; for custom, the questions")
+]
 Address = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="the cluster's job server (RAY_API_SERVER_ADDRESS)")
 ]

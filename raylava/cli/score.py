@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from raylava.cli.command import CommandResult, execute
-from raylava.cli.options import AsJson
+from raylava.cli.options import AsJson, BenchmarkData
 from raylava.console import Console
 from raylava.errors import UserError
 
@@ -17,7 +17,7 @@ def command(
     benchmark: Annotated[
         str, typer.Argument(metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or custom")
     ],
-    data: Annotated[str, typer.Option("--data", metavar="DIR", help="the official files; for custom, the questions")],
+    data: BenchmarkData,
     answers: Annotated[
         str | None,
         typer.Option("--answers", metavar="FILE", help="JSONL of question_id and text, or an official result file"),

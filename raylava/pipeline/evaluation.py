@@ -77,15 +77,11 @@ class EvaluationRequest:
             "blank_images": self.blank_images,
             "scoring": SCORING_VERSION,
         }
-        non_default = {
-            name: value
-            for name, value, default in (
-                ("engine", self.engine, "transformers"),
-                ("precision", self.precision, "auto"),
-            )
-            if value != default
-        }
-        return fields | non_default
+        if self.engine != "transformers":
+            fields["engine"] = self.engine
+        if self.precision != "auto":
+            fields["precision"] = self.precision
+        return fields
 
 
 class EvaluateStage(Stage):

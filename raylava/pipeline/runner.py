@@ -26,9 +26,10 @@ def run(
     Returns all artifacts by stage label.
     """
     stages = [stage for stage in build_stages(recipe, storage) if only in (None, stage.kind)]
-    missing = [stage for stage in stages if stage.spec().find() is None]
+    existing = {stage.label: artifact for stage in stages if (artifact := stage.spec().find())}
+    missing = [stage for stage in stages if stage.label not in existing]
     if not missing:
-        return {stage.label: reuse(stage, reporter) for stage in stages}
+        return {stage.label: reuse(stage, existing[stage.label], reporter) for stage in stages}
     with ray_session(recipe.resources):
         check_capacity(recipe, {stage.kind for stage in missing}, reporter)
         return {stage.label: run_stage(stage, reporter) for stage in stages}
@@ -58,8 +59,8 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
     from raylava.train import torchrun_backend
 
     stage = _select_training_stage(build_stages(recipe, storage), label)
-    if stage.spec().find() is not None:
-        return reuse(stage, reporter)
+    if artifact := stage.spec().find():
+        return reuse(stage, artifact, reporter)
     started = time.monotonic()
     is_rank_0 = torchrun_backend.RankInfo.from_environment().rank == 0
     with lock(stage.spec().path, label) if is_rank_0 else nullcontext():

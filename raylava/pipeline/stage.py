@@ -44,11 +44,11 @@ class Stage(ABC):
 
 def run_stage(stage: Stage, reporter: ProgressReporter) -> Artifact:
     """Return the stage's artifact, building it unless it exists. Of two runs, one builds and the other waits."""
-    if stage.spec().find() is not None:
-        return reuse(stage, reporter)
+    if artifact := stage.spec().find():
+        return reuse(stage, artifact, reporter)
     with lock(stage.spec().path, stage.label):
-        if stage.spec().find() is not None:  # another run completed it while this one waited
-            return reuse(stage, reporter)
+        if artifact := stage.spec().find():  # another run completed it while this one waited
+            return reuse(stage, artifact, reporter)
         started = time.monotonic()
         with reporter.stage(stage.label, stage.unit) as progress:
             metrics = stage.run(progress)
@@ -63,10 +63,8 @@ def commit(stage: Stage, metrics: dict[str, Any], started: float, reporter: Prog
     return artifact
 
 
-def reuse(stage: Stage, reporter: ProgressReporter) -> Artifact:
-    """Return the existing artifact. Raises UserError when it does not pass the stage's verification."""
-    artifact = stage.spec().find()
-    assert artifact is not None
+def reuse(stage: Stage, artifact: Artifact, reporter: ProgressReporter) -> Artifact:
+    """Return the stage's existing artifact. Raises UserError when it does not pass the stage's verification."""
     stage.verify(artifact.metrics)
     reporter.say(f"[green]✓[/] {stage.label:<28} reused            [dim]{artifact.path}[/]")
     return artifact

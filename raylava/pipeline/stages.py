@@ -61,7 +61,9 @@ class TrainStage(Stage):
         inputs: Mapping[str, ArtifactSpec],
         connector_sha256: str | None = None,
     ) -> None:
-        """`backbones` identify weights and pixels; `connector_sha256` is that of a connector given in the recipe."""
+        """`spec` lacks only the output, which follows from the fingerprint. `backbones` identify weights and pixels;
+        `connector_sha256` is that of a connector given in the recipe.
+        """
         super().__init__(spec.stage, spec.stage, storage, inputs)
         self._train_spec, self._backbones, self._resources = spec, dict(backbones), resources
         self._connector_sha256 = connector_sha256
@@ -81,13 +83,7 @@ class TrainStage(Stage):
 
     def train_spec(self) -> TrainSpec:
         """Return the description of the stage that every worker gets."""
-        connector = self.inputs.get("connector")
-        return dataclasses.replace(
-            self._train_spec,
-            blocks=self.inputs["blocks"].path.uri,
-            connector=connector.path.uri if connector else None,
-            output=self.spec().path.uri,
-        )
+        return dataclasses.replace(self._train_spec, output=self.spec().path.uri)
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         from raylava.train import ray_backend  # imports torch

@@ -2,26 +2,13 @@
 
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 
-import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from tests.support.metadata_server import MetadataServer
-
-
-@pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
-    server = MetadataServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RAYLAVA_METADATA", server.url)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def test_command_drains_its_node_on_a_preemption_notice(metadata: MetadataServer) -> None:

@@ -1,9 +1,5 @@
 """Predicted memory and traffic match what a run of two ranks allocates and sends, to at most 10 % at the peak."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ from transformers import CLIPVisionConfig, GemmaConfig
 from raylava.perf.memory import ExecutionConfig, MemoryBreakdown, PackShape, TrainableModel, predict_memory
 from raylava.perf.shapes import LlavaShape, language_shape, vision_shape
 from raylava.perf.traffic import predict_traffic
+from tests.support.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "support" / "perf_rank.py"
 SIZES: dict[str, Any] = {
@@ -66,25 +63,11 @@ RUNS: dict[str, tuple[str, str, int, bool]] = {
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two ranks allocated and sent, by run."""
     spec = {
-        "world_size": WORLD_SIZE,
-        "rendezvous": str(tmp_path_factory.mktemp("memory") / "rendezvous"),
         "model": SIZES,
         "samples": SAMPLES,
         "runs": {name: {"stage": run[0], "training": training_settings(*run[1:])} for name, run in RUNS.items()},
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(spec | {"rank": rank})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    output = ranks[0].communicate(timeout=400)[0]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    measurements = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    measurements = run_ranks(SCRIPT, spec, WORLD_SIZE, tmp_path_factory.mktemp("memory"))
     return {measurement["run"]: measurement for measurement in measurements}
 
 

@@ -3,11 +3,7 @@
 The engine runs in processes under torch.distributed, without Ray. A few launches with many runs serve all tests.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from raylava.models.registry import ResolvedModel
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator
 from tests.support.packs import collate_groups, loss_and_gradients
+from tests.support.ranks import run_ranks
 
 Lines = list[dict[str, Any]]
 Runs = dict[str, dict[str, Any]]
@@ -35,26 +32,9 @@ OFFLOADS = {
 }
 
 
-def run_ranks(world_size: int, inputs: dict[str, str], runs: Runs, folder: Path) -> dict[str, Lines]:
+def run_engine(world_size: int, inputs: dict[str, str], runs: Runs, folder: Path) -> dict[str, Lines]:
     """Train on `world_size` ranks; return rank 0's lines by run."""
-    spec = inputs | {
-        "world_size": world_size,
-        "rendezvous": str(folder / f"rendezvous-{os.urandom(4).hex()}"),
-        "runs": runs,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(spec | {"rank": rank})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=400) for process in processes]
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error[-3000:]
-    lines = [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+    lines = run_ranks(SCRIPT, inputs | {"runs": runs}, world_size, folder)
     return {name: [line for line in lines if line["run"] == name] for name in runs}
 
 
@@ -92,7 +72,7 @@ def two_ranks(inputs: dict[str, str], folder: Path) -> dict[str, Lines]:
     }
     runs |= {f"bf16-{stage}": {"training": {"zero": {"stage": stage}, "precision": "bf16"}} for stage in ZERO_STAGES}
     runs |= {"connector": at_stage(1, stage="pretrain", checkpoint=str(folder / "connector"))}
-    return run_ranks(2, inputs, runs, folder)
+    return run_engine(2, inputs, runs, folder)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +91,7 @@ def one_rank(inputs: dict[str, str], folder: Path, two_ranks: dict[str, Lines]) 
             "auto": {"activation_checkpointing": "auto", "max_tokens_per_pack": "auto", "zero": {"stage": "auto"}},
         }.items()
     }
-    return run_ranks(1, inputs, runs, folder)
+    return run_engine(1, inputs, runs, folder)
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +101,12 @@ def two_ranks_resumed(
     runs = {f"resumed-{stage}": at_stage(stage, resume=str(folder / f"two-{stage}")) for stage in ZERO_STAGES}
     runs |= {f"from-one-{stage}": at_stage(stage, resume=str(folder / f"one-{stage}")) for stage in ZERO_STAGES}
     runs |= {"auto": {"training": {"zero": {"stage": "auto"}}, "resume": str(folder / "two-2")}}
-    return run_ranks(2, inputs, runs, folder)
+    return run_engine(2, inputs, runs, folder)
 
 
 @pytest.fixture(scope="module")
 def three_ranks(inputs: dict[str, str], folder: Path) -> dict[str, Lines]:
-    return run_ranks(3, inputs, {f"mixed-{stage}": at_stage(stage, mixed=True) for stage in SHARDED_STAGES}, folder)
+    return run_engine(3, inputs, {f"mixed-{stage}": at_stage(stage, mixed=True) for stage in SHARDED_STAGES}, folder)
 
 
 def losses(lines: Lines) -> list[float]:
@@ -248,7 +228,7 @@ def test_resume_with_auto_zero_stage_keeps_the_stage_of_the_checkpoint(two_ranks
 
 
 def test_out_of_memory_is_reported_before_the_first_step_with_the_remedy(inputs: dict[str, str], folder: Path) -> None:
-    (line,) = run_ranks(1, inputs, {"starved": at_stage(1, starve=True)}, folder)["starved"]
+    (line,) = run_engine(1, inputs, {"starved": at_stage(1, starve=True)}, folder)["starved"]
     assert line["message"].startswith("out of memory in the dry run of the worst-case packs (up to ")
     assert "images): use less (" in line["message"]
 

@@ -1,24 +1,12 @@
 """The preemption watcher against a local stand-in for the clouds' metadata services."""
 
-import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from raylava.cluster.preemption import AwsMetadata, GcpMetadata, Notice, find_metadata_service, watch_for_preemption
 from raylava.errors import UserError
 from tests.support.metadata_server import MetadataServer
-
-
-@pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
-    server = MetadataServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RAYLAVA_METADATA", server.url)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(("cloud", "expected_type", "seconds"), [("aws", AwsMetadata, 120), ("gcp", GcpMetadata, 30)])

@@ -1,25 +1,12 @@
 """The searcher suggests trials of all sources in turn and reports those that are stopped early."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from raylava.storage import StoragePath, storage_path
+from raylava.storage import StoragePath
 from raylava.tune.searcher import SingleTrial, SweepSearcher, TrialSource
 from raylava.tune.variants import Variant, variants, with_settings
 from tests.support.studies import loss_result, make_sweep, resume_study
-
-
-@pytest.fixture
-def variant() -> Variant:
-    return variants(make_sweep(), [])[0]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> StoragePath:
-    return storage_path(tmp_path)
 
 
 def make_searcher(sources: list[TrialSource]) -> tuple[SweepSearcher, list[str], list[tuple[int, str]]]:

@@ -1,7 +1,6 @@
 """A study stores the trials of a search for every later driver, including those that were stopped early or failed."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,16 +13,6 @@ from raylava.storage import StoragePath, storage_path
 from raylava.tune.study import StorageJournal, StudyRegistry, sample_settings
 from raylava.tune.variants import Variant, variants
 from tests.support.studies import loss_result, make_search, make_sweep, open_registry, resume_study
-
-
-@pytest.fixture
-def variant() -> Variant:
-    return variants(make_sweep(), [])[0]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> StoragePath:
-    return storage_path(tmp_path)
 
 
 def test_second_driver_loads_earlier_trials_and_starts_only_the_remaining_ones(
