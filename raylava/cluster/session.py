@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raylava.compat.environment import environment_variable
 from raylava.config.recipe import Resources
 from raylava.errors import first_line
 
@@ -48,10 +49,7 @@ def _start_local_cluster(cpus: int) -> None:
     if it was killed, they wait ten seconds for it at the end of every stage.
     """
     (port,) = free_ports(1)
-    variable = "RAY_API_SERVER_ADDRESS"
-    previous = os.environ.get(variable)
-    os.environ[variable] = f"http://127.0.0.1:{port}"  # inherited by all of Ray's processes
-    try:
+    with environment_variable("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}"):  # inherited by Ray's processes
         ray.init(
             "local",  # otherwise Ray joins the cluster that was last started here, even if it was killed
             num_cpus=cpus,
@@ -60,11 +58,6 @@ def _start_local_cluster(cpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    finally:
-        if previous is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = previous
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,15 +1,42 @@
-"""DeepSpeed's checkpoint engine, replaced by one that writes files in the background, and its op registry.
+"""DeepSpeed's checkpoint engine, replaced by one that writes files in the background, its op registry, and its import.
 
 DeepSpeed passes the content of each checkpoint file to its checkpoint engine. This one copies the tensors to host
 memory and writes the file from a thread, so that a training step waits for the copy only.
+
+Importing this module imports DeepSpeed without two parts that raylava does not use and that take several seconds of
+every rank's start: MLflow, for the autotuner, and torch's Inductor, which compiles the functions of the Muon optimizer.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from raylava.compat.environment import environment_variable
+
+
+@contextmanager
+def _not_installed(package: str) -> Iterator[None]:
+    """Make the package appear as not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's marker for a module that cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+# torch.compile returns its function unchanged where TORCHDYNAMO_DISABLE is set.
+with _not_installed("mlflow"), environment_variable("TORCHDYNAMO_DISABLE", "1"):
+    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # imported by DeepSpeed for any optimizer
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 
 class BackgroundWriter(CheckpointEngine):
@@ -55,14 +82,16 @@ class BackgroundWriter(CheckpointEngine):
             write.result()
 
 
-def disable_shm_comm_op() -> None:
-    """Prevent DeepSpeed from compiling its shared-memory kernel on CPUs.
+def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Any:
+    """Return DeepSpeed's engine for the module; torch.distributed is initialized already.
 
-    Only inference calls it, and compiling takes half a minute and a C++ compiler.
+    DeepSpeed's shared-memory kernel for CPUs is disabled: only inference calls it, and compiling it takes half a minute
+    and a C++ compiler.
     """
-    import deepspeed
-
+    deepspeed.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
 
 
 def _copy_to_host(value: Any) -> Any:

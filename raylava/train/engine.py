@@ -289,18 +289,14 @@ def _universal(folder: Path) -> Iterator[Path]:
 
 def _initialize(module: nn.Module, training: Training, device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
-    import deepspeed
+    from raylava.compat.deepspeed import BackgroundWriter, initialize
 
-    from raylava.compat.deepspeed import BackgroundWriter, disable_shm_comm_op
-
-    deepspeed.logger.setLevel(logging.WARNING)
-    disable_shm_comm_op()
     groups = list(parameter_groups(module, training))
     # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    engine = initialize(module, optimizer, config)
     for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
         state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments
     engine.checkpoint_engine = BackgroundWriter(set(trained))

@@ -1,7 +1,8 @@
 """The Ray Train backend: the driver's side (scaling, failures, progress) and each worker's TrainBackend.
 
 `run` starts a TorchTrainer whose workers run trainer.Trainer. Workers send heartbeats and step metrics to a
-ProgressMonitor actor on the driver's node, which the driver polls.
+ProgressMonitor actor on the driver's node, which the driver polls. Only functions import torch: the monitor's process
+imports this module, and would take three seconds longer to start.
 """
 
 import logging
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
@@ -24,8 +24,6 @@ from ray.train import (
     ScalingConfig,
     TrainingFailedError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
-from torch.distributed import DistError
 
 from raylava.cluster.gauges import Gauges
 from raylava.cluster.roles import TRAIN, node_labels_for
@@ -39,6 +37,9 @@ from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, summarize_run
 
 if TYPE_CHECKING:
+    import torch
+    from ray.train.torch import TorchTrainer
+
     from raylava.train.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
 
     Raises RunError with the first line of the root cause when training fails.
     """
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     output = storage_path(spec.output)
     monitor = ProgressMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
@@ -109,7 +112,7 @@ def _run_config(spec: TrainSpec, output: StoragePath) -> RunConfig:
     )
 
 
-def _fit(trainer: TorchTrainer, stage: str, snapshot: StoragePath, gauges: Gauges) -> None:
+def _fit(trainer: "TorchTrainer", stage: str, snapshot: StoragePath, gauges: Gauges) -> None:
     """Train; resume from the latest checkpoint after a lost worker, fail at once after an error of the run itself.
 
     A run that makes progress may lose workers any number of times: only failures without a new checkpoint between
@@ -147,6 +150,8 @@ def lost_workers(error: TrainingFailedError) -> list[str]:
 
 def _is_peer_failure(cause: BaseException) -> bool:
     """Return whether the error is a gloo or NCCL collective's report that its peer process has exited."""
+    from torch.distributed import DistError
+
     text = str(cause).lower()
     is_collective = isinstance(cause, DistError) or (isinstance(cause, RuntimeError) and "gloo" in text)
     return is_collective and any(message in text for message in _PEER_DISCONNECTED)
@@ -234,6 +239,8 @@ class ProgressMonitor:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Run the Trainer in a Ray Train worker. `config` holds spec, monitor, threads and cache_bytes."""
+    import torch
+
     from raylava.train.trainer import Trainer  # not at module level: Ray's controller would import the models too
 
     torch.set_num_threads(config["threads"])
@@ -244,6 +251,8 @@ class _RayBackend:
     """A TrainBackend on Ray Train: checkpoints through ray.train.report, heartbeats and metrics to the monitor."""
 
     def __init__(self, spec: TrainSpec, monitor: Any) -> None:
+        import ray.train.torch
+
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()

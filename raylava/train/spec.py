@@ -1,13 +1,19 @@
-"""The description of one training stage, the same on every worker, and what follows from it directly."""
+"""The description of one training stage, the same on every worker, and what follows from it directly.
+
+Importing it does not import torch: drivers and trials build such descriptions and leave torch to the workers.
+"""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from raylava.config.recipe import StageName, Tracking, Training
 from raylava.corpus.blocks import Blocks
 from raylava.models.registry import ResolvedModel, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.train.batch_plan import BatchPlan, ShuffleWindows
-from raylava.train.data_loader import PackCollator
+
+if TYPE_CHECKING:
+    from raylava.train.data_loader import PackCollator
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ def build_batch_plan(spec: TrainSpec, blocks: Blocks) -> BatchPlan:
     return BatchPlan(len(blocks), training.global_batch_size, training.epochs, spec.seed, training.max_steps, windows)
 
 
-def build_collator(spec: TrainSpec) -> PackCollator:
+def build_collator(spec: TrainSpec) -> "PackCollator":
     """Return the collator for the stage's tokenizer and vision backbone."""
+    from raylava.train.data_loader import PackCollator
+
     tokenizer = load_tokenizer(spec.model.language)
     ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, spec.model.language.template.begin])
     return PackCollator(spec.model.vision, *ids)
