@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Workers of pytest-xdist. Most tests wait for processes to start, so that two at once take half the time.
+# Workers of pytest-xdist, each of which runs one test file at a time, in the order of collection.
 JOBS ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo ablation test test-unit test-ray test-chaos lint format clean
 
@@ -21,16 +22,18 @@ ablation: install
 	$(BIN)/raylava toy toy
 	$(BIN)/raylava sweep jobs/recipes/toy-ablations.yaml
 
-test: test-unit test-ray test-chaos
+# The unit tier first, since it takes seconds; the others in one run, since two would each end with an idle worker.
+test: test-unit
+	$(PYTEST) tests/chaos tests/ray
 
 test-unit: install
-	$(BIN)/pytest tests/unit -n $(JOBS) --dist loadfile
+	$(PYTEST) tests/unit
 
 test-ray: install
-	$(BIN)/pytest tests/ray -n $(JOBS) --dist loadfile
+	$(PYTEST) tests/ray
 
 test-chaos: install
-	$(BIN)/pytest tests/chaos -n $(JOBS) --dist loadfile
+	$(PYTEST) tests/chaos
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """A training driver for tests/chaos/train, in a separate process with its own Ray cluster.
 
 The only argument is JSON: spec (a pickled TrainSpec in hexadecimal), workers, min_workers, nodes (the number of one-CPU
-nodes besides the head), and `failure`, which is injected once a checkpoint is complete: kill_worker, remove_node or
-drain_node; none by default. Prints the metrics of the run as JSON.
+nodes besides the head), and `failure`, which is injected once a checkpoint is complete: remove_node or drain_node; none
+by default. Prints the metrics of the run as JSON.
 """
 
 import json
@@ -36,22 +36,29 @@ def complete_checkpoints(spec: TrainSpec) -> list[str]:
     return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
 
 
-def inject_failure(failure: str, spec: TrainSpec, cluster: Cluster | None, nodes: list[Any]) -> None:
-    """Wait for the first checkpoint, then kill a worker, or remove the last node with or without a notice."""
+def wait_for_checkpoint(spec: TrainSpec) -> None:
+    """Wait for the run's first complete checkpoint."""
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
-    while not complete_checkpoints(spec) and time.monotonic() < deadline:
+    while not complete_checkpoints(spec):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    if failure == "kill_worker":
-        workers = [process for process in psutil.process_iter(["cmdline"]) if _is_own_worker(process)]
-        os.kill(max(workers, key=lambda worker: worker.pid).pid, signal.SIGKILL)
-    elif failure == "remove_node":
-        assert cluster is not None
-        cluster.remove_node(nodes[-1], allow_graceful=False)
-    elif failure == "drain_node":
-        assert cluster is not None
+
+
+def remove_node_after_first_checkpoint(failure: str, spec: TrainSpec, cluster: Cluster, nodes: list[Any]) -> None:
+    """Remove the last node, for `drain_node` with a preemption notice, once there is a checkpoint."""
+    wait_for_checkpoint(spec)
+    if failure == "drain_node":
         _drain(nodes[-1])
         time.sleep(NOTICE_S)  # the notice's own deadline: there is no condition to wait for instead
-        cluster.remove_node(nodes[-1], allow_graceful=False)
+    cluster.remove_node(nodes[-1], allow_graceful=False)
+
+
+def kill_worker_after_first_checkpoint(spec: TrainSpec) -> int:
+    """Kill a training worker of this process's Ray cluster once there is a checkpoint; return its process id."""
+    wait_for_checkpoint(spec)
+    worker = max(process.pid for process in psutil.process_iter(["cmdline"]) if _is_own_worker(process))
+    os.kill(worker, signal.SIGKILL)
+    return worker
 
 
 def _is_own_worker(process: psutil.Process) -> bool:
@@ -86,9 +93,9 @@ def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:
 
 def main(options: dict[str, Any]) -> None:
     spec: TrainSpec = pickle.loads(bytes.fromhex(options["spec"]))  # noqa: S301 (written by the test)
-    cluster, nodes = start_cluster(options["nodes"]) if options.get("nodes") else (None, [])
     if options.get("failure"):
-        threading.Thread(target=inject_failure, args=(options["failure"], spec, cluster, nodes), daemon=True).start()
+        arguments = (options["failure"], spec, *start_cluster(options["nodes"]))
+        threading.Thread(target=remove_node_after_first_checkpoint, args=arguments, daemon=True).start()
     resources = Resources(workers=options["workers"], min_workers=options.get("min_workers"))
     with ray_session(resources):
         sys.stdout.write(json.dumps(run(spec, resources, NullProgressBar())) + "\n")

@@ -3,6 +3,7 @@
 One machine hosts the cluster, with its job server, autoscaler v2 and token authentication.
 """
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -89,9 +90,11 @@ def test_resubmission_after_head_loss_resumes_from_the_last_checkpoint(
     file: Path, uninterrupted_run: StoragePath, tmp_path: Path
 ) -> None:
     storage = storage_path(tmp_path)
+    shutil.copytree((uninterrupted_run / "prepare").path, tmp_path / "prepare")  # only training is interrupted
+    submit_command = ["submit", str(file), "--storage", str(tmp_path), "evaluate=[]"]
     first = local_cluster.start(CLUSTER_CONFIG)
     try:
-        submit = start_raylava(first, "submit", str(file), "--storage", str(tmp_path))
+        submit = start_raylava(first, *submit_command)
         wait_for(lambda: checkpoint_count(storage) > 0, submit)
         gcs = next(process for process in first.processes() if process.name() == "gcs_server")
         gcs.kill()
@@ -102,7 +105,7 @@ def test_resubmission_after_head_loss_resumes_from_the_last_checkpoint(
         first.stop()
     second = local_cluster.start(CLUSTER_CONFIG)
     try:
-        output_of(start_raylava(second, "submit", str(file), "--storage", str(tmp_path)))
+        output_of(start_raylava(second, *submit_command))
     finally:
         second.stop()
     assert training_result(storage) == training_result(uninterrupted_run)

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 
-from raylava.config.recipe import CheckpointConfig, Training, ZeroConfig
+from raylava.config.recipe import CheckpointConfig, Resources, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.registry import ResolvedModel
+from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
+from raylava.train.ray_backend import run
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, STEP_LOG
 from tests.support.flaky_proxy import FlakyProxy
 from tests.support.processes import kill_with_children
+from tests.support.train_driver import kill_worker_after_first_checkpoint
 
 Lines = list[dict[str, Any]]
 
@@ -69,9 +73,15 @@ def finish(driver: "subprocess.Popen[str]") -> None:
     assert driver.returncode == 0, error[-4000:]
 
 
-def train(spec: TrainSpec, **options: Any) -> Lines:
-    """Train to the end; return the step log."""
-    finish(start(spec, **options))
+def train(spec: TrainSpec) -> Lines:
+    """Train to the end with two workers on the session's Ray cluster; return the step log."""
+    run(spec, Resources(workers=2), NullProgressBar())
+    return read_step_log(spec)
+
+
+def train_on_nodes(spec: TrainSpec, failure: str) -> Lines:
+    """Train on a cluster of two nodes, one of which is lost; one worker suffices. Return the step log."""
+    finish(start(spec, nodes=2, min_workers=1, failure=failure))
     return read_step_log(spec)
 
 
@@ -113,7 +123,9 @@ def has_checkpoint(spec: TrainSpec) -> bool:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_run(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainSpec, Lines]:
+def uninterrupted_run(
+    spec: TrainSpec, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainSpec, Lines]:
     """A run on two workers without any failure."""
     spec = with_output(spec, tmp_path_factory.mktemp("uninterrupted") / "run")
     return spec, train(spec)
@@ -135,15 +147,11 @@ def test_resume_after_worker_kill_is_bitwise_identical(
     spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
 ) -> None:
     spec = with_output(spec, tmp_path / "run")
-    check_identical(spec, train(spec, failure="kill_worker"), uninterrupted_run)
-
-
-def test_rerun_after_driver_kill_is_bitwise_identical(
-    spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
-) -> None:
-    spec = with_output(spec, tmp_path / "run")
-    kill_cluster_when(lambda: has_checkpoint(spec), start(spec))
+    killed: list[int] = []
+    failure = threading.Thread(target=lambda: killed.append(kill_worker_after_first_checkpoint(spec)), daemon=True)
+    failure.start()
     lines = train(spec)
+    assert killed, "the run ended before a worker was killed"
     check_identical(spec, lines, uninterrupted_run)
 
 
@@ -151,7 +159,7 @@ def test_training_continues_on_fewer_workers_after_a_node_is_lost_without_notice
     spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
 ) -> None:
     spec = with_output(spec, tmp_path / "run")
-    lines = train(spec, nodes=2, min_workers=1, failure="remove_node")
+    lines = train_on_nodes(spec, "remove_node")
     check_same_samples(lines, uninterrupted_run[1])
     assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
 
@@ -160,23 +168,23 @@ def test_preemption_notice_leads_to_a_checkpoint_before_the_node_is_lost(
     spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
 ) -> None:
     spec = with_output(spec, tmp_path / "run")
-    lines = train(spec, nodes=2, min_workers=1, failure="drain_node")
+    lines = train_on_nodes(spec, "drain_node")
     check_same_samples(lines, uninterrupted_run[1])
     assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_killed_run_resumes_on_more_workers(
-    zero_stage: int, spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
+    spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
 ) -> None:
-    spec = with_output(spec, tmp_path / "run", zero_stage)
+    """At ZeRO stage 3; tests/ray/train/test_engine.py covers the other stages."""
+    spec = with_output(spec, tmp_path / "run", zero_stage=3)
     kill_cluster_when(lambda: has_checkpoint(spec), start(spec, workers=1))
-    lines = train(spec, workers=2)
+    lines = train(spec)
     check_same_samples(lines, uninterrupted_run[1])
     assert [lines[0]["world_size"], lines[-1]["world_size"]] == [1, 2]
 
 
-def test_run_killed_during_a_checkpoint_upload_resumes_from_the_last_complete_checkpoint(
+def test_rerun_after_the_cluster_was_killed_during_an_upload_is_bitwise_identical(
     spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], proxy: FlakyProxy, s3: str
 ) -> None:
     spec = with_output(spec, f"{s3}/killed-uploading")
@@ -190,7 +198,7 @@ def test_run_killed_during_a_checkpoint_upload_resumes_from_the_last_complete_ch
     proxy.mode = "well"
     lines = train(spec)
     check_identical(spec, lines, uninterrupted_run)
-    assert [line["step"] for line in lines if line["time"] < killed_at] == list(range(8))
+    assert [line["step"] for line in lines if line["time"] < killed_at] == list(range(8)), "resumed from a partial one"
 
 
 def test_temporary_storage_failure_neither_stops_training_nor_changes_the_result(

@@ -33,7 +33,7 @@ OVERRIDES = [
 SEARCH = {
     "space": {"finetune.lr": {"loguniform": [1e-4, 1e-2]}, "finetune.warmup_ratio": {"uniform": [0.0, 0.3]}},
     "objective": {"loss": "min"},
-    "trials": 3,
+    "trials": 2,
 }
 
 
@@ -82,9 +82,10 @@ def steps_before_first_checkpoint(folder: Path) -> list[str]:
     return (folder / METRICS_LOG).read_text().splitlines()[:5]
 
 
-def trial_process(run: "subprocess.Popen[str]") -> psutil.Process | None:
+def find_process(run: "subprocess.Popen[str]", name: str) -> psutil.Process | None:
+    """Return a process of the run's Ray cluster by a part of its command line, which Ray sets to its actor's name."""
     children = psutil.Process(run.pid).children(recursive=True)
-    return next((process for process in children if "ImplicitFunc" in " ".join(process.cmdline())), None)
+    return next((process for process in children if name in " ".join(process.cmdline())), None)
 
 
 def test_search_resumes_after_its_driver_and_then_its_trial_are_killed(sweep_file: Path) -> None:
@@ -97,25 +98,18 @@ def test_search_resumes_after_its_driver_and_then_its_trial_are_killed(sweep_fil
     steps = steps_before_first_checkpoint(interrupted)
 
     rerun = start_sweep(sweep_file)
-    artifact = sweep_file.parent / f"storage/finetune/{interrupted.name}/artifact.json"
-    wait_for(rerun, artifact.exists)
-    assert steps_before_first_checkpoint(interrupted) == steps, "the trial must resume from its checkpoint"
-    wait_for(rerun, lambda: checkpointed_run(sweep_file, 2) is not None)
-    last = checkpointed_run(sweep_file, 2)
-    assert last is not None
-    steps = steps_before_first_checkpoint(last)
-    process = trial_process(rerun)
-    assert process is not None
-    process.kill()
+    wait_for(rerun, lambda: find_process(rerun, "RayTrainWorker") is not None)
+    trial = find_process(rerun, "ImplicitFunc")
+    assert trial is not None
+    trial.kill()
     _, output = rerun.communicate(timeout=300)
     assert rerun.returncode == 0, output[-4000:]
-    assert steps_before_first_checkpoint(last) == steps, "the restarted trial must resume from its checkpoint"
+    assert steps_before_first_checkpoint(interrupted) == steps, "the trial must resume from its checkpoint both times"
 
     after = load_trials(sweep_file)
-    assert [trial.outcome for trial in after] == ["done"] * 3
-    assert [trial.settings for trial in after[:2]] == [trial.settings for trial in before]
+    assert [trial.outcome for trial in after] == ["done"] * 2
+    assert [trial.settings for trial in after] == [trial.settings for trial in before]
     assert after[0] == before[0], "a finished trial must not be repeated"
-    assert len({trial.settings["finetune.lr"] for trial in after}) == 3
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
 
 

@@ -23,8 +23,6 @@ from tests.support.local_cluster import (
     write_recipe,
 )
 
-pytestmark = pytest.mark.usefixtures("default_health_check_interval")
-
 
 @pytest.fixture(scope="module")
 def file(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,9 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Model
 from raylava.storage import storage_path
+from raylava.toy.demo import recipes_folder
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
 from raylava.tune.sweep_plan import plan_sweep
@@ -17,9 +20,26 @@ def test_plan_counts_shared_stages_before_anything_runs(toy_assets: Artifact, to
     run = SweepRun(load_sweep(sweep_file), [], storage_path(tmp_path))
     plan = plan_sweep(run.planned_variants(), storage_path(tmp_path))
     assert Counter((stage.label, stage.users) for stage in plan.planned_stages) == {
-        ("prepare alignment", 2): 1,
-        ("pretrain", 1): 2,
-        ("prepare instruction", 4): 1,
-        ("finetune", 1): 4,
-        ("evaluate heldout", 1): 4,
+        ("prepare alignment", 1): 1,
+        ("pretrain", 1): 1,
+        ("prepare instruction", 3): 1,
+        ("finetune", 1): 3,
+        ("evaluate heldout", 1): 3,
+    }
+
+
+def test_shipped_toy_ablations_share_every_stage_that_two_variants_have_in_common(
+    toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)  # the sweep refers to ./toy, as created by `raylava toy toy`
+    run = SweepRun(load_sweep(str(recipes_folder() / "toy-ablations.yaml")), [], storage_path(tmp_path))
+    plan = plan_sweep(run.planned_variants(), storage_path(tmp_path))
+    assert len(plan.variants) == 16
+    assert Counter((stage.stage, stage.users) for stage in plan.planned_stages) == {
+        ("prepare", 8): 1,  # the alignment corpus: half of the variants train no connector
+        ("prepare", 16): 1,
+        ("pretrain", 1): 8,
+        ("finetune", 1): 16,
+        ("evaluate", 1): 16,
     }
