@@ -40,7 +40,9 @@ TINY = ToySize(
     vision=VisionSize(width=16, layers=2, heads=2, steps=2, batch=4),
 )
 
-HEALTH_CHECK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+# Ray Train polls its workers every 2 s by default, which would be a fifth of the time of short stages, and starts a
+# process that waits for preemption notices.
+FAST_RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,18 +53,19 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _short_health_check_interval() -> Iterator[None]:
-    """Ray Train polls its workers every 2 s by default, which would be a fifth of the test time of short stages."""
+def _fast_ray_train() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(HEALTH_CHECK_INTERVAL, "0.3")
+        for name, value in FAST_RAY_TRAIN.items():
+            patch.setenv(name, value)
         yield
 
 
 @pytest.fixture(scope="module")
-def default_health_check_interval() -> Iterator[None]:
+def default_ray_train_settings() -> Iterator[None]:
     """For runs in which a failure is injected: a checkpoint counts only after the poll that follows it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(HEALTH_CHECK_INTERVAL)
+        for name in FAST_RAY_TRAIN:
+            patch.delenv(name)
         yield
 
 

@@ -34,9 +34,9 @@ def running_cluster() -> Iterator[LocalCluster]:
 
 
 def two_worker_recipe(toy_assets: Artifact) -> Recipe:
-    """Return a recipe of 48 finetuning steps with a checkpoint every eight, without pretraining to save time."""
+    """Return a recipe of 72 finetuning steps with a checkpoint every eight, without pretraining to save time."""
     settings = ["resources.workers=2", "resources.cpus_per_worker=1", "evaluate.0.baselines=[]"]
-    training = ["finetune.global_batch_size=8", "finetune.epochs=8", "finetune.checkpoint={interval_steps: 8}"]
+    training = ["finetune.global_batch_size=8", "finetune.epochs=12", "finetune.checkpoint={interval_steps: 8}"]
     return toy_recipe(toy_assets.path, [*settings, *training, "pretrain.enabled=false"])
 
 
@@ -100,19 +100,13 @@ def wait_for(
         time.sleep(0.1)
 
 
-def checkpoint_count(storage: StoragePath) -> int:
-    """Return how many unfinished finetune stages have a complete checkpoint."""
-    snapshots = [folder / CHECKPOINTS / SNAPSHOT for folder in (storage / "finetune").children()]
-    return sum(b"step-" in snapshot.read_bytes() for snapshot in snapshots if snapshot.exists())
+def checkpoints(storage: StoragePath) -> set[str]:
+    """Return the complete checkpoints of unfinished finetune stages, by Ray Train's records."""
+    records = [folder / CHECKPOINTS / SNAPSHOT for folder in (storage / "finetune").children()]
+    text = "".join(record.read_bytes().decode() for record in records if record.exists())
+    return {name for name in text.split('"') if name.startswith("step-")}
 
 
 def step_log(storage: StoragePath) -> list[dict[str, Any]]:
     (folder,) = (storage / "finetune").children()
     return [json.loads(line) for line in (folder / STEP_LOG).read_bytes().splitlines()]
-
-
-def training_result(storage: StoragePath) -> tuple[list[tuple[Any, ...]], bytes]:
-    """Return the samples and loss of each finetuning step, and the bytes of the weights."""
-    (folder,) = (storage / "finetune").children()
-    steps = [(record["step"], record["samples_sha256"], record["loss"]) for record in step_log(storage)]
-    return steps, (folder / "model.safetensors").read_bytes()

@@ -1,8 +1,8 @@
 """A training driver for tests/chaos/train, in a separate process with its own Ray cluster.
 
 The only argument is JSON: spec (a pickled TrainSpec in hexadecimal), workers, min_workers, nodes (the number of one-CPU
-nodes besides the head), and `failure`, which is injected once a checkpoint is complete: remove_node or drain_node; none
-by default. Prints the metrics of the run as JSON.
+nodes besides the head), and `failure`, which is injected once a new checkpoint is complete: remove_node or drain_node;
+none by default. Prints the metrics of the run as JSON.
 """
 
 import json
@@ -27,6 +27,13 @@ from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT
 
 CHECKPOINT_TIMEOUT_S = 120.0
+# Ray notices within seconds that a node's processes are gone; one that answers slowly is not affected.
+HEALTH_CHECK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+HEAD = {
+    "num_cpus": 0,
+    "include_dashboard": False,
+    "_system_config": HEALTH_CHECK | {"health_check_failure_threshold": 2},
+}
 NOTICE_S = 8  # time between the preemption notice and the loss of the node
 
 
@@ -36,26 +43,27 @@ def complete_checkpoints(spec: TrainSpec) -> list[str]:
     return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
 
 
-def wait_for_checkpoint(spec: TrainSpec) -> None:
-    """Wait for the run's first complete checkpoint."""
+def wait_for_new_checkpoint(spec: TrainSpec) -> None:
+    """Wait until the run completes a checkpoint that does not exist yet."""
+    existing = set(complete_checkpoints(spec))
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
-    while not complete_checkpoints(spec):
+    while not set(complete_checkpoints(spec)) - existing:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def remove_node_after_first_checkpoint(failure: str, spec: TrainSpec, cluster: Cluster, nodes: list[Any]) -> None:
-    """Remove the last node, for `drain_node` with a preemption notice, once there is a checkpoint."""
-    wait_for_checkpoint(spec)
+def remove_node_after_checkpoint(failure: str, spec: TrainSpec, cluster: Cluster, nodes: list[Any]) -> None:
+    """Remove the last node, for `drain_node` with a preemption notice, once there is a new checkpoint."""
+    wait_for_new_checkpoint(spec)
     if failure == "drain_node":
         _drain(nodes[-1])
         time.sleep(NOTICE_S)  # the notice's own deadline: there is no condition to wait for instead
     cluster.remove_node(nodes[-1], allow_graceful=False)
 
 
-def kill_worker_after_first_checkpoint(spec: TrainSpec) -> int:
-    """Kill a training worker of this process's Ray cluster once there is a checkpoint; return its process id."""
-    wait_for_checkpoint(spec)
+def kill_worker_after_checkpoint(spec: TrainSpec) -> int:
+    """Kill a training worker of this process's Ray cluster once there is a new checkpoint; return its process id."""
+    wait_for_new_checkpoint(spec)
     worker = max(process.pid for process in psutil.process_iter(["cmdline"]) if _is_own_worker(process))
     os.kill(worker, signal.SIGKILL)
     return worker
@@ -81,11 +89,12 @@ def _drain(node: Any) -> None:
 def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:
     """Start a cluster of a head without CPUs and one-CPU nodes, and connect to it."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # for this long a lost node still counts as alive
-    # Ray Train's default interval; with a shorter one the run would end before the notice.
+    # Ray Train's defaults; with a shorter interval the run would end before the notice.
     os.environ.pop("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", None)
+    os.environ.pop("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", None)
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # Ray's helpers must not wait for a dashboard
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(node_count)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     return cluster, nodes
@@ -95,7 +104,7 @@ def main(options: dict[str, Any]) -> None:
     spec: TrainSpec = pickle.loads(bytes.fromhex(options["spec"]))  # noqa: S301 (written by the test)
     if options.get("failure"):
         arguments = (options["failure"], spec, *start_cluster(options["nodes"]))
-        threading.Thread(target=remove_node_after_first_checkpoint, args=arguments, daemon=True).start()
+        threading.Thread(target=remove_node_after_checkpoint, args=arguments, daemon=True).start()
     resources = Resources(workers=options["workers"], min_workers=options.get("min_workers"))
     with ray_session(resources):
         sys.stdout.write(json.dumps(run(spec, resources, NullProgressBar())) + "\n")

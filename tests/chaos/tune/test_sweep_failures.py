@@ -20,7 +20,7 @@ from raylava.tune.variants import TrialRecord, variants
 from tests.support.processes import kill_with_children
 from tests.support.sweeps import write_base_recipe, write_sweep
 
-pytestmark = pytest.mark.usefixtures("default_health_check_interval")
+pytestmark = pytest.mark.usefixtures("default_ray_train_settings")
 
 OVERRIDES = [
     "pretrain.enabled=false",

@@ -48,6 +48,12 @@ def llama_llava(untrained_llava: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage that tests share, so that each evaluation is computed once."""
+    return tmp_path_factory.mktemp("storage")
+
+
 def evaluate(
     toy_assets: Artifact, model: Path, storage: Path, capfd: pytest.CaptureFixture[str], *options: str
 ) -> dict[str, object]:
@@ -74,11 +80,12 @@ def test_evaluations_of_different_architectures_are_compared(
     toy_assets: Artifact,
     untrained_llava: Path,
     llama_llava: Path,
+    storage: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    records = [evaluate(toy_assets, model, tmp_path, capfd) for model in (untrained_llava, llama_llava)]
-    folders = [tmp_path / "evaluate" / str(record["fingerprint"]) for record in records]
+    records = [evaluate(toy_assets, model, storage, capfd) for model in (untrained_llava, llama_llava)]
+    folders = [storage / "evaluate" / str(record["fingerprint"]) for record in records]
     (comparison,) = compare([load_artifact(str(folder)) for folder in folders])
     assert comparison.benchmark == "custom"
     values = [record["metrics"]["scores"]["exact_match"]["value"] for record in records]  # type: ignore[index]
@@ -103,10 +110,10 @@ def copy_with_scores(evaluation: Path, folder: Path, correct: set[str]) -> Path:
 
 
 def test_page_shows_the_questions_that_differ_with_their_images(
-    toy_assets: Artifact, untrained_llava: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_assets: Artifact, untrained_llava: Path, storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    record = evaluate(toy_assets, untrained_llava, tmp_path, capfd)
-    evaluation = tmp_path / "evaluate" / str(record["fingerprint"])
+    record = evaluate(toy_assets, untrained_llava, storage, capfd)
+    evaluation = storage / "evaluate" / str(record["fingerprint"])
     question_ids = sorted(json.loads((evaluation / "per_question_scores.json").read_text()))
     worse = copy_with_scores(evaluation, tmp_path / "worse", set())
     better = copy_with_scores(evaluation, tmp_path / "better", set(question_ids[:15]))
@@ -121,11 +128,11 @@ def test_page_shows_the_questions_that_differ_with_their_images(
 
 
 def test_incomparable_evaluations_are_rejected(
-    toy_assets: Artifact, untrained_llava: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_assets: Artifact, untrained_llava: Path, storage: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    full = evaluate(toy_assets, untrained_llava, tmp_path, capfd)
-    partial = evaluate(toy_assets, untrained_llava, tmp_path, capfd, "--limit", "5")
-    artifacts = [load_artifact(str(tmp_path / "evaluate" / str(record["fingerprint"]))) for record in (full, partial)]
+    full = evaluate(toy_assets, untrained_llava, storage, capfd)
+    partial = evaluate(toy_assets, untrained_llava, storage, capfd, "--limit", "5")
+    artifacts = [load_artifact(str(storage / "evaluate" / str(record["fingerprint"]))) for record in (full, partial)]
     with pytest.raises(UserError, match="other questions than in"):
         compare(artifacts)
     with pytest.raises(UserError, match="the only evaluation of custom"):

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from raylava.toy.demo import ANSWER_SHEET, toy_recipe, write_answer_sheet
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.step_log import STEP_LOG
 from tests.support.official_files import write_mm_vet, write_pope
+from tests.support.torchrun import copy_inputs, finish_training, read_training, start_training
 
 
 @pytest.fixture(scope="module")
@@ -192,42 +190,11 @@ def test_official_benchmarks_in_a_bucket_are_evaluated_by_a_recipe(
     assert "to be graded by a judge" in " ".join(output.split())
 
 
-def start_training(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":
-    """`raylava train` of the recipe's finetuning, under torchrun where there are several processes."""
-    file = storage / "recipe.yaml"
-    file.write_text(json.dumps(recipe.model_dump(mode="json")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*(torchrun if processes > 1 else [sys.executable, "-m"]), "raylava.cli", "train", str(file), "finetune"]
-    return subprocess.Popen(
-        [*command, "--storage", str(storage), *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(run: "subprocess.Popen[str]", status: int = 0) -> str:
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == status, err
-    return err
-
-
-def copy_inputs(storage: Path, target: Path) -> Path:
-    """Copy the artifacts that finetuning reads to another storage."""
-    for stage in ("prepare", "pretrain"):
-        shutil.copytree(storage / stage, target / stage)
-    return target
-
-
-def read_training(storage: Path) -> tuple[list[tuple[Any, ...]], bytes]:
-    (folder,) = (storage / "finetune").iterdir()
-    lines = [json.loads(line) for line in (folder / STEP_LOG).read_text().splitlines()]
-    losses = [(line["step"], line["samples_sha256"], line["loss"]) for line in lines]
-    return losses, (folder / "model.safetensors").read_bytes()
-
-
 def test_torchrun_training_is_bitwise_identical_to_ray(
     recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
     standalone = copy_inputs(storage, tmp_path)
-    wait_for(start_training(recipe, standalone, processes=2))
+    finish_training(start_training(recipe, standalone, processes=2))
     assert read_training(standalone) == read_training(storage)
     (artifact,) = (standalone / "finetune").iterdir()
     record = json.loads((artifact / "artifact.json").read_text())
@@ -242,17 +209,17 @@ def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bitwise_identical(
     longer = ("finetune.global_batch_size=2", "finetune.epochs=12")
     undisturbed = copy_inputs(storage, tmp_path / "undisturbed")
     interrupted = copy_inputs(storage, tmp_path / "interrupted")
-    wait_for(start_training(recipe, undisturbed, 1, *longer))
+    finish_training(start_training(recipe, undisturbed, 1, *longer))
     run = start_training(recipe, interrupted, 1, *longer)
     while not list(interrupted.glob("finetune/*/metrics.jsonl")):
         assert run.poll() is None, run.communicate()
         time.sleep(0.05)
     run.terminate()
-    assert "stopped by SIGTERM" in wait_for(run, status=1)
-    wait_for(start_training(recipe, interrupted, 1, *longer))
+    assert "stopped by SIGTERM" in finish_training(run, status=1)
+    finish_training(start_training(recipe, interrupted, 1, *longer))
     assert read_training(interrupted) == read_training(undisturbed)
 
 
 def test_standalone_stage_names_a_missing_input(recipe: Recipe, tmp_path: Path) -> None:
-    err = wait_for(start_training(recipe, tmp_path, processes=1), status=2)
+    err = finish_training(start_training(recipe, tmp_path, processes=1), status=2)
     assert "does not exist yet; build it with `raylava run`" in " ".join(err.split())

@@ -1,4 +1,4 @@
-"""A search under Ray Tune pretrains once, stops poor trials early and, when it is run again, starts no trial."""
+"""A search under Ray Tune prepares its corpus once, stops poor trials early and, run again, starts no trial."""
 
 from collections import Counter
 from pathlib import Path
@@ -36,16 +36,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_search(toy_assets: Artifact, storage: Path, ray_cluster: None) -> tuple[SweepRun, SweepResults]:
     """Run the trials of a search one at a time, so that each is compared with all before it."""
     write_base_recipe(storage, toy_assets, SMALL_RECIPE)
-    settings = {"finetune.epochs": 4, "finetune.global_batch_size": 12, "evaluate": []}
+    settings = {"pretrain.enabled": False, "finetune.epochs": 4, "finetune.global_batch_size": 12, "evaluate": []}
     return run_sweep(write_sweep(storage, "rates", search=SEARCH, set=settings, max_concurrent_trials=1), storage)
 
 
-def test_search_pretrains_once_and_stops_poor_trials_early(finished_search: tuple[SweepRun, SweepResults]) -> None:
+def test_search_prepares_once_and_stops_poor_trials_early(
+    finished_search: tuple[SweepRun, SweepResults],
+) -> None:
     run, results = finished_search
     builds = count_builds(run, results)
     assert max(builds.values()) == 1
     assert sum("/finetune/" in path for path in builds) == 5
-    assert sum("/pretrain/" in path for path in builds) <= 1
+    assert sum("/prepare/" in path for path in builds) == 1
     outcomes = Counter(row.trial.outcome for row in results.rows)
     assert outcomes["done"] + outcomes["stopped"] == 5
     assert outcomes["stopped"] >= 1, outcomes
