@@ -27,19 +27,21 @@ from rich.console import Console
 from rich.table import Table
 
 from raylava.cluster.session import ray_session
-from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source
+from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source, Vision
 from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import decode_block_image, decode_image, normalize_pixels, prepare_image, resize_exact
 from raylava.corpus.prepare import PrepareSpec, prepare
-from raylava.models.registry import LanguageSpec, PixelRule, VisionSpec, load_tokenizer
-from raylava.models.templates import GEMMA
+from raylava.models.families import clip, gemma
+from raylava.models.families.gemma import TEMPLATE as GEMMA
+from raylava.models.registry import PixelRule, load_tokenizer, resolve_language, vision_spec
 from raylava.toy.language import train_tokenizer
 
 WORKERS = 2
 UNIQUE_IMAGES = 500  # rows cycle through them
 VOCABULARY = 640
 RULE = PixelRule(336, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-VISION = VisionSpec("clip-l-336", "main", "clip", RULE, patch_size=14, width=1024)
+CLIP = "openai/clip-vit-large-patch14-336"
+VISION = vision_spec(Vision(name=CLIP), clip.FAMILY, clip.FAMILY.published[CLIP].config, RULE)
 CONVERSATION = (
     "Describe the picture briefly.",
     "left red circle, right blue square, and other things besides, as captions go.",
@@ -70,6 +72,7 @@ def make_corpus(folder: Path, images: int) -> None:
     rows = [{"id": str(n), "image": f"{n % UNIQUE_IMAGES}.jpg", "conversations": turns} for n in range(images)]
     (folder / "rows.json").write_text(json.dumps(rows))
     train_tokenizer(VOCABULARY, seed=0).save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "config.json").write_text(json.dumps({"model_type": gemma.FAMILY.name}))
 
 
 def _draw_photo(rng: np.random.Generator, width: int = 640, height: int = 480) -> Image.Image:
@@ -87,7 +90,7 @@ def prepare_spec(folder: Path) -> PrepareSpec:
     """Return raylava's preparation of the corpus, with the default image encoding."""
     corpus = Corpus(sources=(Source(annotations="rows.json", images="images"),), samples_per_block=256)
     source_paths = ((str(folder / "rows.json"), str(folder / "images")),)
-    language = LanguageSpec(str(folder / "tokenizer"), "main", "gemma", width=0, vocabulary=VOCABULARY)
+    language = resolve_language(Language(name=str(folder / "tokenizer")))
     return PrepareSpec("bench", corpus, source_paths, language, VISION, str(folder / "blocks"))
 
 

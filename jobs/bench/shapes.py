@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from raylava.config.recipe import ImageEncoding, StageName
+from raylava.config.recipe import ImageEncoding, StageName, Vision
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -22,7 +22,8 @@ from raylava.corpus.blocks import (
 )
 from raylava.corpus.images import encode_image
 from raylava.models.attention import register_varlen
-from raylava.models.registry import PixelRule, VisionSpec
+from raylava.models.families import clip
+from raylava.models.registry import PixelRule, vision_spec
 from raylava.train.data_loader import PackCollator
 from raylava.train.engine import DTYPES
 
@@ -176,6 +177,6 @@ def build_model(shape: Shape, attention: str, device: torch.device) -> Any:
 def pack_collator(shape: Shape) -> PackCollator:
     """Return the collator for samples of this shape."""
     rule = PixelRule(shape.pixels, PIXEL_MEAN, PIXEL_STD)
-    return PackCollator(
-        VisionSpec("bench", "main", "clip", rule, 14, shape.vision_width), _image_token(shape), BEGIN_TOKEN
-    )
+    config = clip.FAMILY.complete({"hidden_size": shape.vision_width, "image_size": shape.pixels, "patch_size": 14})
+    vision = vision_spec(Vision(name="bench"), clip.FAMILY, config, rule)
+    return PackCollator(vision, _image_token(shape), BEGIN_TOKEN)

@@ -43,9 +43,10 @@ from raylava.config.recipe import StageName, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.attention import VARLEN
 from raylava.models.llava import PackLoss, set_trainable
+from raylava.models.shapes import shape_from_config
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
-from raylava.perf.shapes import LlavaShape, shape_from_config
+from raylava.perf.shapes import LlavaShape
 from raylava.train import engine as engine_module
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator, PackedDataLoader

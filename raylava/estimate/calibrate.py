@@ -26,9 +26,10 @@ from raylava.corpus.images import decode_block_image, encode_image
 from raylava.errors import RunError, UserError
 from raylava.estimate.synthetic import synthetic_pack
 from raylava.estimate.workload import Workload
+from raylava.models.families.family import select_strategy
 from raylava.models.llava import PackTensors
 from raylava.models.registry import is_folder
-from raylava.models.shapes import model_configs
+from raylava.models.shapes import backbone_configs
 from raylava.perf.shapes import LlavaShape
 from raylava.perf.step_time import DeviceSpeed
 from raylava.storage import cache_folder
@@ -251,14 +252,16 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
     from raylava.models.attention import register_varlen
 
     register_varlen()
-    language, vision, patches = model_configs(model)
+    backbones = backbone_configs(model)
+    shape = backbones.shape
     config = LlavaConfig(
-        vision_config=AutoConfig.for_model(**vision),
-        text_config=AutoConfig.for_model(**language),
-        image_token_index=language["vocab_size"] - 1,
-        image_seq_length=patches,
-        vision_feature_select_strategy="full" if vision["model_type"].startswith("siglip") else "default",
-        tie_word_embeddings=True,
+        vision_config=AutoConfig.for_model(**backbones.vision),
+        text_config=AutoConfig.for_model(**backbones.language),
+        image_token_index=shape.language.vocabulary - 1,
+        image_seq_length=shape.vision.patches,
+        vision_feature_layer=backbones.vision_family.feature_layer,
+        vision_feature_select_strategy=select_strategy(shape.vision),
+        tie_word_embeddings=shape.language.is_tied,
     )
     config.text_config._attn_implementation = attention
     torch.set_default_dtype(dtype)

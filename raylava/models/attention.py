@@ -22,15 +22,26 @@ def varlen_attention(
     scaling: float | None = None,
     *,
     cu_seqlens: Tensor,
-    **_: Any,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    use_cache: bool = False,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each sample of a pack.
 
     `query` is (1, heads, T, head size), `key` and `value` (1, KV heads, T, head size); the result is (1, T, heads, head
-    size). `cu_seqlens`, (samples + 1,) int32 on the host, holds the start of each sample and T. Dropout is not applied;
-    no registered model uses it.
+    size). `cu_seqlens`, (samples + 1,) int32 on the host, holds the start of each sample and T. `position_ids` has been
+    applied to query and key. Raises NotImplementedError for any other setting that is in force, such as dropout, a
+    sliding window or a soft cap: ignoring it would train another model without a sign.
     """
     assert attention_mask is None, "a pack has no padding"
+    assert not use_cache, "training keeps no KV cache"
+    in_force = [name for name, value in (settings | {"dropout": dropout or None}).items() if value is not None]
+    if in_force:
+        raise NotImplementedError(
+            f"{VARLEN} attention does not support {', '.join(in_force)}, which {type(module).__name__} requests; "
+            "set attn_implementation: eager"
+        )
     heads = query.shape[1]
     lengths = cu_seqlens.diff().tolist()
     samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)

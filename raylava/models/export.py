@@ -89,7 +89,7 @@ def build_processor(
     return LlavaProcessor(
         image_processor,
         _configure_for_generation(tokenizer),
-        patch_size=vision.patch_size,
+        patch_size=vision.shape.patch,
         vision_feature_select_strategy=vision.select_strategy,
         num_additional_image_tokens=int(vision.has_cls),
         image_token=IMAGE_TOKEN,

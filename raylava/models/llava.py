@@ -15,8 +15,6 @@ from raylava.config.recipe import StageName
 from raylava.errors import UserError
 from raylava.models.attention import VARLEN, register_varlen
 from raylava.models.registry import (
-    FEATURE_LAYER,
-    VISION_FAMILIES,
     LanguageSpec,
     ResolvedModel,
     VisionSpec,
@@ -142,7 +140,7 @@ def load_vision_tower(vision: VisionSpec, dtype: torch.dtype, attn_implementatio
     """Load the vision tower with its weights."""
     import transformers
 
-    model_class = getattr(transformers, VISION_FAMILIES[vision.family].model_class)
+    model_class = getattr(transformers, vision.model_class)
     return model_class.from_pretrained(
         backbone_path(vision.name),
         revision=vision.revision,
@@ -187,7 +185,7 @@ def _llava_config(
         text_config=language.config,
         image_token_index=image_token_id,
         image_seq_length=vision.image_tokens,
-        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_layer=vision.feature_layer,
         vision_feature_select_strategy=vision.select_strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=language.config.tie_word_embeddings,
@@ -227,10 +225,11 @@ def validate_connector(folder: str, vision: VisionSpec, language: LanguageSpec) 
             first, second = (file.get_slice(f"{CONNECTOR}linear_{layer}.weight").get_shape() for layer in (1, 2))
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.connector.weights={folder}: no raylava connector there ({error})") from error
-    if first[1] != vision.width or second[0] != language.width:
+    vision_width, language_width = vision.shape.width, language.shape.width
+    if first[1] != vision_width or second[0] != language_width:
         raise UserError(
             f"model.connector.weights={folder}: it maps width {first[1]} to {second[0]}, but {vision.name} has width "
-            f"{vision.width} and {language.name} {language.width}; use a connector pretrained for this pair"
+            f"{vision_width} and {language.name} {language_width}; use a connector pretrained for this pair"
         )
 
 

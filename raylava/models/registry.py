@@ -1,4 +1,4 @@
-"""The registry of vision and language families, and the resolution of a recipe's backbones.
+"""The resolution of a recipe's backbones.
 
 A recipe names a backbone by hub id or folder; `resolve_model` turns these names into a ResolvedModel, which is
 serializable and passed to every stage. Only configuration files are read here; llava.py loads weights.
@@ -6,72 +6,24 @@ serializable and passed to every stage. Only configuration files are read here; 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylava.config.recipe import Language, Model, Vision
 from raylava.errors import UserError
-from raylava.models.templates import GEMMA, IMAGE_TOKEN, Template
+from raylava.models.families import language_families, vision_families
+from raylava.models.families.family import Family, LanguageFamily, VisionFamily, select_strategy
+from raylava.models.templates import IMAGE_TOKEN, Template
+from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape
 from raylava.storage import storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARY_MULTIPLE = 64  # added embedding rows are padded to a multiple of this, for efficient matrix products
-FEATURE_LAYER = -2  # hidden_states[-2] of the tower, for every family (LLaVA; LLaVA-Gemma for CLIP and DINOv2)
-
-
-@dataclass(frozen=True)
-class VisionFamily:
-    """What the members of a vision family share. `model_class` is the name of a class in transformers."""
-
-    model_types: tuple[str, ...]
-    model_class: str
-    has_cls: bool
-
-
-@dataclass(frozen=True)
-class LanguageFamily:
-    """What the members of a language family share."""
-
-    model_types: tuple[str, ...]
-    template: Template
-
-
-VISION_FAMILIES = {
-    "clip": VisionFamily(("clip", "clip_vision_model"), "CLIPVisionModel", has_cls=True),
-    "dinov2": VisionFamily(("dinov2",), "Dinov2Model", has_cls=True),
-    "siglip": VisionFamily(("siglip", "siglip_vision_model"), "SiglipVisionModel", has_cls=False),
-}
-LANGUAGE_FAMILIES = {
-    "gemma": LanguageFamily(("gemma",), GEMMA),
-}
-
-
-@dataclass(frozen=True)
-class KnownVision:
-    """What is known of a published backbone without network access. Sizes in pixels."""
-
-    family: str
-    image_size: int
-    patch_size: int
-
-
-KNOWN_VISION = {
-    "openai/clip-vit-large-patch14-336": KnownVision("clip", 336, 14),
-    "openai/clip-vit-large-patch14": KnownVision("clip", 224, 14),
-    "facebook/dinov2-large": KnownVision("dinov2", 224, 14),
-    "facebook/dinov2-base": KnownVision("dinov2", 224, 14),
-    "google/siglip-so400m-patch14-384": KnownVision("siglip", 384, 14),
-}
-KNOWN_LANGUAGE = {
-    "google/gemma-2b-it": "gemma",
-    "google/gemma-7b-it": "gemma",
-    "google/gemma-1.1-2b-it": "gemma",
-    "google/gemma-1.1-7b-it": "gemma",
-}
 
 
 @dataclass(frozen=True)
@@ -85,28 +37,34 @@ class PixelRule:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A resolved vision backbone. `width` is its hidden size."""
+    """A resolved vision backbone: what its family says of it, for images of the recipe's size.
+
+    `model_class` is the name of a class in transformers, `feature_layer` the index of the hidden states that LLaVA
+    reads.
+    """
 
     name: str
     revision: str
     family: str
     pixels: PixelRule
-    patch_size: int
-    width: int
+    shape: VisionShape
+    model_class: str
+    feature_layer: int = -2
 
     @property
     def has_cls(self) -> bool:
-        return VISION_FAMILIES[self.family].has_cls
+        """Whether the hidden states begin with a class token, which LLaVA drops."""
+        return self.shape.has_cls
 
     @property
     def image_tokens(self) -> int:
         """Tokens that one image occupies in the language model's sequence."""
-        return (self.pixels.size // self.patch_size) ** 2
+        return self.shape.patches
 
     @property
     def select_strategy(self) -> str:
-        """transformers' name of the CLS rule: `default` drops the first token, `full` keeps all."""
-        return "default" if self.has_cls else "full"
+        """transformers' name of the class token's rule, see families.family.select_strategy."""
+        return select_strategy(self.shape)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what determines prepared blocks: pixels and token count, not weights."""
@@ -115,17 +73,13 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """A resolved language model. `width` is its hidden size, `vocabulary` its number of embedding rows."""
+    """A resolved language model. `shape` has the embedding rows of its config.json."""
 
     name: str
     revision: str
     family: str
-    width: int
-    vocabulary: int
-
-    @property
-    def template(self) -> Template:
-        return LANGUAGE_FAMILIES[self.family].template
+    template: Template
+    shape: LanguageShape
 
 
 @dataclass(frozen=True)
@@ -139,12 +93,15 @@ class ResolvedModel:
     vision: VisionSpec
     connector_weights: str | None = None
 
+    def shape(self, vocabulary: int) -> LlavaShape:
+        """Return the dimensions of the model whose embedding has been resized to `vocabulary` rows."""
+        return LlavaShape(replace(self.language.shape, vocabulary=vocabulary), self.vision.shape)
+
 
 def validate_backbones(language: Language, vision: Vision) -> None:
     """Refuse an unknown backbone without network access or weights. Raises UserError."""
-    known_vision = {name: known.family for name, known in KNOWN_VISION.items()}
-    _validate_family(vision.name, vision.family, VISION_FAMILIES, known_vision, "vision")
-    _validate_family(language.name, language.family, LANGUAGE_FAMILIES, KNOWN_LANGUAGE, "language")
+    _validate_family(vision.name, vision.family, vision_families(), "vision")
+    _validate_family(language.name, language.family, language_families(), "language")
 
 
 def resolve_model(model: Model) -> ResolvedModel:
@@ -154,34 +111,53 @@ def resolve_model(model: Model) -> ResolvedModel:
 
 def resolve_vision(vision: Vision) -> VisionSpec:
     """Resolve a vision backbone from its config and preprocessor files. Raises UserError when it is unsupported."""
-    config = read_config(vision.name, vision.revision, "vision")
-    family = vision.family or _family_of(config["model_type"], VISION_FAMILIES, vision.name, "vision")
-    tower = config.get("vision_config", config)
+    family, config = read_vision(vision)
     processor = _read_json(vision.name, vision.revision, "preprocessor_config.json")
     if processor is None:
         raise UserError(f"model.vision.name={vision.name}: has no preprocessor_config.json; give a folder that has one")
-    size = vision.image_size or _processor_size(processor) or tower["image_size"]
-    _validate_image_size(vision, family, size, tower)
+    size = vision.image_size or _processor_size(processor) or config["image_size"]
+    _validate_image_size(vision, family, size, config)
     pixels = PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
-    return VisionSpec(vision.name, vision.revision, family, pixels, tower["patch_size"], tower["hidden_size"])
+    return vision_spec(vision, family, config, pixels)
 
 
-def _validate_image_size(vision: Vision, family: str, size: int, tower: dict[str, Any]) -> None:
-    patch = tower["patch_size"]
+def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any], pixels: PixelRule) -> VisionSpec:
+    """Return the spec of a backbone whose complete config and pixel rule are known."""
+    shape = family.shape(config, pixels.size)
+    return VisionSpec(
+        vision.name, vision.revision, family.name, pixels, shape, family.model_class, family.feature_layer
+    )
+
+
+def _validate_image_size(vision: Vision, family: VisionFamily, size: int, config: dict[str, Any]) -> None:
+    patch, own_size = config["patch_size"], config["image_size"]
     if size % patch:
         raise UserError(
             f"model.vision.image_size={size} is not a multiple of {vision.name}'s patch size {patch}; "
             f"try {size // patch * patch}"
         )
-    if family == "clip" and size != tower["image_size"]:
-        raise UserError(f"model.vision.image_size={size}: {vision.name} takes {tower['image_size']} only; leave it out")
+    if family.only_own_image_size and size != own_size:
+        raise UserError(f"model.vision.image_size={size}: {vision.name} takes {own_size} only; leave it out")
 
 
 def resolve_language(language: Language) -> LanguageSpec:
     """Resolve a language model from its config.json. Raises UserError when it is missing or of an unknown family."""
+    family, config = read_language(language)
+    return LanguageSpec(language.name, language.revision, family.name, family.template, family.shape(config))
+
+
+def read_vision(vision: Vision) -> tuple[VisionFamily, dict[str, Any]]:
+    """Return a vision backbone's family and the complete config of its tower. Raises UserError."""
+    config = read_config(vision.name, vision.revision, "vision")
+    family = family_of(config["model_type"], vision_families(), vision.family, vision.name, "vision")
+    return family, family.complete(config)
+
+
+def read_language(language: Language) -> tuple[LanguageFamily, dict[str, Any]]:
+    """Return a language model's family and complete config. Raises UserError."""
     config = read_config(language.name, language.revision, "language")
-    family = language.family or _family_of(config["model_type"], LANGUAGE_FAMILIES, language.name, "language")
-    return LanguageSpec(language.name, language.revision, family, config["hidden_size"], config["vocab_size"])
+    family = family_of(config["model_type"], language_families(), language.family, language.name, "language")
+    return family, family.complete(config)
 
 
 def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBase":
@@ -291,19 +267,25 @@ def _processor_size(processor: dict[str, Any]) -> int | None:
     return None
 
 
-def _family_of(model_type: str, families: dict[str, Any], name: str, role: str) -> str:
-    for family, members in families.items():
+def family_of(model_type: str, families: Mapping[str, Family], family: str | None, name: str, role: str) -> Family:
+    """Return the family that the recipe names, or else that of the model type. Raises UserError."""
+    if family is not None:
+        return families[family]
+    for members in families.values():
         if model_type in members.model_types:
-            return family
+            return members
     raise UserError(
         f"model.{role}.name={name}: {model_type!r} is not a supported {role} family; "
         f"choose one of: {', '.join(families)}"
     )
 
 
-def _validate_family(name: str, family: str | None, families: dict[str, Any], known: dict[str, str], role: str) -> None:
+def _validate_family(
+    name: str, family: str | None, families: Mapping[str, VisionFamily] | Mapping[str, LanguageFamily], role: str
+) -> None:
     if family is not None and family not in families:
         raise UserError(f"model.{role}.family={family!r} is not supported; choose one of: {', '.join(families)}")
+    known = [hub_id for members in families.values() for hub_id in members.published]
     if family is None and not is_folder(name) and name not in known:
         raise UserError(
             f"model.{role}.name={name!r} is neither a folder nor a known hub id; choose one of: {', '.join(known)}; "

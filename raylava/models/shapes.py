@@ -1,111 +1,78 @@
-"""Dimensions of published backbones, copied from their config.json, so that estimates need neither the hub nor weights.
+"""Dimensions of a recipe's model without its weights; those of published backbones come from their family modules."""
 
-`registry.py` lists the backbones that raylava trains.
-"""
-
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from raylava.config.recipe import Language, Model, Vision
+from raylava.models.families import language_families, vision_families
+from raylava.models.families.family import LanguageFamily, VisionFamily
 from raylava.models.registry import (
-    KNOWN_VISION,
+    family_of,
     load_tokenizer,
     padded_vocabulary,
-    read_config,
+    read_language,
+    read_vision,
     resolve_vision,
 )
-from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape, language_shape, vision_shape
+from raylava.perf.shapes import LlavaShape
 
 
-def _gemma(width: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
-        "model_type": "gemma",
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 256,
-        "vocab_size": 256_000,
-    }
-
-
-def _clip_large(pixels: int) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": pixels,
-        "patch_size": 14,
-    }
-
-
-def _dinov2(width: int, layers: int) -> dict[str, Any]:
-    shared = {"model_type": "dinov2", "mlp_ratio": 4, "image_size": 518, "patch_size": 14}
-    return shared | {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
-
-
-_GEMMA_2B, _GEMMA_7B = _gemma(2048, 16_384, 18, 8, 1), _gemma(3072, 24_576, 28, 16, 16)
-LANGUAGE = {
-    "google/gemma-2b-it": _GEMMA_2B,
-    "google/gemma-1.1-2b-it": _GEMMA_2B,
-    "google/gemma-7b-it": _GEMMA_7B,
-    "google/gemma-1.1-7b-it": _GEMMA_7B,
-}
-VISION = {
-    "openai/clip-vit-large-patch14-336": _clip_large(336),
-    "openai/clip-vit-large-patch14": _clip_large(224),
-    "facebook/dinov2-large": _dinov2(1024, 24),
-    "facebook/dinov2-base": _dinov2(768, 12),
-    "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-}
-
-
-def model_shape(model: Model) -> LlavaShape:
-    """Return the shape of a recipe's model, with `<image>` added to the vocabulary.
-
-    Raises UserError if a backbone is not listed in this module and its config.json cannot be read.
-    """
-    return LlavaShape(_language(model.language), _vision(model.vision))
-
-
-def model_configs(model: Model) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return the configs of the language model and the vision tower, and the number of patches per image.
+@dataclass(frozen=True)
+class BackboneConfigs:
+    """The families and complete configs of both backbones, and the side of the input images in pixels.
 
     The vocabulary size in the language model's config includes `<image>`.
     """
-    config, _ = _vision_config(model.vision)
-    return _language_config(model.language), config.get("vision_config", config), _vision(model.vision).patches
+
+    language_family: LanguageFamily
+    language: dict[str, Any]
+    vision_family: VisionFamily
+    vision: dict[str, Any]
+    pixels: int
+
+    @property
+    def shape(self) -> LlavaShape:
+        """Return the dimensions of the model."""
+        return LlavaShape(self.language_family.shape(self.language), self.vision_family.shape(self.vision, self.pixels))
 
 
-def _language(language: Language) -> LanguageShape:
-    return language_shape(_language_config(language))
+def model_shape(model: Model) -> LlavaShape:
+    """Return the dimensions of a recipe's model. Raises UserError as `backbone_configs` does."""
+    return backbone_configs(model).shape
 
 
-def _language_config(language: Language) -> dict[str, Any]:
-    published = LANGUAGE.get(language.name)
-    config = published or read_config(language.name, language.revision, "language")
-    rows = config["vocab_size"]
-    tokens = rows + 1 if published else len(load_tokenizer(language))
-    return {**config, "vocab_size": padded_vocabulary(tokens, rows)}
+def backbone_configs(model: Model) -> BackboneConfigs:
+    """Return the configs of a recipe's backbones.
+
+    Raises UserError if a backbone is not published in its family module and its config.json cannot be read.
+    """
+    language_family, language = _language(model.language)
+    vision_family, vision, pixels = _vision(model.vision)
+    return BackboneConfigs(language_family, language, vision_family, vision, pixels)
 
 
-def _vision(vision: Vision) -> VisionShape:
-    return vision_shape(*_vision_config(vision))
+def shape_from_config(config: Any) -> LlavaShape:
+    """Return the dimensions that a transformers LlavaConfig describes. Raises UserError for an unknown family."""
+    vision, language = config.vision_config.to_dict(), config.text_config.to_dict()
+    vision_family = family_of(vision["model_type"], vision_families(), None, "", "vision")
+    language_family = family_of(language["model_type"], language_families(), None, "", "language")
+    pixels = math.isqrt(config.image_seq_length) * vision["patch_size"]
+    return LlavaShape(language_family.shape(language), vision_family.shape(vision, pixels))
 
 
-def _vision_config(vision: Vision) -> tuple[dict[str, Any], int]:
-    """Return the config of a vision tower and the side of its input images in pixels."""
-    published = VISION.get(vision.name)
-    if published is None:
-        return read_config(vision.name, vision.revision, "vision"), resolve_vision(vision).pixels.size
-    return published, vision.image_size or KNOWN_VISION[vision.name].image_size
+def _language(language: Language) -> tuple[LanguageFamily, dict[str, Any]]:
+    for family in language_families().values():
+        if config := family.published.get(language.name):
+            rows = config["vocab_size"]
+            return family, family.complete(config) | {"vocab_size": padded_vocabulary(rows + 1, rows)}
+    family, config = read_language(language)
+    rows = padded_vocabulary(len(load_tokenizer(language)), config["vocab_size"])
+    return family, config | {"vocab_size": rows}
+
+
+def _vision(vision: Vision) -> tuple[VisionFamily, dict[str, Any], int]:
+    for family in vision_families().values():
+        if published := family.published.get(vision.name):
+            return family, family.complete(published.config), vision.image_size or published.image_size
+    return *read_vision(vision), resolve_vision(vision).pixels.size

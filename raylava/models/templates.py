@@ -1,6 +1,6 @@
 """Chat templates as data: the parts of a conversation's text, and the equivalent Jinja template for Hugging Face.
 
-corpus/conversation.py tokenizes conversations with these parts; registry.py assigns templates to families.
+corpus/conversation.py tokenizes conversations with these parts; each language family has a template.
 """
 
 from dataclasses import dataclass
@@ -59,13 +59,4 @@ _JINJA = (
     "{{{{ {close} }}}}{{{{ {gap} }}}}"
     "{{% endfor %}}"
     "{{% if add_generation_prompt %}}{{{{ {open} }}}}{{{{ {model} }}}}{{% endif %}}"
-)
-
-GEMMA = Template(
-    begin="<bos>",
-    open="<start_of_turn>",
-    close="<end_of_turn>",
-    user_header="user\n",
-    model_header="model\n",
-    gap="\n",
 )

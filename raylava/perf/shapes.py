@@ -1,16 +1,14 @@
-"""Dimensions of a LLaVA model, read from the configurations of its parts, and its exact parameter counts."""
+"""Dimensions of a LLaVA model and its exact parameter counts. Each family module builds the shapes of its members."""
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from raylava.errors import UserError
 
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A Gemma language model: gated MLP, grouped-query attention, no biases, output layer tied to the embedding."""
+    """A decoder: gated MLP, grouped-query attention, no biases.
+
+    Where it `is_tied`, the output layer is the embedding.
+    """
 
     width: int
     intermediate: int
@@ -19,6 +17,7 @@ class LanguageShape:
     kv_heads: int
     head_size: int
     vocabulary: int
+    is_tied: bool = True
 
     @property
     def attention_width(self) -> int:
@@ -36,18 +35,26 @@ class LanguageShape:
         """(size, count) pairs that cover all weight tensors."""
         queries, shared = self.width * self.attention_width, self.width * self.kv_heads * self.head_size
         layer = [(queries, 2), (shared, 2), (self.width * self.intermediate, 3), (self.width, 2)]
-        return [(self.embedding, 1), (self.width, 1), *((size, count * self.layers) for size, count in layer)]
+        return [
+            (self.embedding, self._embeddings),
+            (self.width, 1),
+            *((size, count * self.layers) for size, count in layer),
+        ]
 
     @property
     def embedding(self) -> int:
-        """Number of weights of the embedding, which is also the output layer."""
+        """Number of weights of the embedding, and of the output layer."""
         return self.vocabulary * self.width
 
     @property
+    def _embeddings(self) -> int:
+        return 1 if self.is_tied else 2
+
+    @property
     def parameters(self) -> int:
-        """Number of parameters; the tied embedding counts once."""
+        """Number of parameters; a tied embedding counts once."""
         norms = (2 * self.layers + 1) * self.width
-        return self.embedding + self.matrices + norms
+        return self._embeddings * self.embedding + self.matrices + norms
 
 
 @dataclass(frozen=True)
@@ -141,92 +148,3 @@ class LlavaShape:
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
         return self.language.parameters + self.vision.parameters + self.connector
-
-
-def shape_from_config(config: Any) -> LlavaShape:
-    """Return the shape that a transformers LlavaConfig describes."""
-    vision = config.vision_config.to_dict()
-    pixels = math.isqrt(config.image_seq_length) * vision["patch_size"]
-    return LlavaShape(language_shape(config.text_config.to_dict()), vision_shape(vision, pixels))
-
-
-def language_shape(config: Mapping[str, Any]) -> LanguageShape:
-    """Return the shape that the config.json of a Gemma model describes."""
-    return LanguageShape(
-        width=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_size=config["head_dim"],
-        vocabulary=config["vocab_size"],
-    )
-
-
-def vision_shape(config: Mapping[str, Any], pixels: int) -> VisionShape:
-    """Return the shape that the config.json of a vision tower, or its vision part, describes for square images.
-
-    `pixels` is the images' side. Raises UserError for an unsupported family.
-    """
-    tower = config.get("vision_config", config)
-    family = _FAMILIES.get(str(tower["model_type"]).removesuffix("_vision_model"))
-    if family is None:
-        raise UserError(f"unsupported vision tower type {tower['model_type']}; choose one of: {', '.join(_FAMILIES)}")
-    return family(tower, pixels)
-
-
-def _grid(side: int, patch: int) -> int:
-    return (side // patch) ** 2
-
-
-def _clip(config: Mapping[str, Any], pixels: int) -> VisionShape:
-    width, patch = config["hidden_size"], config["patch_size"]
-    return VisionShape(
-        width=width,
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        patch=patch,
-        patches=_grid(pixels, patch),
-        positions=_grid(config["image_size"], patch) + 1,
-        has_cls=True,
-        patch_bias=False,
-        extra=width + 2 * width,  # class embedding; norm before the blocks
-    )
-
-
-def _dinov2(config: Mapping[str, Any], pixels: int) -> VisionShape:
-    width, patch, layers = config["hidden_size"], config["patch_size"], config["num_hidden_layers"]
-    return VisionShape(
-        width=width,
-        intermediate=width * config["mlp_ratio"],
-        layers=layers,
-        patch=patch,
-        patches=_grid(pixels, patch),
-        positions=_grid(config["image_size"], patch) + 1,
-        has_cls=True,
-        patch_bias=True,
-        extra=2 * width + 2 * layers * width,  # class and mask token; two layer scales per block
-    )
-
-
-def _siglip(config: Mapping[str, Any], pixels: int) -> VisionShape:
-    width, patch, intermediate = config["hidden_size"], config["patch_size"], config["intermediate_size"]
-    pooling = width + 4 * width**2 + 4 * width + 2 * width + 2 * width * intermediate + width + intermediate
-    return VisionShape(
-        width=width,
-        intermediate=intermediate,
-        layers=config["num_hidden_layers"],
-        patch=patch,
-        patches=_grid(pixels, patch),
-        positions=_grid(config["image_size"], patch),
-        has_cls=False,
-        patch_bias=True,
-        extra=pooling,  # attention pooling, whose output LLaVA does not read
-    )
-
-
-_FAMILIES: dict[str, Callable[[Mapping[str, Any], int], VisionShape]] = {
-    "clip": _clip,
-    "dinov2": _dinov2,
-    "siglip": _siglip,
-}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaTokenizer
 
 from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, Turn
-from raylava.models.templates import GEMMA, IMAGE_TOKEN
+from raylava.models.families.gemma import TEMPLATE
+from raylava.models.templates import IMAGE_TOKEN
 from raylava.toy.corpus import DESCRIBE
 from raylava.toy.scenes import QUESTION_TYPES, Scene, caption, draw_question, draw_scene
 
-_CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", GEMMA.open, GEMMA.close)
+_CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", TEMPLATE.open, TEMPLATE.close)
 # Questions that require looking an object up in the caption are drawn twice as often as counting.
 _QUESTION_KINDS = (*QUESTION_TYPES, "colour", "shape", "place", "presence")
 _EXCHANGES = 6  # per conversation
@@ -69,7 +70,7 @@ def train_tokenizer(vocabulary: int, seed: int) -> GemmaTokenizer:
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in trained["merges"]]
     tokenizer = GemmaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": [GEMMA.open, GEMMA.close]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [TEMPLATE.open, TEMPLATE.close]})
     return tokenizer
 
 
@@ -112,7 +113,7 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=size.steps, pct_start=0.1)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    chat_tokenizer = ChatTokenizer(tokenizer, GEMMA)
+    chat_tokenizer = ChatTokenizer(tokenizer, TEMPLATE)
     for _ in range(size.steps):
         chats = [chat_tokenizer.encode(_conversation(draw_scene(rng), rng), image_count=0) for _ in range(size.batch)]
         loss = _loss(model, chats)

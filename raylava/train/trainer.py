@@ -15,7 +15,6 @@ from raylava.corpus.block_cache import open_blocks
 from raylava.errors import RunError
 from raylava.models.export import export_model
 from raylava.models.llava import CONNECTOR_FILE, build_llava, load_connector
-from raylava.perf.shapes import shape_from_config
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, TrainBackend
@@ -43,7 +42,7 @@ class Trainer:
         self._llava = build_llava(spec.model, spec.seed, DTYPES[training.precision], training.attn_implementation)
         if spec.connector:
             load_connector(self._llava, spec.connector)
-        self._shape = shape_from_config(self._llava.config)
+        self._shape = spec.model.shape(self._llava.config.text_config.vocab_size)
         self._step_log = StepLog()
         self._checkpoints = CheckpointManager(spec, self._plan.steps, backend)
         self._consecutive_skips = 0

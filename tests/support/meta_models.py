@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from raylava.perf.shapes import LlavaShape, language_shape, vision_shape
+from raylava.models.families import clip, dinov2, gemma, siglip
+from raylava.perf.shapes import LlavaShape, VisionShape
 
 CLIP_L = CLIPVisionConfig(
     hidden_size=1024,
@@ -77,5 +78,11 @@ def connector_on_meta(vision_config: Any) -> torch.nn.Module:
 
 def llava_shape(language: Any = GEMMA_2B, vision: str = "CLIP-L/336") -> LlavaShape:
     """Return the shape of a LLaVA of this language model and this vision tower."""
-    config, _, pixels = VISION_TOWERS[vision]
-    return LlavaShape(language_shape(language.to_dict()), vision_shape(config.to_dict(), pixels))
+    return LlavaShape(gemma.FAMILY.shape(language.to_dict()), vision_shape(vision))
+
+
+def vision_shape(name: str) -> VisionShape:
+    """Return the shape of one of VISION_TOWERS."""
+    config, _, pixels = VISION_TOWERS[name]
+    (family,) = (module.FAMILY for module in (clip, dinov2, siglip) if config.model_type in module.FAMILY.model_types)
+    return family.shape(config.to_dict(), pixels)

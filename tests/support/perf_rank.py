@@ -41,7 +41,7 @@ from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForCon
 from raylava.config.recipe import Training  # noqa: E402
 from raylava.estimate.synthetic import synthetic_pack  # noqa: E402
 from raylava.models.attention import VARLEN, register_varlen  # noqa: E402
-from raylava.perf.shapes import shape_from_config  # noqa: E402
+from raylava.models.shapes import shape_from_config  # noqa: E402
 from raylava.train.engine import DTYPES, Engine  # noqa: E402
 
 

@@ -37,8 +37,8 @@ from raylava.corpus.blocks import Blocks, Sample
 from raylava.errors import RunError
 from raylava.models.llava import PackTensors, build_llava
 from raylava.models.registry import ResolvedModel, load_tokenizer, resolve_model
+from raylava.models.shapes import shape_from_config
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.perf.shapes import shape_from_config
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver, ResolvedTraining
 from raylava.train.batch_plan import BatchPlan

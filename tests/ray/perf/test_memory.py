@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from transformers import CLIPVisionConfig, GemmaConfig
 
+from raylava.models.families import clip, gemma
 from raylava.perf.memory import ExecutionConfig, MemoryBreakdown, PackShape, TrainableModel, predict_memory
-from raylava.perf.shapes import LlavaShape, language_shape, vision_shape
+from raylava.perf.shapes import LlavaShape
 from raylava.perf.traffic import predict_traffic
 from tests.support.ranks import run_ranks
 
@@ -80,8 +81,8 @@ def training_settings(precision: str, zero_stage: int, activation_checkpointing:
 
 
 def model_of(run: tuple[str, str, int, bool]) -> TrainableModel:
-    vision = CLIPVisionConfig(**SIZES["vision"])
-    shape = LlavaShape(language_shape(GemmaConfig(**SIZES["language"]).to_dict()), vision_shape(vision.to_dict(), 112))
+    language, vision = GemmaConfig(**SIZES["language"]), CLIPVisionConfig(**SIZES["vision"])
+    shape = LlavaShape(gemma.FAMILY.shape(language.to_dict()), clip.FAMILY.shape(vision.to_dict(), 112))
     return TrainableModel(
         shape,
         trains_language=run[0] == "finetune",

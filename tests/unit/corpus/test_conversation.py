@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, Turn
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.models.templates import GEMMA, IMAGE_TOKEN
+from raylava.models.families.gemma import TEMPLATE as GEMMA
+from raylava.models.templates import IMAGE_TOKEN
 from raylava.toy.language import train_tokenizer
 
 

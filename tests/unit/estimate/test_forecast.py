@@ -11,8 +11,7 @@ from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
 from raylava.estimate.forecast import Forecast, KnownCorpora, Target, forecast, gpu_target
 from raylava.estimate.workload import prepared_corpus
-from raylava.models.registry import KNOWN_LANGUAGE, KNOWN_VISION
-from raylava.models.shapes import LANGUAGE, VISION, model_shape
+from raylava.models.shapes import model_shape
 from raylava.perf.hardware import DEVICES, make_cluster
 from raylava.perf.step_time import nominal_speed
 from raylava.storage import storage_path
@@ -33,11 +32,6 @@ def h100_nodes(count: int = 1, price: float | None = None) -> Target:
 @cache
 def forecast_on_eight_h100(name: str = "llava-gemma-2b", *overrides: str) -> Forecast:
     return forecast(recipe(name, *overrides), h100_nodes(), NOTHING_KNOWN)
-
-
-def test_every_known_backbone_has_its_shape_without_the_hub() -> None:
-    assert set(LANGUAGE) == set(KNOWN_LANGUAGE)
-    assert set(VISION) == set(KNOWN_VISION)
 
 
 def test_the_papers_connector_has_the_published_number_of_parameters() -> None:

@@ -6,7 +6,7 @@ from raylava.config.recipe import Model
 from raylava.estimate.synthetic import synthetic_pack
 from raylava.models.llava import PackLoss, build_llava
 from raylava.models.registry import resolve_model
-from raylava.perf.shapes import shape_from_config
+from raylava.models.shapes import shape_from_config
 
 
 def test_a_synthetic_pack_has_the_requested_sizes_and_a_finite_loss(toy_model: Model) -> None:

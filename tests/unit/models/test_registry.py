@@ -57,3 +57,17 @@ def test_weights_of_a_folder_are_identified_by_content_not_location(siglip: Path
     (copy / "config.json").write_text("{}")
     other = shutil.copytree(copy, tmp_path / "other")
     assert weights_identity(str(siglip), "main") != weights_identity(str(other), "main")
+
+
+def test_fields_that_a_config_omits_have_transformers_defaults(siglip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(siglip, tmp_path / "omitting")
+    config = json.loads((folder / "config.json").read_text())
+    vision_config = {name: config[name] for name in ("model_type", "image_size")}  # as published SigLIP models do
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision_config}))
+    spec = resolve_vision(Vision(name=str(folder)))
+    assert (spec.family, spec.shape.patch, spec.shape.width, spec.image_tokens) == ("siglip", 16, 768, 4)
+
+
+def test_siglip_accepts_its_own_image_size_only(siglip: Path) -> None:
+    with pytest.raises(UserError, match="takes 32 only"):
+        resolve_vision(Vision(name=str(siglip), image_size=64))

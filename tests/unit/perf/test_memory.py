@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.models.shapes import LANGUAGE, VISION
+from raylava.config.recipe import Language, Model, Vision
+from raylava.models.shapes import model_shape
 from raylava.perf.memory import ExecutionConfig, PackShape, TrainableModel, checkpoint_bytes, predict_memory
-from raylava.perf.shapes import LlavaShape, language_shape, vision_shape
 
 
 def gemma(name: str) -> TrainableModel:
-    vision = vision_shape(VISION["openai/clip-vit-large-patch14-336"], 336)
-    shape = LlavaShape(language_shape(LANGUAGE[name]), vision)
+    vision = Vision(name="openai/clip-vit-large-patch14-336")
+    shape = model_shape(Model(language=Language(name=name), vision=vision))
     return TrainableModel(shape, trains_language=True, trains_vision=False, bytes_per_value=2)
 
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from raylava.config.recipe import Vision
 from raylava.corpus.blocks import Blocks, Sample
-from raylava.models.registry import PixelRule, VisionSpec
+from raylava.models.families import clip
+from raylava.models.registry import PixelRule, vision_spec
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator, PackedDataLoader
 
 IMAGE, BOS = 99, 2
-VISION = VisionSpec("tiny", "main", "clip", PixelRule(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), patch_size=8, width=8)
+CONFIG = clip.FAMILY.complete({"hidden_size": 8, "image_size": 16, "patch_size": 8})
+VISION = vision_spec(Vision(name="tiny"), clip.FAMILY, CONFIG, PixelRule(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 COLLATOR = PackCollator(VISION, IMAGE, BOS)
 
 

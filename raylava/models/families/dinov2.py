@@ -1,0 +1,53 @@
+"""DINOv2: a class token, layer scales, position embeddings interpolated to any image size (Oquab et al. 2023)."""
+
+from raylava.models.families.family import Config, PublishedVision, VisionFamily, patch_count
+from raylava.perf.shapes import VisionShape
+
+
+def _shape(config: Config, pixels: int) -> VisionShape:
+    width, patch, layers = config["hidden_size"], config["patch_size"], config["num_hidden_layers"]
+    return VisionShape(
+        width=width,
+        intermediate=width * config["mlp_ratio"],
+        layers=layers,
+        patch=patch,
+        patches=patch_count(pixels, patch),
+        positions=patch_count(config["image_size"], patch) + 1,
+        has_cls=True,
+        patch_bias=True,
+        extra=2 * width + 2 * layers * width,  # class and mask token; two layer scales per block
+    )
+
+
+def _published(width: int, layers: int) -> PublishedVision:
+    config = {
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    return PublishedVision(config, image_size=224)
+
+
+FAMILY = VisionFamily(
+    name="dinov2",
+    model_types=("dinov2",),
+    model_class="Dinov2Model",
+    defaults={
+        "model_type": "dinov2",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "mlp_ratio": 4,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+    shape=_shape,
+    published={
+        "facebook/dinov2-large": _published(1024, 24),
+        "facebook/dinov2-base": _published(768, 12),
+    },
+)

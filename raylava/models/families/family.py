@@ -1,0 +1,71 @@
+"""What a family module fills in: all that raylava must know about a kind of backbone, as data and one function."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from raylava.models.templates import Template
+from raylava.perf.shapes import LanguageShape, VisionShape
+
+Config = Mapping[str, Any]  # the content of a config.json
+
+
+@dataclass(frozen=True)
+class PublishedVision:
+    """A published backbone: its config.json, and the side in pixels of the images that its processor produces."""
+
+    config: Config
+    image_size: int
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """A kind of vision backbone.
+
+    `model_types` are its values of `model_type` in config.json, also of configs that contain it as `vision_config`;
+    `model_class` is the name of a class in transformers. `defaults` are the fields that config.json may omit. `shape`
+    maps a complete config and the side of the input images in pixels to dimensions. LLaVA reads `feature_layer` of the
+    tower's hidden states. Of an `only_own_image_size` family, transformers accepts no other size than config.json's.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model_class: str
+    defaults: Config
+    shape: Callable[[Config, int], VisionShape]
+    feature_layer: int = -2
+    only_own_image_size: bool = False
+    published: Mapping[str, PublishedVision] = field(default_factory=dict)
+
+    def complete(self, config: Config) -> dict[str, Any]:
+        """Return the tower's config with omitted fields added; `config` is the tower's or contains it."""
+        return {**self.defaults, **config.get("vision_config", config)}
+
+
+@dataclass(frozen=True)
+class LanguageFamily:
+    """A kind of language model: see VisionFamily. `published` maps hub ids to configs."""
+
+    name: str
+    model_types: tuple[str, ...]
+    template: Template
+    defaults: Config
+    shape: Callable[[Config], LanguageShape]
+    published: Mapping[str, Config] = field(default_factory=dict)
+
+    def complete(self, config: Config) -> dict[str, Any]:
+        """Return the config with omitted fields added."""
+        return {**self.defaults, **config}
+
+
+Family = TypeVar("Family", VisionFamily, LanguageFamily)
+
+
+def patch_count(pixels: int, patch: int) -> int:
+    """Return the number of patches of a square image of `pixels` per side."""
+    return (pixels // patch) ** 2
+
+
+def select_strategy(shape: VisionShape) -> str:
+    """Return transformers' name of the class token's rule: `default` drops the first token, `full` keeps all."""
+    return "default" if shape.has_cls else "full"

@@ -1,0 +1,48 @@
+"""SigLIP: no class token, an attention pooling head that LLaVA does not read (Zhai et al. 2023)."""
+
+from raylava.models.families.family import Config, PublishedVision, VisionFamily, patch_count
+from raylava.perf.shapes import VisionShape
+
+
+def _shape(config: Config, pixels: int) -> VisionShape:
+    width, patch, intermediate = config["hidden_size"], config["patch_size"], config["intermediate_size"]
+    pooling = width + 4 * width**2 + 4 * width + 2 * width + 2 * width * intermediate + width + intermediate
+    return VisionShape(
+        width=width,
+        intermediate=intermediate,
+        layers=config["num_hidden_layers"],
+        patch=patch,
+        patches=patch_count(pixels, patch),
+        positions=patch_count(config["image_size"], patch),
+        has_cls=False,
+        patch_bias=True,
+        extra=pooling,
+    )
+
+
+_SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+FAMILY = VisionFamily(
+    name="siglip",
+    model_types=("siglip", "siglip_vision_model"),
+    model_class="SiglipVisionModel",
+    defaults={
+        "model_type": "siglip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    shape=_shape,
+    only_own_image_size=True,
+    published={"google/siglip-so400m-patch14-384": PublishedVision(_SO400M, 384)},
+)
