@@ -39,10 +39,13 @@ def _check(
     file: str, overrides: list[str], cluster: str | None, address: str | None, storage: str, console: Console
 ) -> CommandResult:
     from raylava.config.load import load_recipe
+    from raylava.evaluate.loading import validate_benchmark
     from raylava.models.registry import validate_backbones
 
     recipe = load_recipe(file, overrides)
     validate_backbones(recipe.model.language, recipe.model.vision)
+    for benchmark in recipe.evaluate:
+        validate_benchmark(benchmark)
     if address and cluster:
         raise UserError("check takes --cluster FILE or --address URL; leave one out")
     if address not in (None, "auto"):

@@ -40,11 +40,11 @@ def command(
     protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="as for score")] = "",
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="the first N questions only")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="(default: 16; mm-vet 512)")
+        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="(default: the benchmark's own)")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="questions per batch")] = 32,
     judge: Annotated[
-        str, typer.Option("--judge", metavar="COMMAND", help="for mm-vet: reads a prompt, prints a grade")
+        str, typer.Option("--judge", metavar="COMMAND", help="for a judged benchmark: reads a prompt, prints a grade")
     ] = "",
     engine: Annotated[
         str, typer.Option("--engine", metavar="NAME", help="transformers, or vllm where it is installed")
@@ -71,9 +71,9 @@ def _evaluate(options: _Options, console: Console) -> CommandResult:
     from raylava.cli.tables import result_table
     from raylava.cluster.roles import TRAIN, node_labels_for
     from raylava.config.recipe import Resources
-    from raylava.evaluate.benchmarks import load_named_benchmark
     from raylava.evaluate.engines import validate_engine, validate_precision
     from raylava.evaluate.generation import ActorPool
+    from raylava.evaluate.loading import load_named_benchmark
     from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
     from raylava.pipeline.report import show_unjudged
     from raylava.pipeline.results import is_scored

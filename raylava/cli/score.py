@@ -15,7 +15,7 @@ _MAX_IDS = 10
 
 def command(
     benchmark: Annotated[
-        str, typer.Argument(metavar="NAME", help="pope, gqa, vqav2, mme, mmvp, scienceqa, mm-vet or custom")
+        str, typer.Argument(metavar="NAME", help="an official benchmark (see docs/evaluation.md), or custom")
     ],
     data: BenchmarkData,
     answers: Annotated[
@@ -26,10 +26,10 @@ def command(
         str, typer.Option("--metric", metavar="NAME", help="for custom: exact_match, vqa_accuracy, yes_no")
     ] = "exact_match",
     protocol: Annotated[
-        str, typer.Option("--protocol", metavar="NAME", help="where toolkits differ (pope: llava, lmms-eval)")
+        str, typer.Option("--protocol", metavar="NAME", help="whose scoring rules, where toolkits differ")
     ] = "",
     grades: Annotated[
-        str | None, typer.Option("--grades", metavar="FILE", help="for mm-vet: the judge's file of grades")
+        str | None, typer.Option("--grades", metavar="FILE", help="for a judged benchmark: the judge's file of grades")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -49,10 +49,10 @@ def _score(
     console: Console,
 ) -> CommandResult:
     from raylava.cli.tables import result_table
-    from raylava.evaluate.benchmarks import score_file
+    from raylava.evaluate.loading import score_file
 
     if answers is None and grades is None:
-        raise UserError("score needs answers; give --answers FILE (for mm-vet --grades FILE)")
+        raise UserError("score needs answers; give --answers FILE (--grades FILE where a judge grades)")
     result = score_file(benchmark, data, answers or "", metric, protocol, grades)
     metrics = result.metrics()
     console.show(result_table(metrics))

@@ -239,14 +239,14 @@ class Training(ConfigModel):
 class Benchmark(ConfigModel):
     """Held-out questions with reference answers: JSONL, or LLaVA JSON in which each human turn is a question.
 
-    `benchmark: custom` reads such a file; the other values read the official files of one of the paper's benchmarks
-    from the folder `questions` (mm-vet is answered only, and graded by a judge). `protocol` selects between toolkits'
-    scoring rules where they differ (pope: llava, lmms-eval). `categories` assigns a question to the first category
-    whose regular expression matches it. `baselines` also scores blank images, or the model before training.
+    `benchmark: custom` reads such a file; another name reads the official files of that benchmark (docs/evaluation.md
+    lists them) from the folder `questions`. Answers to a judged benchmark are not scored. `protocol` selects between
+    toolkits' scoring rules where they differ. `categories` assigns a question to the first category whose regular
+    expression matches it. `baselines` also scores blank images, or the model before training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    benchmark: Literal["custom", "pope", "gqa", "vqav2", "mme", "mmvp", "scienceqa", "mm-vet"] = "custom"
+    benchmark: str = "custom"
     protocol: str = ""
     questions: str = not_fingerprinted(...)
     images: str = not_fingerprinted("")

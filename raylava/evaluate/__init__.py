@@ -1,6 +1,6 @@
 """Evaluation of a model on held-out questions.
 
-`questions` reads custom question files, `official_benchmarks` the official files of seven benchmarks; `benchmarks`
+`questions` reads custom question files, `benchmarks` has a module for each official benchmark; `loading`
 loads either by name and scores files of answers. `generation` answers questions with Ray Data actors that run a model
 with one of the `engines`; `prediction_store` keeps the answers for resuming. `answer_files` reads files of answers in
 LLaVA's and the official formats. `metrics` computes scores and is pure; `judge` asks an external program where no

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylava.errors import UserError
-from raylava.evaluate.official_benchmarks import OPTION_LETTER_SUFFIX, SHORT_ANSWER_SUFFIX
+from raylava.evaluate.benchmarks.files import OPTION_LETTER_SUFFIX, SHORT_ANSWER_SUFFIX
 from raylava.evaluate.questions import Question
 from raylava.storage import StoragePath
 

@@ -11,13 +11,13 @@ from raylava.artifacts import RECORD_FILE, Artifact, ArtifactSpec, fingerprint, 
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
 from raylava.errors import UserError
-from raylava.evaluate.benchmarks import LoadedBenchmark
 from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
 from raylava.evaluate.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
 from raylava.evaluate.judge import grade_answers
+from raylava.evaluate.loading import LoadedBenchmark
 from raylava.evaluate.metrics.exact_match import majority_baseline
-from raylava.evaluate.metrics.registry import SCORING_VERSION, score_answers, score_grades
 from raylava.evaluate.metrics.score_table import BenchmarkResult
+from raylava.evaluate.metrics.scoring import SCORING_VERSION, score_answers, score_grades
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
 from raylava.models.registry import absolute_name, is_folder, weights_identity
@@ -111,9 +111,14 @@ class EvaluateStage(Stage):
         _write_answers(request, answers, output)
         name = request.benchmark.name
         if result is None:
-            return {"benchmark": name, "questions": len(answers), "answers_for_a_judge": OFFICIAL_ANSWERS_FILE}
+            return {
+                "benchmark": name,
+                "official": request.benchmark.benchmark,
+                "questions": len(answers),
+                "answers_for_a_judge": OFFICIAL_ANSWERS_FILE,
+            }
         (output / PER_QUESTION_SCORES).write_bytes(json.dumps(result.per_question).encode())
-        has_constant_answer = request.loaded.metric in ("exact_match", "yes_no")
+        has_constant_answer = request.loaded.scoring.has_constant_answer
         majority = {"majority": majority_baseline(questions)} if has_constant_answer else {}
         return result.metrics() | majority | {"images": request.loaded.image_root}
 
@@ -133,13 +138,13 @@ def _score(
 ) -> BenchmarkResult | None:
     """Score the answers; return None where a judge is needed and none is given."""
     name, loaded = request.benchmark.name, request.loaded
-    if loaded.metric == "judged" and not request.judge:
+    if loaded.scoring.is_judged and not request.judge:
         return None
-    if loaded.metric == "judged":
+    if loaded.scoring.is_judged:
         grades = grade_answers(loaded.questions, answers, request.judge, output / GRADES_FILE, progress)
-        return score_grades(name, loaded.questions, grades)
+        return score_grades(name, loaded.scoring, loaded.questions, grades)
     texts = {answer.question_id: answer.text for answer in answers}
-    return score_answers(name, loaded.metric, loaded.questions, texts, loaded.protocol)
+    return score_answers(name, loaded.scoring, loaded.questions, texts, loaded.protocol)
 
 
 def _write_answers(request: EvaluationRequest, answers: list[GeneratedAnswer], output: StoragePath) -> None:
@@ -147,7 +152,7 @@ def _write_answers(request: EvaluationRequest, answers: list[GeneratedAnswer], o
     (output / ANSWERS_FILE).write_bytes(encode_answers(answers, request.model.identity))
     lines = [json.dumps(dataclasses.asdict(question), ensure_ascii=False) for question in request.loaded.questions]
     (output / QUESTIONS_FILE).write_bytes("".join(line + "\n" for line in lines).encode())
-    if request.loaded.metric == "judged":
+    if request.loaded.scoring.is_judged:
         texts = {answer.question_id: answer.text or "" for answer in answers}
         (output / OFFICIAL_ANSWERS_FILE).write_bytes(json.dumps(texts, ensure_ascii=False, indent=1).encode())
 

@@ -13,8 +13,8 @@ from typing import Any
 from raylava.config.recipe import Benchmark, Corpus, Recipe, StageName
 from raylava.corpus.prepare import PrepareSpec
 from raylava.errors import UserError
-from raylava.evaluate.benchmarks import BenchmarkCache
 from raylava.evaluate.generation import ActorPool
+from raylava.evaluate.loading import BenchmarkCache
 from raylava.models.registry import (
     ResolvedModel,
     VisionSpec,

@@ -41,7 +41,8 @@ def show_unjudged(evaluation: Artifact, console: Console) -> None:
     """Display where the answers are that a judge has to grade, and the command that scores its grades."""
     name, answers = evaluation.metrics["benchmark"], evaluation.path / evaluation.metrics["answers_for_a_judge"]
     console.say(f"answers to {name}: [bold]{escape(str(answers))}[/]   (to be graded by a judge)")
-    console.say("next:  raylava score mm-vet --data DIR --grades FILE")
+    official = evaluation.metrics.get("official", "NAME")  # absent from artifacts of version 0.1.0
+    console.say(f"next:  raylava score {official} --data DIR --grades FILE")
 
 
 def score_table(name: str, artifacts: Mapping[str, Artifact]) -> Table:

@@ -25,7 +25,7 @@ from raylava.cluster.session import on_driver_node, ray_session
 from raylava.config.recipe import Resources
 from raylava.console import Console
 from raylava.errors import UserError, first_line
-from raylava.evaluate.benchmarks import BenchmarkCache
+from raylava.evaluate.loading import BenchmarkCache
 from raylava.pipeline.graph import build_stages, make_absolute
 from raylava.pipeline.runner import check_capacity
 from raylava.progress import poll_in_background

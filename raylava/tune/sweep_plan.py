@@ -6,7 +6,7 @@ from functools import cached_property
 
 from raylava.artifacts import Artifact
 from raylava.errors import UserError
-from raylava.evaluate.benchmarks import BenchmarkCache
+from raylava.evaluate.loading import BenchmarkCache
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.stage import Stage
 from raylava.storage import StoragePath

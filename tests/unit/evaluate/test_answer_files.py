@@ -6,7 +6,7 @@ import pytest
 
 from raylava.errors import UserError
 from raylava.evaluate.answer_files import read_predictions
-from raylava.evaluate.benchmarks import score_file
+from raylava.evaluate.loading import score_file
 from raylava.storage import storage_path
 from tests.support.official_files import write_gqa, write_jsonl, write_mme
 

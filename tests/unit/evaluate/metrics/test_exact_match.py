@@ -3,7 +3,7 @@
 import pytest
 
 from raylava.evaluate.metrics.exact_match import majority_baseline, normalize_answer
-from raylava.evaluate.metrics.registry import score_answers
+from raylava.evaluate.metrics.scoring import EXACT_MATCH, score_answers
 from tests.support.scoring import make_question, metric_values
 
 
@@ -22,7 +22,7 @@ def test_missing_answer_is_wrong_and_listed() -> None:
         make_question(3, "one", "count"),
         make_question(4, "red", "colour"),
     ]
-    result = score_answers("custom", "exact_match", questions, {"1": "Two.", "2": "one", "4": "red", "3": None})
+    result = score_answers("custom", EXACT_MATCH, questions, {"1": "Two.", "2": "one", "4": "red", "3": None})
     assert metric_values(result) == {"exact_match": 0.5}
     assert result.missing == ("3",)
     assert result.by_category["count"] == {"units": 3.0, "exact_match": pytest.approx(1 / 3)}

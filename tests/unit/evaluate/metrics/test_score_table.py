@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylava.evaluate.metrics.registry import score_answers
 from raylava.evaluate.metrics.score_table import Metric, paired_interval
+from raylava.evaluate.metrics.scoring import EXACT_MATCH, score_answers
 from tests.support.scoring import make_question
 
 
@@ -14,7 +14,7 @@ def score_yes_answers(correct: list[bool]) -> Metric:
     """Score an answer per question that is correct or wrong as listed."""
     questions = [make_question(number, "yes") for number in range(len(correct))]
     answers = {str(number): "yes" if is_correct else "no" for number, is_correct in enumerate(correct)}
-    return score_answers("custom", "exact_match", questions, answers).scores["exact_match"]
+    return score_answers("custom", EXACT_MATCH, questions, answers).scores["exact_match"]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raylava.evaluate.metrics.registry import score_answers
+from raylava.evaluate.metrics.scoring import YES_NO, score_answers
 from raylava.evaluate.metrics.yes_no import parse_llava
 from tests.support.scoring import make_question, metric_values
 
@@ -29,8 +29,8 @@ def test_llava_parses_no_from_a_negation_in_the_first_sentence(answer: str, pars
 def test_lmms_eval_accepts_only_the_exact_word() -> None:
     questions = [make_question(1, "yes"), make_question(2, "no"), make_question(3, "yes")]
     answers = {"1": "maybe", "2": "No there is none", "3": " YES "}
-    assert metric_values(score_answers("pope", "yes_no", questions, answers, "llava"))["accuracy"] == 1.0
-    result = score_answers("pope", "yes_no", questions, answers, "lmms-eval")
+    assert metric_values(score_answers("pope", YES_NO, questions, answers, "llava"))["accuracy"] == 1.0
+    result = score_answers("pope", YES_NO, questions, answers, "lmms-eval")
     assert (result.protocol, metric_values(result)["accuracy"]) == ("lmms-eval", pytest.approx(1 / 3))
 
 
@@ -42,7 +42,7 @@ def test_lmms_eval_counts_other_answers_as_wrong_but_not_as_false_yes() -> None:
         make_question(4, "no"),
     ]
     answers = {"1": "Yes", "2": "unclear", "3": "unclear", "4": "unclear"}
-    values = metric_values(score_answers("pope", "yes_no", questions, answers, "lmms-eval"))
+    values = metric_values(score_answers("pope", YES_NO, questions, answers, "lmms-eval"))
     assert values == {"accuracy": 0.25, "f1": 1.0, "precision": 1.0, "recall": 1.0, "yes_ratio": 0.25}
 
 
@@ -53,7 +53,7 @@ def test_llava_averages_over_categories_regardless_of_their_size() -> None:
         make_question(3, "yes", "a"),
         make_question(4, "no", "b"),
     ]
-    result = score_answers("pope", "yes_no", questions, {"1": "yes", "2": "yes", "3": "no", "4": "no"})
+    result = score_answers("pope", YES_NO, questions, {"1": "yes", "2": "yes", "3": "no", "4": "no"})
     scores = result.by_category["a"]
     assert (scores["accuracy"], scores["precision"], scores["recall"], scores["f1"]) == pytest.approx(
         (1 / 3, 0.5, 0.5, 0.5)

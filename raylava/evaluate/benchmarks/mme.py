@@ -4,12 +4,17 @@ Task scores are added up. Perception has ten tasks (at most 2000 points), cognit
 fraction of images with both answers correct.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from raylava.errors import UserError
+from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
+from raylava.evaluate.benchmarks.files import short_answer
 from raylava.evaluate.metrics.score_table import Array, ScoreTable, ratio
+from raylava.evaluate.metrics.scoring import Scoring
 from raylava.evaluate.questions import Question
+from raylava.storage import StoragePath
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -59,3 +64,44 @@ def _ability_points(sums: Array) -> dict[str, Array]:
 def _task_points(sums: Array) -> dict[str, Array]:
     """Return the points of the only task in the sums; all other tasks have 0 points."""
     return {"points": _points_by_task(sums).sum(axis=-1)}
+
+
+def _read(data: StoragePath) -> list[Question]:
+    """Read the folder of each task: one text file per image, with two lines of question and label."""
+    questions: list[Question] = []
+    for task in (*PERCEPTION, *COGNITION):
+        texts, images = data / task / "questions_answers_YN", data / task / "images"
+        if not texts.is_folder():
+            texts = images = data / task
+        if not texts.children():
+            raise UserError(f"{data}: MME's task {task} is missing; give the folder of the whole release as --data")
+        questions += _read_task(task, texts, images)
+    return questions
+
+
+def _read_task(task: str, texts: StoragePath, images: StoragePath) -> Iterator[Question]:
+    by_stem = {file.name.rpartition(".")[0]: file.name for file in images.children() if not file.name.endswith(".txt")}
+    for file in texts.children():
+        stem, _, extension = file.name.rpartition(".")
+        if extension != "txt":
+            continue
+        if stem not in by_stem:
+            raise UserError(f"{file}: its image is not in {images}")
+        image = f"{task}/images/{by_stem[stem]}" if images.name == "images" else f"{task}/{by_stem[stem]}"
+        yield from _read_pair(file, task, f"{task}/{stem}", image)
+
+
+def _read_pair(file: StoragePath, task: str, unit: str, image: str) -> Iterator[Question]:
+    lines = [line for line in file.read_bytes().decode("utf-8").splitlines() if line.strip()]
+    if len(lines) != 2:
+        raise UserError(f"{file}: {len(lines)} questions; MME has two for each image")
+    for index, line in enumerate(lines):
+        text, _, label = line.rpartition("\t")
+        reference = label.strip().lower()
+        if reference not in ("yes", "no"):
+            raise UserError(f"{file}: the label {label!r} is neither yes nor no")
+        text = short_answer(text.replace("Please answer yes or no.", "").strip())
+        yield Question(f"{image}#{index}", image, text, task, (reference,), unit=unit)
+
+
+BENCHMARK = OfficialBenchmark("mme", _read, Scoring({"mme": mme_points}))

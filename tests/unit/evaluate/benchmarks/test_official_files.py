@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from raylava.errors import UserError
-from raylava.evaluate.official_benchmarks import (
-    OFFICIAL_BENCHMARKS,
-    SHORT_ANSWER_SUFFIX,
-    official_image_root,
-    read_official_questions,
-)
+from raylava.evaluate.benchmarks import official_benchmarks, register
+from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
+from raylava.evaluate.benchmarks.files import SHORT_ANSWER_SUFFIX
+from raylava.evaluate.loading import read_official_questions
+from raylava.evaluate.metrics.scoring import EXACT_MATCH
+from raylava.evaluate.questions import Question
 from raylava.storage import storage_path
 from tests.support.official_files import OFFICIAL_FILES, write_mme, write_pope, write_vqav2
 
@@ -27,14 +27,18 @@ EXPECTED = {
 }
 
 
+def read(name: str, folder: Path) -> list[Question]:
+    return read_official_questions(official_benchmarks()[name], storage_path(folder))
+
+
 def test_every_benchmark_has_a_case() -> None:
-    assert OFFICIAL_FILES.keys() == OFFICIAL_BENCHMARKS.keys()
+    assert OFFICIAL_FILES.keys() == official_benchmarks().keys()
 
 
 @pytest.mark.parametrize("name", OFFICIAL_FILES)
 def test_official_files_become_questions_with_their_labels(name: str, tmp_path: Path) -> None:
     OFFICIAL_FILES[name](tmp_path)
-    questions = read_official_questions(name, storage_path(tmp_path))
+    questions = read(name, tmp_path)
     fields = [(question.question_id, question.image, question.references) for question in questions]
     assert fields[: len(EXPECTED[name])] == EXPECTED[name]
     assert len({question.question_id for question in questions}) == len(questions)
@@ -43,12 +47,12 @@ def test_official_files_become_questions_with_their_labels(name: str, tmp_path: 
 @pytest.mark.parametrize("name", OFFICIAL_FILES)
 def test_missing_official_file_is_reported(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is missing; give the folder"):
-        read_official_questions(name, storage_path(tmp_path))
+        read(name, tmp_path)
 
 
 def test_pope_labels_join_questions_despite_different_order_length_and_spelling(tmp_path: Path) -> None:
     write_pope(tmp_path)
-    questions = read_official_questions("pope", storage_path(tmp_path))
+    questions = read("pope", tmp_path)
     assert len(questions) == 5, "as published, the label file of `random` has one label more than questions"
     assert [question.references[0] for question in questions] == ["no", "yes", "no", "yes", "no"]
 
@@ -65,10 +69,10 @@ def test_label_without_question_is_reported_except_in_popes_random_category(
     extra = {"question_id": 3, "image": "a.jpg", "text": "Is there a bird in the image?", "label": "no"}
     file.write_text(file.read_text() + json.dumps(extra) + "\n")
     if message is None:
-        read_official_questions("pope", storage_path(tmp_path))
+        read("pope", tmp_path)
         return
     with pytest.raises(UserError, match=message):
-        read_official_questions("pope", storage_path(tmp_path))
+        read("pope", tmp_path)
 
 
 def test_question_without_label_is_reported(tmp_path: Path) -> None:
@@ -76,29 +80,35 @@ def test_question_without_label_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "coco" / "coco_pope_popular.json"
     file.write_text(file.read_text().splitlines()[0] + "\n")
     with pytest.raises(UserError, match=r"question 2 \(a.jpg: Is there a cat in the image\?\) has no label in popular"):
-        read_official_questions("pope", storage_path(tmp_path))
+        read("pope", tmp_path)
     write_vqav2(tmp_path)
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": []}')
     with pytest.raises(UserError, match="question 42000 has no annotation"):
-        read_official_questions("vqav2", storage_path(tmp_path))
+        read("vqav2", tmp_path)
 
 
 def test_pope_without_llavas_question_file_uses_the_label_files(tmp_path: Path) -> None:
     write_pope(tmp_path)
     (tmp_path / "llava_pope_test.jsonl").unlink()
-    questions = read_official_questions("pope", storage_path(tmp_path))
+    questions = read("pope", tmp_path)
     assert [question.question_id for question in questions][:2] == ["adversarial-1", "adversarial-2"]
     assert all(question.text.endswith(SHORT_ANSWER_SUFFIX) for question in questions)
 
 
 def test_image_root_is_the_first_existing_image_folder(tmp_path: Path) -> None:
-    assert official_image_root("pope", storage_path(tmp_path)) == storage_path(tmp_path)
+    assert official_benchmarks()["pope"].image_root(storage_path(tmp_path)) == storage_path(tmp_path)
     (tmp_path / "val2014").mkdir()
-    assert official_image_root("pope", storage_path(tmp_path)) == storage_path(tmp_path) / "val2014"
+    assert official_benchmarks()["pope"].image_root(storage_path(tmp_path)) == storage_path(tmp_path) / "val2014"
 
 
 def test_mme_release_without_a_task_is_rejected(tmp_path: Path) -> None:
     write_mme(tmp_path)
     shutil.rmtree(tmp_path / "OCR")
     with pytest.raises(UserError, match="MME's task OCR is missing"):
-        read_official_questions("mme", storage_path(tmp_path))
+        read("mme", tmp_path)
+
+
+def test_benchmark_with_the_name_of_another_is_refused() -> None:
+    for name in ("gqa", "custom"):
+        with pytest.raises(ValueError, match=f"benchmark {name} exists already"):
+            register(OfficialBenchmark(name, lambda data: [], EXACT_MATCH))

@@ -1,15 +1,35 @@
-"""Metrics by name, and the functions that turn the answers to a benchmark into a BenchmarkResult."""
+"""How answers become scores: the metrics of custom benchmarks, and the functions that compute a BenchmarkResult."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from raylava.evaluate.metrics import exact_match, mme, multiple_choice, vqa_accuracy, yes_no
-from raylava.evaluate.metrics.mm_vet import mm_vet
+from raylava.evaluate.metrics import exact_match, vqa_accuracy, yes_no
 from raylava.evaluate.metrics.score_table import BenchmarkResult, ScoreTable
 from raylava.evaluate.questions import Question
 
 MetricFunction = Callable[[Sequence[Question], Sequence[str | None]], ScoreTable]
+GradesFunction = Callable[[Sequence[Question], Mapping[str, float | None]], ScoreTable]
 
 SCORING_VERSION = 1  # increment when a metric scores the same answers differently
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a benchmark's answers are scored.
+
+    `protocols` maps the names of scoring protocols (toolkits whose rules differ) to metrics of the answers' text; the
+    first is the default. `grades` computes scores from a judge's grades instead. With `has_constant_answer`, the best
+    constant answer to each category is reported as a baseline.
+    """
+
+    protocols: Mapping[str, MetricFunction] = field(default_factory=dict)
+    grades: GradesFunction | None = None
+    has_constant_answer: bool = False
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge grades the answers."""
+        return self.grades is not None
 
 
 def _vqa_accuracy(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTable:
@@ -25,29 +45,34 @@ def _yes_no(protocol: str) -> MetricFunction:
 
 
 # metric → scoring protocol → function; the first protocol is the default
-METRICS: dict[str, dict[str, MetricFunction]] = {
-    "exact_match": {"gqa": exact_match.exact_match},
-    "vqa_accuracy": {"vqa": _vqa_accuracy},
-    "yes_no": {name: _yes_no(name) for name in yes_no.PROTOCOLS},
-    "mme": {"mme": mme.mme_points},
-    "science_qa": {"llava": multiple_choice.science_qa},
-    "mmvp": {"letter": multiple_choice.mmvp},
-}
 
 
-def score_grades(benchmark: str, questions: Sequence[Question], grades: Mapping[str, float | None]) -> BenchmarkResult:
+EXACT_MATCH = Scoring({"gqa": exact_match.exact_match}, has_constant_answer=True)
+VQA_ACCURACY = Scoring({"vqa": _vqa_accuracy})
+YES_NO = Scoring({name: _yes_no(name) for name in yes_no.PROTOCOLS}, has_constant_answer=True)
+CUSTOM_METRICS = {"exact_match": EXACT_MATCH, "vqa_accuracy": VQA_ACCURACY, "yes_no": YES_NO}
+
+
+def score_grades(
+    benchmark: str, scoring: Scoring, questions: Sequence[Question], grades: Mapping[str, float | None]
+) -> BenchmarkResult:
     """Score a judge's grades by question id; a question without a grade is missing and scores 0."""
+    assert scoring.grades is not None
     missing = tuple(question.question_id for question in questions if grades.get(question.question_id) is None)
-    return _result(benchmark, "judge", questions, missing, mm_vet(questions, grades))
+    return _result(benchmark, "judge", questions, missing, scoring.grades(questions, grades))
 
 
 def score_answers(
-    benchmark: str, metric: str, questions: Sequence[Question], answers: Mapping[str, str | None], protocol: str = ""
+    benchmark: str,
+    scoring: Scoring,
+    questions: Sequence[Question],
+    answers: Mapping[str, str | None],
+    protocol: str = "",
 ) -> BenchmarkResult:
     """Score answers by question id to all questions of a benchmark; an absent answer or None is missing and wrong."""
-    name = protocol or next(iter(METRICS[metric]))
+    name = protocol or next(iter(scoring.protocols))
     texts = [answers.get(question.question_id) for question in questions]
-    table = METRICS[metric][name](questions, texts)
+    table = scoring.protocols[name](questions, texts)
     missing = tuple(question.question_id for question, text in zip(questions, texts, strict=True) if text is None)
     return _result(benchmark, name, questions, missing, table)
 

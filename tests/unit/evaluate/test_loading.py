@@ -7,7 +7,7 @@ import pytest
 
 from raylava.cli import main
 from raylava.errors import UserError
-from raylava.evaluate.benchmarks import score_file
+from raylava.evaluate.loading import score_file
 from tests.support.official_files import write_gqa, write_mm_vet, write_pope
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "scienceqa"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from raylava.evaluate.metrics.mme import parse_yes_no
-from raylava.evaluate.metrics.registry import score_answers
+from raylava.evaluate.benchmarks import mme
+from raylava.evaluate.metrics.scoring import score_answers
 from tests.support.scoring import make_question, metric_values
 
 
@@ -12,7 +12,7 @@ from tests.support.scoring import make_question, metric_values
     [("Yes", "yes"), ("No.", "no"), ("  no", "no"), ("I say yes", "other"), ("Not", "no"), ("", "other")],
 )
 def test_only_the_first_four_characters_are_parsed(answer: str, parsed: str) -> None:
-    assert parse_yes_no(answer) == parsed
+    assert mme.parse_yes_no(answer) == parsed
 
 
 def test_points_add_question_accuracy_and_image_accuracy() -> None:
@@ -25,6 +25,6 @@ def test_points_add_question_accuracy_and_image_accuracy() -> None:
         make_question(6, "no", "code_reasoning", "code_reasoning/1.png"),
     ]
     answers = {"1": "Yes", "2": "No", "3": "Yes", "4": "Yes", "5": "perhaps", "6": "no"}
-    result = score_answers("mme", "mme", questions, answers)
+    result = score_answers("mme", mme.BENCHMARK.scoring, questions, answers)
     assert metric_values(result) == {"perception": 75.0 + 50.0, "cognition": 50.0}
     assert result.by_category["count"]["units"] == 2.0

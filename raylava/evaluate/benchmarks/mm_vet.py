@@ -1,15 +1,16 @@
-"""MM-Vet (Yu et al. 2023): the mean grade of a judge, over all questions and by capability.
-
-It has a module to itself because it is the only metric computed from grades and not from the text of the answers.
-"""
+"""MM-Vet (Yu et al. 2023): the mean grade of a judge, over all questions and by capability."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from raylava.errors import UserError
+from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
+from raylava.evaluate.benchmarks.files import read_json, require_file
 from raylava.evaluate.metrics.score_table import Array, ScoreTable, ratio
+from raylava.evaluate.metrics.scoring import Scoring
 from raylava.evaluate.questions import Question
+from raylava.storage import StoragePath
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
@@ -41,3 +42,14 @@ def _checked_grade(question: Question, grade: float | None) -> float:
     if not 0 <= grade <= 1:
         raise UserError(f"{question.question_id}: the judge's grade is {grade}; a grade must lie between 0 and 1")
     return float(grade)
+
+
+def _read(data: StoragePath) -> list[Question]:
+    entries = read_json(require_file(data, "mm-vet.json"))
+    return [
+        Question(question_id, entry["imagename"], entry["question"], ",".join(entry["capability"]), (entry["answer"],))
+        for question_id, entry in entries.items()
+    ]
+
+
+BENCHMARK = OfficialBenchmark("mm-vet", _read, Scoring(grades=mm_vet), image_folders=("images",), max_new_tokens=512)

@@ -1,48 +1,34 @@
-"""Multiple choice: ScienceQA (Lu et al. 2022) by LLaVA's parsing rule, and MMVP (Tong et al. 2024)."""
+"""MMVP (Tong et al. 2024): pairs of images that CLIP confuses, with the same question of two options."""
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
+from raylava.evaluate.benchmarks.files import OPTION_LETTER_SUFFIX, append_once, require_file
 from raylava.evaluate.metrics.exact_match import normalize_answer
 from raylava.evaluate.metrics.score_table import Array, ScoreTable, ratio
+from raylava.evaluate.metrics.scoring import Scoring
 from raylava.evaluate.questions import Question
+from raylava.storage import StoragePath
 
-_LETTERS = ("A", "B", "C", "D", "E")
-_LETTER_IN_SENTENCE = re.compile(r"The answer is ([A-Z]).")
-_MMVP_LETTER = re.compile(r"\(?([ab])(?:[).:,]|$)")
-
-
-def parse_letter(text: str) -> str | None:
-    """Return ScienceQA's letter from `X`, `X. …`, or a single `The answer is X.`; None for any other text."""
-    if text in _LETTERS:
-        return text
-    if text[:1] in _LETTERS and text[1:3] == ". ":
-        return text[0]
-    letters = _LETTER_IN_SENTENCE.findall(text)
-    return letters[0] if len(letters) == 1 else None
+_LETTER = re.compile(r"\(?([ab])(?:[).:,]|$)")
 
 
-def science_qa(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTable:
-    """Return the fraction of correct letters: over questions with images (ScienceQA-IMG, the headline) and over all."""
-    correct = [
-        text is not None and parse_letter(text.strip()) == question.references[0]
-        for question, text in zip(questions, texts, strict=True)
-    ]
-    has_image = [question.image is not None for question in questions]
-    counts = np.array(
-        [[right and image, image, right, 1.0] for right, image in zip(correct, has_image, strict=True)], dtype=float
-    )
-
-    def compute(sums: Array) -> dict[str, Array]:
-        return {
-            "image_accuracy": ratio(sums[..., 0], sums[..., 1]),
-            "accuracy": ratio(sums[..., 2], sums[..., 3]),
-        }
-
-    categories = ["image" if image else "text" for image in has_image]
-    return ScoreTable(counts, categories, compute, [float(right) for right in correct])
+def _read(data: StoragePath) -> list[Question]:
+    file = require_file(data, "Questions.csv")
+    questions = []
+    for row in csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"))):
+        number = int(row["Index"] if "Index" in row else row["lndex"])  # the published header is misspelled
+        options = [option.strip() for option in re.split(r"\([ab]\)", row["Options"])[1:]]
+        text = append_once(f"{row['Question']} {row['Options']}", OPTION_LETTER_SUFFIX)
+        label = row["Correct Answer"].strip().lower()
+        pair = str((number - 1) // 2 + 1)
+        questions.append(Question(str(number), f"{number}.jpg", text, "all", (label, *options), unit=pair))
+    return questions
 
 
 def parse_option(text: str, options: Sequence[str]) -> str | None:
@@ -52,7 +38,7 @@ def parse_option(text: str, options: Sequence[str]) -> str | None:
     """
     answer = normalize_answer(text)
     by_words = {normalize_answer(words): f"({name})" for name, words in zip("ab", options, strict=False)}
-    match = _MMVP_LETTER.match(answer)
+    match = _LETTER.match(answer)
     return by_words.get(answer) or (f"({match[1]})" if match else None)
 
 
@@ -74,3 +60,6 @@ def mmvp(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTab
         }
 
     return ScoreTable(counts, ["all"] * len(pairs), compute, [float(right) for right in correct])
+
+
+BENCHMARK = OfficialBenchmark("mmvp", _read, Scoring({"letter": mmvp}), image_folders=("MMVP Images", "images"))

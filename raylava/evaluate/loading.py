@@ -1,4 +1,4 @@
-"""Benchmarks by name: loading custom and official ones, and scoring files of answers to them."""
+"""Loading the benchmarks that recipes and commands name, and scoring files of answers to them."""
 
 import json
 from dataclasses import dataclass
@@ -9,24 +9,23 @@ from raylava.config.recipe import Benchmark
 from raylava.corpus.sources import file_sizes
 from raylava.errors import UserError
 from raylava.evaluate.answer_files import join_predictions, read_predictions
-from raylava.evaluate.metrics.registry import METRICS, score_answers, score_grades
+from raylava.evaluate.benchmarks import CUSTOM, official_benchmarks
+from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
 from raylava.evaluate.metrics.score_table import BenchmarkResult
-from raylava.evaluate.official_benchmarks import OFFICIAL_BENCHMARKS, official_image_root, read_official_questions
+from raylava.evaluate.metrics.scoring import CUSTOM_METRICS, Scoring, score_answers, score_grades
 from raylava.evaluate.questions import Question, read_questions
 from raylava.storage import StoragePath, join, storage_path
 
-CUSTOM = "custom"
-CUSTOM_METRICS = ("exact_match", "vqa_accuracy", "yes_no")
 _CUSTOM_MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """A benchmark in memory: its questions, the folder of their images, its metric and scoring protocol."""
+    """A benchmark in memory: its questions, the folder of their images, its scoring and protocol."""
 
     questions: list[Question]
     image_root: str
-    metric: str
+    scoring: Scoring
     protocol: str
 
     @cached_property
@@ -50,6 +49,12 @@ class BenchmarkCache:
         return self._loaded[key]
 
 
+def validate_benchmark(benchmark: Benchmark) -> None:
+    """Refuse an unknown benchmark or protocol without reading a file. Raises UserError."""
+    scoring = CUSTOM_METRICS[benchmark.metric] if benchmark.benchmark == CUSTOM else _find(benchmark.benchmark).scoring
+    _check_protocol(benchmark.benchmark, scoring, benchmark.protocol)
+
+
 def load_benchmark(benchmark: Benchmark, root: str) -> LoadedBenchmark:
     """Load a recipe's benchmark; relative paths start at `root`.
 
@@ -57,9 +62,9 @@ def load_benchmark(benchmark: Benchmark, root: str) -> LoadedBenchmark:
     """
     data, images = join(root, benchmark.questions), join(root, benchmark.images) if benchmark.images else ""
     if benchmark.benchmark == CUSTOM:
-        _check_protocol(CUSTOM, benchmark.metric, benchmark.protocol)
+        validate_benchmark(benchmark)
         questions = read_questions(storage_path(data), benchmark)
-        return LoadedBenchmark(questions, images or root, benchmark.metric, benchmark.protocol)
+        return LoadedBenchmark(questions, images or root, CUSTOM_METRICS[benchmark.metric], benchmark.protocol)
     return load_official_benchmark(benchmark.benchmark, data, images, benchmark.protocol, benchmark.max_rows)
 
 
@@ -67,14 +72,22 @@ def load_official_benchmark(
     name: str, data: str, images: str = "", protocol: str = "", max_rows: int | None = None
 ) -> LoadedBenchmark:
     """Load the first `max_rows` questions of an official benchmark. Raises UserError like load_benchmark."""
-    if name not in OFFICIAL_BENCHMARKS:
-        choices = ", ".join([*OFFICIAL_BENCHMARKS, CUSTOM])
-        raise UserError(f"{name}: unknown benchmark; choose one of: {choices}")
-    metric = OFFICIAL_BENCHMARKS[name].metric
-    _check_protocol(name, metric, protocol)
-    questions = read_official_questions(name, storage_path(data))[:max_rows]
-    image_root = images or official_image_root(name, storage_path(data)).uri
-    return LoadedBenchmark(questions, image_root, metric, protocol)
+    official = _find(name)
+    _check_protocol(name, official.scoring, protocol)
+    questions = read_official_questions(official, storage_path(data))[:max_rows]
+    image_root = images or official.image_root(storage_path(data)).uri
+    return LoadedBenchmark(questions, image_root, official.scoring, protocol)
+
+
+def read_official_questions(official: OfficialBenchmark, data: StoragePath) -> list[Question]:
+    """Read a benchmark's questions. Raises UserError for files that are missing, malformed or inconsistent."""
+    try:
+        questions = official.read(data)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{data}: not the official files of {official.name}: {type(error).__name__} {error}") from error
+    if not questions:
+        raise UserError(f"{data}: the files of {official.name} contain no question")
+    return questions
 
 
 def load_named_benchmark(
@@ -99,14 +112,14 @@ def load_named_benchmark(
     else:
         loaded = load_official_benchmark(name, data, images, protocol, max_rows)
         fields |= {"benchmark": name, "protocol": protocol}
-        default_max_new_tokens = OFFICIAL_BENCHMARKS[name].max_new_tokens
+        default_max_new_tokens = _find(name).max_new_tokens
     return Benchmark(name=name, max_new_tokens=max_new_tokens or default_max_new_tokens, **fields), loaded
 
 
 def score_file(
     name: str, data: str, answers: str, metric: str = "exact_match", protocol: str = "", grades: str | None = None
 ) -> BenchmarkResult:
-    """Score a file of answers, or for MM-Vet a judge's file of grades.
+    """Score a file of answers, or a judge's file of grades where the benchmark is judged.
 
     `data` is the folder of the official files; for the custom benchmark it is the file of questions. Raises UserError
     for files that are missing, malformed or inconsistent.
@@ -115,12 +128,13 @@ def score_file(
         benchmark = _load_custom(data, metric, protocol=protocol)
     else:
         benchmark = load_official_benchmark(name, data, protocol=protocol)
-    if benchmark.metric == "judged":
+    if benchmark.scoring.is_judged:
         if grades is None:
             raise UserError(f"{name} is graded by a judge; give the judge's reply file as --grades")
-        return score_grades(name, benchmark.questions, read_grades(storage_path(grades), benchmark.questions))
+        judged = read_grades(storage_path(grades), benchmark.questions)
+        return score_grades(name, benchmark.scoring, benchmark.questions, judged)
     texts = join_predictions(read_predictions(storage_path(answers)), benchmark.questions, answers)
-    return score_answers(name, benchmark.metric, benchmark.questions, texts, protocol)
+    return score_answers(name, benchmark.scoring, benchmark.questions, texts, protocol)
 
 
 def read_grades(file: StoragePath, questions: list[Question]) -> dict[str, float | None]:
@@ -142,13 +156,19 @@ def read_grades(file: StoragePath, questions: list[Question]) -> dict[str, float
     return grades
 
 
-def _check_protocol(name: str, metric: str, protocol: str) -> None:
-    protocols = METRICS.get(metric, {})
-    if not protocol or protocol in protocols:
+def _find(name: str) -> OfficialBenchmark:
+    benchmarks = official_benchmarks()
+    if name not in benchmarks:
+        raise UserError(f"{name}: unknown benchmark; choose one of: {', '.join([*benchmarks, CUSTOM])}")
+    return benchmarks[name]
+
+
+def _check_protocol(name: str, scoring: Scoring, protocol: str) -> None:
+    if not protocol or protocol in scoring.protocols:
         return
-    if not protocols:
+    if not scoring.protocols:
         raise UserError(f"protocol {protocol}: {name} has no protocols; leave the protocol out")
-    raise UserError(f"protocol {protocol}: unknown for {name}; choose one of: {', '.join(protocols)}")
+    raise UserError(f"protocol {protocol}: unknown for {name}; choose one of: {', '.join(scoring.protocols)}")
 
 
 def _load_custom(
