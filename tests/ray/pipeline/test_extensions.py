@@ -83,7 +83,7 @@ def test_exported_model_has_the_layer_and_class_token_rule_of_the_vision_family(
 def test_untied_output_layer_trains_and_is_exported(artifacts: dict[str, Artifact], folder: Path) -> None:
     exported = load_file((artifacts["finetune"].path / "model.safetensors").local_copy())
     before = load_file(folder / "llama" / "model.safetensors")
-    head, embedding = (exported[f"{name}.weight"] for name in ("lm_head", "model.language_model.embed_tokens"))
+    head, embedding = (exported[f"language_model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
     rows = before["lm_head.weight"].shape[0]
     assert not torch.equal(head[:rows].float(), before["lm_head.weight"])
     assert not torch.equal(head, embedding)
