@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """A decoder: gated MLP, grouped-query attention, no biases.
-
-    Where it `is_tied`, the output layer is the embedding.
-    """
+    """A decoder: gated MLP, grouped-query attention, no biases. If it `is_tied`, the output layer is the embedding."""
 
     width: int
     intermediate: int

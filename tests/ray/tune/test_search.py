@@ -1,6 +1,8 @@
-"""A search under Ray Tune prepares its corpus once, stops poor trials early and, run again, starts no trial."""
+"""A search under Ray Tune compares a trial with those of earlier runs, stops it early and, run again, starts no trial.
 
-from collections import Counter
+tests/chaos/tune has a search whose trials finish.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from raylava.storage import storage_path
 from raylava.tune.report import write_report
 from raylava.tune.results import SweepResults
 from raylava.tune.runner import SweepRun
+from raylava.tune.study import RUNGS
+from raylava.tune.sweep import load_sweep
 from tests.support.sweeps import (
     SMALL_RECIPE,
-    count_builds,
     run_sweep,
     wait_until_no_placement_group_is_left,
     write_base_recipe,
@@ -34,27 +37,37 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished_search(toy_assets: Artifact, storage: Path, ray_cluster: None) -> tuple[SweepRun, SweepResults]:
-    """Run the trials of a search one at a time, so that each is compared with all before it."""
+    """Run the last of five trials; the study has four with smaller losses than training can reach."""
     write_base_recipe(storage, toy_assets, SMALL_RECIPE)
     settings = {"pretrain.enabled": False, "finetune.epochs": 4, "finetune.global_batch_size": 12, "evaluate": []}
-    return run_sweep(write_sweep(storage, "rates", search=SEARCH, set=settings, max_concurrent_trials=1), storage)
+    file = write_sweep(storage, "rates", search=SEARCH, set=settings, max_concurrent_trials=1)
+    record_trials(file, storage, losses=[0.001, 0.002, 0.003, 0.004])
+    return run_sweep(file, storage)
 
 
-def test_search_prepares_once_and_stops_poor_trials_early(
+def record_trials(file: str, storage: Path, losses: list[float]) -> None:
+    """Record finished trials in the study of a sweep's only variant, as an earlier run would have done."""
+    run = SweepRun(load_sweep(file), [], storage_path(storage))
+    assert run.sweep.search
+    (study,) = run._studies(run.sweep.search).resume_studies(run._variants)
+    for number, loss in enumerate(losses):
+        assert study.next_settings(f"recorded-{number}", allow_new=True)
+        for rung in range(1, RUNGS + 1):
+            study.should_stop(f"recorded-{number}", rung, loss)
+        study.on_trial_complete(f"recorded-{number}", {"objective/loss": loss})
+
+
+def test_trial_worse_than_those_of_earlier_runs_is_stopped_early(
     finished_search: tuple[SweepRun, SweepResults],
 ) -> None:
     run, results = finished_search
-    builds = count_builds(run, results)
-    assert max(builds.values()) == 1
-    assert sum("/finetune/" in path for path in builds) == 5
-    assert sum("/prepare/" in path for path in builds) == 1
-    outcomes = Counter(row.trial.outcome for row in results.rows)
-    assert outcomes["done"] + outcomes["stopped"] == 5
-    assert outcomes["stopped"] >= 1, outcomes
-    worst = max(row.objectives["loss"] for row in results.rows if row.objectives)
-    stopped = [row.trial.record for row in results.rows if row.trial.outcome == "stopped"]
-    assert all(record and min(record.losses.values()) > 0 for record in stopped)
-    assert results.best_rows[0].objectives["loss"] <= worst
+    assert [status.built_stages for status in run.trial_statuses] == [["prepare instruction", "finetune"]]
+    assert [row.trial.outcome for row in results.rows] == ["done"] * 4 + ["stopped"]
+    assert results.best_rows[0].objectives["loss"] == 0.001
+    record = results.rows[-1].trial.record
+    assert record
+    assert 1 <= len(record.losses) < RUNGS
+    assert min(record.losses.values()) > 0.004
 
 
 def test_trial_stopped_early_leaves_no_placement_group(finished_search: tuple[SweepRun, SweepResults]) -> None:

@@ -72,5 +72,5 @@ def test_only_benchmark_modules_name_a_benchmark() -> None:
     allowed = {PACKAGE / "evaluate" / "benchmarks", PACKAGE / "tune" / "published_scores.py"}
     for file in PACKAGE.rglob("*.py"):
         if not allowed & {file, *file.parents}:
-            found = re.findall(rf"""["'](?:{names})["']""", file.read_text())
-            assert not found, f"{file}: {found}"
+            named = re.findall(rf"""["'](?:{names})["']""", file.read_text())
+            assert not named, f"{file}: {named}"

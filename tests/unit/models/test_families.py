@@ -39,5 +39,5 @@ def test_only_family_modules_name_a_family() -> None:
     for file in PACKAGE.rglob("*.py"):
         if allowed & {file, *file.parents}:
             continue
-        found = re.findall(r"""["'](?:clip|dinov2|siglip|gemma)(?:_vision\w*)?["']""", file.read_text(), re.IGNORECASE)
-        assert not found, f"{file}: {found}"
+        named = re.findall(r"""["'](?:clip|dinov2|siglip|gemma)(?:_vision\w*)?["']""", file.read_text(), re.IGNORECASE)
+        assert not named, f"{file}: {named}"
