@@ -26,6 +26,7 @@ from tests.support.local_cluster import (
 from tests.support.torchrun import copy_inputs, finish_training, read_training, start_training
 
 
+@pytest.mark.timeout(900)  # two clusters, three submitted jobs
 @pytest.mark.usefixtures("default_ray_train_settings")
 def test_recipe_that_loses_a_node_and_then_the_head_is_bitwise_identical(toy_assets: Artifact, tmp_path: Path) -> None:
     recipe = two_worker_recipe(toy_assets)
