@@ -270,6 +270,7 @@ def _processor_size(processor: dict[str, Any]) -> int | None:
 def family_of(model_type: str, families: Mapping[str, Family], family: str | None, name: str, role: str) -> Family:
     """Return the family that the recipe names, or else that of the model type. Raises UserError."""
     if family is not None:
+        _check_family(family, families, role)
         return families[family]
     for members in families.values():
         if model_type in members.model_types:
@@ -283,8 +284,8 @@ def family_of(model_type: str, families: Mapping[str, Family], family: str | Non
 def _validate_family(
     name: str, family: str | None, families: Mapping[str, VisionFamily] | Mapping[str, LanguageFamily], role: str
 ) -> None:
-    if family is not None and family not in families:
-        raise UserError(f"model.{role}.family={family!r} is not supported; choose one of: {', '.join(families)}")
+    if family is not None:
+        _check_family(family, families, role)
     known = [hub_id for members in families.values() for hub_id in members.published]
     if family is None and not is_folder(name) and name not in known:
         raise UserError(
@@ -293,3 +294,8 @@ def _validate_family(
         )
     if is_folder(name) and not storage_path(name).is_folder():
         raise UserError(f"model.{role}.name={name}: no such folder; give a Hugging Face folder or a hub id")
+
+
+def _check_family(family: str, families: Mapping[str, Any], role: str) -> None:
+    if family not in families:
+        raise UserError(f"model.{role}.family={family!r} is not supported; choose one of: {', '.join(families)}")

@@ -45,6 +45,11 @@ def test_unknown_backbone_is_rejected_without_network_access(
         validate_backbones(Language(**language), Vision(**vision))
 
 
+def test_unknown_family_is_rejected_wherever_a_backbone_is_resolved(siglip: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.vision\.family='vit' is not supported; choose one of: clip, dinov2"):
+        resolve_vision(Vision(name=str(siglip), family="vit"))
+
+
 def test_folder_of_an_unsupported_family_is_rejected_by_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8, "vocab_size": 8}))
     with pytest.raises(UserError, match="'bert' is not a supported language family; choose one of: gemma"):
