@@ -113,6 +113,8 @@ class ThroughputRecorder:
         """Return the images/s between the first and the last tenth of the images."""
         total = self._updates[-1][1]
         middle = [update for update in self._updates if 0.1 * total <= update[1] <= 0.9 * total]
+        if len(middle) < 2:
+            raise ValueError(f"{total:.0f} images are too few to measure a steady rate; raise --images")
         (first_time, first_done), (last_time, last_done) = middle[0], middle[-1]
         return (last_done - first_done) / (last_time - first_time)
 
@@ -217,12 +219,17 @@ def measure(name: str, method: Method, folder: Path, images: int) -> Result:
     process = context.Process(target=_run_method, args=(method, folder, images, sender))
     peak, stop = [0.0], threading.Event()
     process.start()
+    sender.close()  # only the child's end remains open, so that `recv` ends with the child
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, stop))
     watcher.start()
-    overall, steady, size = receiver.recv()
-    stop.set()
-    watcher.join()
-    process.join()
+    try:
+        overall, steady, size = receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{name} failed; its error is printed above") from None
+    finally:
+        stop.set()
+        watcher.join()
+        process.join()
     return Result(name, overall, steady, size, peak[0] / 2**20)
 
 
