@@ -32,7 +32,6 @@ from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import decode_block_image, decode_image, normalize_pixels, prepare_image, resize_exact
 from raylava.corpus.prepare import PrepareSpec, prepare
 from raylava.models.families import clip, gemma
-from raylava.models.families.gemma import TEMPLATE as GEMMA
 from raylava.models.registry import PixelRule, load_tokenizer, resolve_language, vision_spec
 from raylava.toy.language import train_tokenizer
 
@@ -150,7 +149,7 @@ def _init_bare_worker(folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _BARE_WORKER["folder"] = Path(folder)
-    _BARE_WORKER["tokenizer"] = ChatTokenizer(load_tokenizer(Language(name=f"{folder}/tokenizer")), GEMMA)
+    _BARE_WORKER["tokenizer"] = ChatTokenizer(load_tokenizer(Language(name=f"{folder}/tokenizer")), gemma.TEMPLATE)
 
 
 def _prepare_bare(name: str) -> int:

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from raylava.config.recipe import StageName, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.attention import VARLEN
+from raylava.models.families import clip, gemma
 from raylava.models.llava import PackLoss, set_trainable
-from raylava.models.shapes import shape_from_config
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
 from raylava.perf.shapes import LlavaShape
@@ -196,7 +196,11 @@ class TrainingBenchmark:
         """Train for one epoch and measure all steps but the first."""
         initial_gb = memory_gb(self._device)
         llava = build_model(self._shape, self._rung.attention if self._rung.packs else "sdpa", self._device)
-        shape = shape_from_config(llava.config)
+        vision = llava.config.vision_config
+        shape = LlavaShape(
+            gemma.FAMILY.shape(llava.config.text_config.to_dict()),
+            clip.FAMILY.shape(vision.to_dict(), vision.image_size),
+        )
         seconds, data_wait_s, loss = self._train_packs(llava) if self._rung.packs else self._train_padded(llava)
         samples = self._timed_samples()
         lengths = self._blocks.lengths

@@ -49,7 +49,7 @@ class VisionSpec:
     pixels: PixelRule
     shape: VisionShape
     model_class: str
-    feature_layer: int = -2
+    feature_layer: int
 
     @property
     def has_cls(self) -> bool:
@@ -112,13 +112,17 @@ def resolve_model(model: Model) -> ResolvedModel:
 def resolve_vision(vision: Vision) -> VisionSpec:
     """Resolve a vision backbone from its config and preprocessor files. Raises UserError when it is unsupported."""
     family, config = read_vision(vision)
+    return vision_spec(vision, family, config, read_pixels(vision, family, config))
+
+
+def read_pixels(vision: Vision, family: VisionFamily, config: Mapping[str, Any]) -> PixelRule:
+    """Return the pixel rule of a backbone's preprocessor, at the recipe's image size. Raises UserError."""
     processor = _read_json(vision.name, vision.revision, "preprocessor_config.json")
     if processor is None:
         raise UserError(f"model.vision.name={vision.name}: has no preprocessor_config.json; give a folder that has one")
     size = vision.image_size or _processor_size(processor) or config["image_size"]
     _validate_image_size(vision, family, size, config)
-    pixels = PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
-    return vision_spec(vision, family, config, pixels)
+    return PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
 
 
 def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any], pixels: PixelRule) -> VisionSpec:
@@ -129,7 +133,7 @@ def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any],
     )
 
 
-def _validate_image_size(vision: Vision, family: VisionFamily, size: int, config: dict[str, Any]) -> None:
+def _validate_image_size(vision: Vision, family: VisionFamily, size: int, config: Mapping[str, Any]) -> None:
     patch, own_size = config["patch_size"], config["image_size"]
     if size % patch:
         raise UserError(

@@ -1,6 +1,5 @@
 """Dimensions of a recipe's model without its weights; those of published backbones come from their family modules."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +7,11 @@ from raylava.config.recipe import Language, Model, Vision
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import LanguageFamily, VisionFamily
 from raylava.models.registry import (
-    family_of,
     load_tokenizer,
     padded_vocabulary,
     read_language,
+    read_pixels,
     read_vision,
-    resolve_vision,
 )
 from raylava.perf.shapes import LlavaShape
 
@@ -52,15 +50,6 @@ def backbone_configs(model: Model) -> BackboneConfigs:
     return BackboneConfigs(language_family, language, vision_family, vision, pixels)
 
 
-def shape_from_config(config: Any) -> LlavaShape:
-    """Return the dimensions that a transformers LlavaConfig describes. Raises UserError for an unknown family."""
-    vision, language = config.vision_config.to_dict(), config.text_config.to_dict()
-    vision_family = family_of(vision["model_type"], vision_families(), None, "", "vision")
-    language_family = family_of(language["model_type"], language_families(), None, "", "language")
-    pixels = math.isqrt(config.image_seq_length) * vision["patch_size"]
-    return LlavaShape(language_family.shape(language), vision_family.shape(vision, pixels))
-
-
 def _language(language: Language) -> tuple[LanguageFamily, dict[str, Any]]:
     for family in language_families().values():
         if config := family.published.get(language.name):
@@ -75,4 +64,5 @@ def _vision(vision: Vision) -> tuple[VisionFamily, dict[str, Any], int]:
     for family in vision_families().values():
         if published := family.published.get(vision.name):
             return family, family.complete(published.config), vision.image_size or published.image_size
-    return *read_vision(vision), resolve_vision(vision).pixels.size
+    family, config = read_vision(vision)
+    return family, config, read_pixels(vision, family, config).size

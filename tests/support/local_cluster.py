@@ -18,7 +18,8 @@ from raylava.cluster.local_cluster import LocalCluster
 from raylava.config.recipe import Recipe
 from raylava.storage import StoragePath
 from raylava.toy.demo import toy_recipe
-from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, STEP_LOG
+from raylava.train.step_log import STEP_LOG
+from tests.support.train_driver import complete_checkpoints
 
 ROOT = Path(__file__).parents[2]
 CLUSTER_CONFIG = ROOT / "cluster" / "local-cluster.yaml"
@@ -101,10 +102,8 @@ def wait_for(
 
 
 def checkpoints(storage: StoragePath) -> set[str]:
-    """Return the complete checkpoints of unfinished finetune stages, by Ray Train's records."""
-    records = [folder / CHECKPOINTS / SNAPSHOT for folder in (storage / "finetune").children()]
-    text = "".join(record.read_bytes().decode() for record in records if record.exists())
-    return {name for name in text.split('"') if name.startswith("step-")}
+    """Return the complete checkpoints of unfinished finetune stages."""
+    return {name for run in (storage / "finetune").children() for name in complete_checkpoints(run)}
 
 
 def step_log(storage: StoragePath) -> list[dict[str, Any]]:

@@ -41,7 +41,8 @@ from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForCon
 from raylava.config.recipe import Training  # noqa: E402
 from raylava.estimate.synthetic import synthetic_pack  # noqa: E402
 from raylava.models.attention import VARLEN, register_varlen  # noqa: E402
-from raylava.models.shapes import shape_from_config  # noqa: E402
+from raylava.models.families import clip, gemma  # noqa: E402
+from raylava.perf.shapes import LlavaShape  # noqa: E402
 from raylava.train.engine import DTYPES, Engine  # noqa: E402
 
 
@@ -64,7 +65,7 @@ def measure(spec: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Return the bytes at rest, the peak bytes of a step of two packs, and the bytes of collectives."""
     training = Training.model_validate(run["training"])
     llava = build_model(spec["model"], DTYPES[training.precision])
-    shape, before = shape_from_config(llava.config), live_bytes()
+    shape, before = llava_shape(spec["model"]), live_bytes()
     before -= sum(weight.numel() * weight.element_size() for weight in llava.parameters())
     engine = Engine(llava, run["stage"], training, 10, torch.device("cpu"))
     packs = [synthetic_pack(spec["samples"], shape, llava.config.image_token_index) for _ in range(2)]
@@ -80,6 +81,11 @@ def measure(spec: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         collective_bytes.append(dict(COLLECTIVE_BYTES))
     inputs = sum(tensor.numel() * tensor.element_size() for pack in packs for tensor in vars(pack).values())
     return {"at_rest": at_rest - inputs, "peak": at_rest - inputs + peak, "collective_bytes": collective_bytes}
+
+
+def llava_shape(sizes: dict[str, Any]) -> LlavaShape:
+    vision = clip.FAMILY.complete(sizes["vision"])
+    return LlavaShape(gemma.FAMILY.shape(sizes["language"]), clip.FAMILY.shape(vision, vision["image_size"]))
 
 
 def build_model(sizes: dict[str, Any], dtype: torch.dtype) -> LlavaForConditionalGeneration:

@@ -21,33 +21,36 @@ from ray.cluster_utils import Cluster
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Resources
 from raylava.progress import NullProgressBar
-from raylava.storage import storage_path
+from raylava.storage import StoragePath, storage_path
 from raylava.train.ray_backend import run
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT
 
 CHECKPOINT_TIMEOUT_S = 120.0
 # Ray notices within seconds that a node's processes are gone; one that answers slowly is not affected.
-HEALTH_CHECK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-HEAD = {
-    "num_cpus": 0,
-    "include_dashboard": False,
-    "_system_config": HEALTH_CHECK | {"health_check_failure_threshold": 2},
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 2,
 }
+HEAD = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECK}
 NOTICE_S = 8  # time between the preemption notice and the loss of the node
 
 
-def complete_checkpoints(spec: TrainSpec) -> list[str]:
-    """Return the names of the checkpoints that Ray Train has recorded as complete."""
-    snapshot = storage_path(spec.output) / CHECKPOINTS / SNAPSHOT
-    return [name for name in snapshot.read_bytes().decode().split('"') if "step-" in name] if snapshot.exists() else []
+def complete_checkpoints(run: StoragePath) -> set[str]:
+    """Return the names of the checkpoints in a run's folder that Ray Train has recorded as complete."""
+    snapshot = run / CHECKPOINTS / SNAPSHOT
+    return (
+        {name for name in snapshot.read_bytes().decode().split('"') if "step-" in name} if snapshot.exists() else set()
+    )
 
 
 def wait_for_new_checkpoint(spec: TrainSpec) -> None:
     """Wait until the run completes a checkpoint that does not exist yet."""
-    existing = set(complete_checkpoints(spec))
+    output = storage_path(spec.output)
+    existing = complete_checkpoints(output)
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
-    while not set(complete_checkpoints(spec)) - existing:
+    while not complete_checkpoints(output) - existing:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -37,7 +37,6 @@ from raylava.corpus.blocks import Blocks, Sample
 from raylava.errors import RunError
 from raylava.models.llava import PackTensors, build_llava
 from raylava.models.registry import ResolvedModel, load_tokenizer, resolve_model
-from raylava.models.shapes import shape_from_config
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver, ResolvedTraining
@@ -76,7 +75,9 @@ class Run:
         training = Training.model_validate(DEFAULTS | options["training"])
         llava = build_llava(model, 0, DTYPES[training.precision], training.attn_implementation)
         stage, device = options.get("stage", "finetune"), torch.device("cpu")
-        resolver = AutoResolver(stage, shape_from_config(llava.config), blocks.lengths, self._plan, device)
+        resolver = AutoResolver(
+            stage, model.shape(llava.config.text_config.vocab_size), blocks.lengths, self._plan, device
+        )
         self._resolved: ResolvedTraining = resolver.resolve_auto(training, self._saved_zero_stage())
         self._engine = Engine(llava, stage, self._resolved.training, self._plan.steps, device)
         token_ids = load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"])

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import raylava
+from raylava.evaluate.benchmarks import official_benchmarks
+from raylava.models.families import language_families, vision_families
 
 PACKAGE = Path(raylava.__file__).parent
 
@@ -38,6 +40,7 @@ ALLOWED = {
 # Modules of fewer than 40 lines, each with its reason.
 SHORT_MODULES = {
     "compat/environment.py": "one context manager, used by the package and by cluster",
+    "models/families/siglip.py": "one family",
     "evaluate/benchmarks/benchmark.py": "the type that every benchmark module fills in",
     "evaluate/benchmarks/gqa.py": "one benchmark",
     "evaluate/benchmarks/vqav2.py": "one benchmark",
@@ -121,3 +124,21 @@ def test_short_modules_have_a_reason() -> None:
 def test_no_terminal_library_is_imported(package: str) -> None:
     for path in (PACKAGE / package).glob("*.py"):
         assert not re.search(r"^\s*(from|import) (rich|raylava\.console)\b", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed"),
+    [
+        # Toy backbones and the paper's table are data about particular models and benchmarks.
+        ({*vision_families(), *language_families()}, ("models/families", "toy", "tune/published_scores.py")),
+        # gqa is also the name of a scoring protocol.
+        (set(official_benchmarks()) - {"gqa"}, ("evaluate/benchmarks", "tune/published_scores.py")),
+    ],
+    ids=["families", "benchmarks"],
+)
+def test_only_its_own_module_names_a_family_or_benchmark(names: set[str], allowed: tuple[str, ...]) -> None:
+    for file in MODULES:
+        if not {PACKAGE / path for path in allowed} & {file, *file.parents}:
+            pattern = rf"""["'](?:{"|".join(names)})(?:_vision\w*)?["']"""
+            named = re.findall(pattern, file.read_text(), re.IGNORECASE)
+            assert not named, f"{file}: {named}"

@@ -1,21 +1,17 @@
 """CLIP's vision transformer: a class token, a norm before the blocks, images of one size (Radford et al. 2021)."""
 
-from raylava.models.families.family import Config, PublishedVision, VisionFamily, patch_count
+from raylava.models.families.family import Config, PublishedVision, VisionFamily, vision_transformer_shape
 from raylava.perf.shapes import VisionShape
 
 
 def _shape(config: Config, pixels: int) -> VisionShape:
-    width, patch = config["hidden_size"], config["patch_size"]
-    return VisionShape(
-        width=width,
+    return vision_transformer_shape(
+        config,
+        pixels,
         intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        patch=patch,
-        patches=patch_count(pixels, patch),
-        positions=patch_count(config["image_size"], patch) + 1,
         has_cls=True,
         patch_bias=False,
-        extra=width + 2 * width,  # class embedding; norm before the blocks
+        extra=3 * config["hidden_size"],  # class embedding; weight and bias of the norm before the blocks
     )
 
 

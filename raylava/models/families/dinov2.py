@@ -1,20 +1,16 @@
 """DINOv2: a class token, layer scales, position embeddings interpolated to any image size (Oquab et al. 2023)."""
 
-from raylava.models.families.family import Config, PublishedVision, VisionFamily, patch_count
+from raylava.models.families.family import Config, PublishedVision, VisionFamily, vision_transformer_shape
 from raylava.perf.shapes import VisionShape
 
 
 def _shape(config: Config, pixels: int) -> VisionShape:
-    width, patch, layers = config["hidden_size"], config["patch_size"], config["num_hidden_layers"]
-    return VisionShape(
-        width=width,
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    return vision_transformer_shape(
+        config,
+        pixels,
         intermediate=width * config["mlp_ratio"],
-        layers=layers,
-        patch=patch,
-        patches=patch_count(pixels, patch),
-        positions=patch_count(config["image_size"], patch) + 1,
         has_cls=True,
-        patch_bias=True,
         extra=2 * width + 2 * layers * width,  # class and mask token; two layer scales per block
     )
 

@@ -61,9 +61,25 @@ class LanguageFamily:
 Family = TypeVar("Family", VisionFamily, LanguageFamily)
 
 
-def patch_count(pixels: int, patch: int) -> int:
-    """Return the number of patches of a square image of `pixels` per side."""
-    return (pixels // patch) ** 2
+def vision_transformer_shape(
+    config: Config, pixels: int, *, intermediate: int, has_cls: bool, patch_bias: bool = True, extra: int = 0
+) -> VisionShape:
+    """Return the dimensions of a vision transformer with a position embedding per patch and class token.
+
+    `pixels` is the side of its input images; the other arguments are fields of VisionShape.
+    """
+    patch = config["patch_size"]
+    return VisionShape(
+        width=config["hidden_size"],
+        intermediate=intermediate,
+        layers=config["num_hidden_layers"],
+        patch=patch,
+        patches=(pixels // patch) ** 2,
+        positions=(config["image_size"] // patch) ** 2 + has_cls,
+        has_cls=has_cls,
+        patch_bias=patch_bias,
+        extra=extra,
+    )
 
 
 def select_strategy(shape: VisionShape) -> str:

@@ -1,23 +1,13 @@
 """SigLIP: no class token, an attention pooling head that LLaVA does not read (Zhai et al. 2023)."""
 
-from raylava.models.families.family import Config, PublishedVision, VisionFamily, patch_count
+from raylava.models.families.family import Config, PublishedVision, VisionFamily, vision_transformer_shape
 from raylava.perf.shapes import VisionShape
 
 
 def _shape(config: Config, pixels: int) -> VisionShape:
-    width, patch, intermediate = config["hidden_size"], config["patch_size"], config["intermediate_size"]
+    width, intermediate = config["hidden_size"], config["intermediate_size"]
     pooling = width + 4 * width**2 + 4 * width + 2 * width + 2 * width * intermediate + width + intermediate
-    return VisionShape(
-        width=width,
-        intermediate=intermediate,
-        layers=config["num_hidden_layers"],
-        patch=patch,
-        patches=patch_count(pixels, patch),
-        positions=patch_count(config["image_size"], patch),
-        has_cls=False,
-        patch_bias=True,
-        extra=pooling,
-    )
+    return vision_transformer_shape(config, pixels, intermediate=intermediate, has_cls=False, extra=pooling)
 
 
 _SO400M = {

@@ -23,10 +23,10 @@ from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from raylava.train.ray_backend import run
 from raylava.train.spec import TrainSpec
-from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, STEP_LOG
+from raylava.train.step_log import CHECKPOINTS, STEP_LOG
 from tests.support.flaky_proxy import FlakyProxy
 from tests.support.processes import kill_with_children
-from tests.support.train_driver import kill_worker_after_checkpoint
+from tests.support.train_driver import complete_checkpoints, kill_worker_after_checkpoint
 
 Lines = list[dict[str, Any]]
 
@@ -118,14 +118,8 @@ def kill_cluster_when(condition: Callable[[], bool], driver: "subprocess.Popen[s
     kill_with_children(driver)
 
 
-def snapshot(spec: TrainSpec) -> bytes:
-    """Return Ray Train's record of complete checkpoints."""
-    file = storage_path(spec.output) / CHECKPOINTS / SNAPSHOT
-    return file.read_bytes() if file.exists() else b""
-
-
 def has_checkpoint(spec: TrainSpec) -> bool:
-    return b"step-" in snapshot(spec)
+    return bool(complete_checkpoints(storage_path(spec.output)))
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +186,11 @@ def test_failing_storage_and_a_kill_during_an_upload_change_nothing(
     refused_from, refused_to = proxy.failed[0], proxy.failed[-1]
     proxy.failed.clear()
     proxy.mode, proxy.only = "hanging", "step-00000024/state/zero_pp_rank_1"  # the part of the other rank is uploaded
-    partial = storage_path(spec.output) / CHECKPOINTS / "step-00000024"
+    output = storage_path(spec.output)
+    partial = output / CHECKPOINTS / "step-00000024"
     kill_cluster_when(
-        lambda: bool(proxy.failed) and any(partial.walk_files()) and b"step-00000016" in snapshot(spec), driver
+        lambda: bool(proxy.failed) and any(partial.walk_files()) and "step-00000016" in complete_checkpoints(output),
+        driver,
     )
     killed_at = time.time()
     proxy.mode = "well"

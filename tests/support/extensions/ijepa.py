@@ -1,21 +1,11 @@
 """I-JEPA (Assran et al. 2023): a vision transformer without a class token, of which LLaVA reads the last layer."""
 
-from raylava.models.families.family import Config, VisionFamily, patch_count
+from raylava.models.families.family import Config, VisionFamily, vision_transformer_shape
 from raylava.perf.shapes import VisionShape
 
 
 def _shape(config: Config, pixels: int) -> VisionShape:
-    return VisionShape(
-        width=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        patch=config["patch_size"],
-        patches=patch_count(pixels, config["patch_size"]),
-        positions=patch_count(config["image_size"], config["patch_size"]),
-        has_cls=False,
-        patch_bias=True,
-        extra=0,
-    )
+    return vision_transformer_shape(config, pixels, intermediate=config["intermediate_size"], has_cls=False)
 
 
 FAMILY = VisionFamily(

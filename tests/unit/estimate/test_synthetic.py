@@ -6,12 +6,12 @@ from raylava.config.recipe import Model
 from raylava.estimate.synthetic import synthetic_pack
 from raylava.models.llava import PackLoss, build_llava
 from raylava.models.registry import resolve_model
-from raylava.models.shapes import shape_from_config
 
 
 def test_a_synthetic_pack_has_the_requested_sizes_and_a_finite_loss(toy_model: Model) -> None:
-    llava = build_llava(resolve_model(toy_model), 0, torch.float32, "varlen")
-    shape, token = shape_from_config(llava.config), llava.config.image_token_index
+    model = resolve_model(toy_model)
+    llava = build_llava(model, 0, torch.float32, "varlen")
+    shape, token = model.shape(llava.config.text_config.vocab_size), llava.config.image_token_index
     patches = shape.vision.patches
     pack = synthetic_pack([(patches + 10, 1, 5), (7, 0, 3)], shape, token)
     assert pack.input_ids.shape == (1, patches + 17)
