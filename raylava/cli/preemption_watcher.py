@@ -13,7 +13,7 @@ def command(
     address: Annotated[str, typer.Option("--address", metavar="HOST:PORT", help="the address of the cluster's GCS")],
     node_id: Annotated[
         str | None,
-        typer.Option("--node-id", metavar="HEX", help="the node to drain (default: the one on this machine)"),
+        typer.Option("--node-id", metavar="HEX", help="the node to drain (default: all on this machine)"),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -22,7 +22,7 @@ def command(
 
 
 def _watch(address: str, node_id: str | None) -> CommandResult:
-    from raylava.cluster.preemption import drain_node, find_metadata_service, watch_for_preemption
+    from raylava.cluster.preemption import drain_nodes, find_metadata_service, watch_for_preemption
 
-    notice = watch_for_preemption(find_metadata_service(), partial(drain_node, address, node_id))
+    notice = watch_for_preemption(find_metadata_service(), partial(drain_nodes, address, node_id))
     return CommandResult(vars(notice), f"drained: {notice.reason}")

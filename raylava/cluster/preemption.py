@@ -11,6 +11,8 @@ before).
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,29 +175,34 @@ def _try_drain(drain: Callable[[Notice], None], notice: Notice) -> bool:
     return True
 
 
-def drain_node(address: str, node_id: str | None, notice: Notice) -> None:
-    """Request that Ray drain a node before the notice's deadline.
+def drain_nodes(address: str, node_id: str | None, notice: Notice) -> None:
+    """Request that Ray drain this machine's nodes before the notice's deadline.
 
-    `address` is HOST:PORT of the GCS. `node_id` defaults to the live node at this machine's address. Raises RunError if
-    Ray does not know the node or rejects the request.
+    `address` is HOST:PORT of the GCS. Without `node_id`, all live nodes at this machine's address are drained: the
+    cloud takes the machine, and several raylets may run on it. Raises RunError if Ray rejects a request.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    for target in [node_id] if node_id else _nodes_of_this_machine(address):
+        seconds = max(0, round(notice.deadline - time.time()))
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={address}", f"--node-id={target}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={notice.reason}"),
+            f"--deadline-remaining-seconds={seconds}",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            last_line = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+            raise RunError(f"Ray did not drain node {target}: {' '.join(last_line)}")
 
-    client = GcsClient(address=address)  # the same call as `ray drain-node`; Ray offers no public function
-    target = node_id or _local_node_id(client)
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, rejection = client.drain_node(target, reason, notice.reason, int(1000 * notice.deadline))
-    if not accepted:
-        raise RunError(f"Ray rejected the drain of node {target}: {rejection}")
 
+def _nodes_of_this_machine(address: str) -> list[str]:
+    """Return the ids of the live nodes that share an address with the node that this process connects to."""
+    import ray
 
-def _local_node_id(client: object) -> str:
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-    from ray.util import get_node_ip_address
-
-    address = get_node_ip_address()
-    for node_id, node in client.get_all_node_info().items():  # type: ignore[attr-defined]
-        if node.state == GcsNodeInfo.ALIVE and node.node_manager_address == address:
-            return str(node_id.hex())
-    raise RunError(f"Ray has no live node at {address}")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        connected = ray.get_runtime_context().get_node_id()
+        (machine,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] == connected)
+        return [node["NodeID"] for node in nodes if node["NodeManagerAddress"] == machine]
+    finally:
+        ray.shutdown()

@@ -19,26 +19,34 @@ from raylava.errors import first_line
 
 logger = logging.getLogger(__name__)
 
+_TRACK_TRAINING = "RAY_TRAIN_ENABLE_STATE_TRACKING"  # an actor of Ray Train keeps the state that the dashboard shows
+
 
 @contextmanager
 def ray_session(resources: Resources) -> Iterator[None]:
     """Provide Ray inside a `with` block: join the cluster of RAY_ADDRESS if it is set, else start a local cluster.
 
-    A local cluster declares at least the CPUs that the recipe's workers request; a machine with fewer oversubscribes.
-    Does nothing if Ray is initialized already.
+    On a cluster that it joins, the settings and logs of Ray's libraries are left as the user configured them, and Ray's
+    dashboard shows the training runs. A local cluster declares at least the CPUs that the recipe's workers request; a
+    machine with fewer oversubscribes. Does nothing if Ray is initialized already.
     """
     if ray.is_initialized():
         yield
         return
-    silence_ray_logs()
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    configure_ray_libraries(joins_running_cluster())
+    if joins_running_cluster():
+        ray.init(log_to_driver=False)
     else:
         _start_local_cluster(max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def joins_running_cluster() -> bool:
+    """Return whether RAY_ADDRESS names a cluster that `ray_session` joins."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _start_local_cluster(cpus: int) -> None:
@@ -74,14 +82,17 @@ def on_driver_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def silence_ray_logs() -> None:
-    """Disable the progress bars and log output of Ray Data and Ray Train, which would interfere with the console.
+def configure_ray_libraries(joined: bool) -> None:
+    """Make Ray Train's runs visible in the dashboard of a cluster that was `joined`, and change nothing else there.
 
-    Must be called before any dataset is created.
+    On a cluster of raylava's own, disable the progress bars and log output of Ray Data and Ray Train in this process,
+    which would interfere with the console. Must be called before any dataset is created.
     """
     import ray.data
 
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    if joined:
+        os.environ.setdefault(_TRACK_TRAINING, "1")
+        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # polling walks the page tables of a busy worker every second

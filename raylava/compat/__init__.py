@@ -1,4 +1,5 @@
-"""Every use of a private API of DeepSpeed, so that an upgrade of the library fails in one place.
+"""Every use of private APIs, one module per library, so that an upgrade of a library fails in one place.
 
-`environment` sets the variables that libraries read once.
+`tests/unit/compat` has a test for each symbol, named after the feature that needs it. `environment` sets the variables
+that libraries read once.
 """

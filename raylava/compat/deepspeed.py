@@ -82,16 +82,26 @@ class BackgroundWriter(CheckpointEngine):
             write.result()
 
 
-def initialize(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Any:
+def initialize(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], writer: BackgroundWriter
+) -> Any:
     """Return DeepSpeed's engine for the module; torch.distributed is initialized already.
 
     DeepSpeed's shared-memory kernel for CPUs is disabled: only inference calls it, and compiling it takes half a minute
-    and a C++ compiler.
+    and a C++ compiler. Checkpoints are written by `writer`.
     """
     deepspeed.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.checkpoint_engine = writer
+    for state in optimizer_state(engine).values():
+        state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments
     return engine
+
+
+def optimizer_state(engine: Any) -> Any:
+    """Return the state of torch's optimizer by parameter; the optimizers of ZeRO stages 1 to 3 wrap it."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer).state
 
 
 def _copy_to_host(value: Any) -> Any:

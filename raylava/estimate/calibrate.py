@@ -262,8 +262,8 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
         vision_feature_layer=backbones.vision_family.feature_layer,
         vision_feature_select_strategy=select_strategy(shape.vision),
         tie_word_embeddings=shape.language.is_tied,
+        attn_implementation={"text_config": attention},
     )
-    config.text_config._attn_implementation = attention
     torch.set_default_dtype(dtype)
     try:
         return LlavaForConditionalGeneration(config)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from raylava.compat.transformers import attn_implementation
 from raylava.config.recipe import StageName
 from raylava.errors import UserError
 from raylava.models.attention import VARLEN, register_varlen
@@ -72,7 +73,7 @@ class PackLoss(nn.Module):
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
         self.llava = llava
-        self._varlen = llava.config.text_config._attn_implementation == VARLEN
+        self._varlen = attn_implementation(llava.model.language_model) == VARLEN
 
     def forward(
         self,

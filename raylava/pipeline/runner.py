@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from raylava.artifacts import Artifact, lock
 from raylava.cluster.nodes import live_nodes, startable_node_types
@@ -59,14 +59,27 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
     from raylava.train import torchrun_backend
 
     stage = _select_training_stage(build_stages(recipe, storage), label)
-    if artifact := stage.spec().find():
-        return reuse(stage, artifact, reporter)
-    started = time.monotonic()
-    is_rank_0 = torchrun_backend.RankInfo.from_environment().rank == 0
-    with lock(stage.spec().path, label) if is_rank_0 else nullcontext():
+    rendezvous = torchrun_backend.Rendezvous()
+    with ExitStack() as stack:
+
+        def must_build() -> bool:
+            """Lock the artifact unless it exists; another run may complete it while rank 0 waits for the lock."""
+            if stage.spec().find():
+                return False
+            stack.enter_context(lock(stage.spec().path, label))
+            return stage.spec().find() is None
+
+        if not rendezvous.agree(must_build):
+            return _reuse_on_rank_0(stage, rendezvous.ranks.rank, reporter)
+        started = time.monotonic()
         with reporter.stage(label, stage.unit) as progress:
-            metrics = torchrun_backend.run(stage.train_spec(), recipe.resources, progress)
+            metrics = torchrun_backend.run(stage.train_spec(), recipe.resources, progress, rendezvous)
         return None if metrics is None else commit(stage, metrics, started, reporter)
+
+
+def _reuse_on_rank_0(stage: Stage, rank: int, reporter: ProgressReporter) -> Artifact | None:
+    artifact = stage.spec().find()
+    return reuse(stage, artifact, reporter) if artifact and rank == 0 else None
 
 
 def _select_training_stage(stages: list[Stage], label: str) -> TrainStage:

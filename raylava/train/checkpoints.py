@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from raylava.errors import RunError, first_line
 from raylava.storage import StoragePath, retry
 from raylava.train.backend import TrainBackend
@@ -21,7 +19,7 @@ from raylava.train.step_log import STEP_LOG, StepLog
 
 logger = logging.getLogger(__name__)
 
-_CONTINUE, _SAVE, _CHECK_PREEMPTION = range(3)  # rank 0's decision after a step
+CONTINUE, SAVE, CHECK_PREEMPTION = range(3)  # rank 0's request after a step
 _PREEMPTION_CHECK_INTERVAL_S = 5.0
 
 
@@ -46,17 +44,13 @@ class CheckpointManager:
         if not result.skipped:
             self._losses.append(result.loss)
 
-    def should_save(self, next_step: int) -> bool:
-        """Return whether to save before `next_step`. Rank 0 decides by its clock, and all ranks get its answer."""
-        if next_step >= self._steps:
-            return False
-        decision = self._broadcast(self._decide(next_step))
-        if decision != _CHECK_PREEMPTION:
-            return decision == _SAVE
-        self._preemption_checked_at = time.monotonic()
-        return self._preemption_notice_received()
+    def request(self, next_step: int) -> int:
+        """Return what to do before `next_step`: rank 0 decides by its clock, the others request nothing.
 
-    def _decide(self, next_step: int) -> int:
+        Engine.step adds the ranks' requests up, and `should_save` interprets the sum.
+        """
+        if self._backend.rank != 0 or next_step >= self._steps:
+            return CONTINUE
         now, config = time.monotonic(), self._config
         due = now - self._saved_at >= config.interval_minutes * 60
         if config.interval_steps is not None and next_step - self._saved_step >= config.interval_steps:
@@ -64,15 +58,15 @@ class CheckpointManager:
         if not self._checkpoints and 2 * next_step >= self._steps:
             due = True
         if due:
-            return _SAVE
-        return _CHECK_PREEMPTION if now - self._preemption_checked_at >= _PREEMPTION_CHECK_INTERVAL_S else _CONTINUE
+            return SAVE
+        return CHECK_PREEMPTION if now - self._preemption_checked_at >= _PREEMPTION_CHECK_INTERVAL_S else CONTINUE
 
-    def _broadcast(self, decision: int) -> int:
-        if self._backend.world_size == 1:
-            return decision
-        shared = torch.tensor([decision], device=self._backend.device)
-        torch.distributed.broadcast(shared, src=0)
-        return int(shared.item())
+    def should_save(self, request: int) -> bool:
+        """Return whether to save now, given rank 0's request. All ranks call it and get the same answer."""
+        if request != CHECK_PREEMPTION:
+            return request == SAVE
+        self._preemption_checked_at = time.monotonic()
+        return self._preemption_notice_received()
 
     def _preemption_notice_received(self) -> bool:
         """Return True once, at the first preemption notice. Ray restarts the run when the node is gone."""

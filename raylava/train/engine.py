@@ -33,6 +33,8 @@ from raylava.storage import StoragePath, storage_path
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
+    from raylava.compat.deepspeed import BackgroundWriter
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,7 +48,7 @@ class StepResult:
 
     `loss` is the mean per loss token, `lr` the language model's learning rate, `seconds` this rank's duration.
     `grad_norm` is before clipping, and None where DeepSpeed does not report it (ZeRO stage 0 in fp32). `skipped` means
-    that the loss or a gradient was not finite and nothing was updated.
+    that the loss or a gradient was not finite and nothing was updated. `request` is the sum of the ranks' requests.
     """
 
     loss: float
@@ -54,6 +56,7 @@ class StepResult:
     lr: float
     seconds: float
     skipped: bool
+    request: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,17 @@ class CheckpointMeta:
 def read_checkpoint_meta(checkpoint: StoragePath) -> CheckpointMeta:
     """Read a checkpoint's metadata. Raises FileNotFoundError where there is none."""
     return CheckpointMeta(**json.loads((checkpoint / _META_FILE).read_bytes()))
+
+
+def _loadable_meta(checkpoint: Path, training: Training) -> CheckpointMeta:
+    """Return the metadata of a checkpoint. Raises RunError where it is of another ZeRO stage."""
+    meta = read_checkpoint_meta(storage_path(checkpoint))
+    if meta.zero_stage != training.zero.stage:
+        raise RunError(
+            f"{checkpoint} was saved with zero.stage={meta.zero_stage} and this run has "
+            f"zero.stage={training.zero.stage}; keep the stage until the run is done"
+        )
+    return meta
 
 
 def lr_multiplier(step: int, steps: int, training: Training) -> float:
@@ -85,7 +99,10 @@ def lr_multiplier(step: int, steps: int, training: Training) -> float:
 
 
 class Engine:
-    """A LLaVA model in training on this rank. Every rank must call every method at the same point."""
+    """A LLaVA model in training on this rank. Every rank must call every method at the same point.
+
+    `first_step` is the step that the checkpoint continues with, 0 without one.
+    """
 
     def __init__(
         self,
@@ -94,7 +111,12 @@ class Engine:
         training: Training,
         steps: int,
         device: torch.device,
+        checkpoint: Path | None = None,
     ) -> None:
+        """Build the engine and restore the checkpoint in a folder, if one is given.
+
+        Raises RunError when the checkpoint does not fit the run, KeyError when it lacks a trained weight.
+        """
         self._training, self._steps, self._device = training, steps, device
         self._dtype = DTYPES[training.precision]
         set_trainable(llava, stage, vision=training.vision_lr is not None)
@@ -107,25 +129,34 @@ class Engine:
         loss = PackLoss(llava)
         if training.compile:
             loss.compile(dynamic=True)  # in place: names stay those of the plain module
-        self._engine = _initialize(loss, training, device)
-        self._writer = self._engine.checkpoint_engine
+        meta = None if checkpoint is None else _loadable_meta(checkpoint, training)
+        convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
+        self._engine, self._writer = _initialize(loss, training, device, load_universal=convert)
+        self.first_step = 0
+        if checkpoint is not None and meta is not None:
+            self._restore(checkpoint, convert)
+            self.first_step = meta.step
 
-    def step(self, number: int, packs: list[PackTensors], loss_tokens: int) -> StepResult:
+    def step(self, number: int, packs: list[PackTensors], loss_tokens: int, request: int = 0) -> StepResult:
         """Compute this rank's packs and update once. `loss_tokens` counts over all ranks.
 
-        When the loss or a gradient of any rank is not finite, no rank updates and the result is marked `skipped`.
+        `request` is a small number that is summed over ranks together with the loss, so that rank 0 can tell the others
+        something without another collective. When the loss or a gradient of any rank is not finite, no rank updates
+        and the result is marked `skipped`.
         """
         started = time.monotonic()
         factor = self._set_lr(number)
-        total = self._accumulate(packs, 1.0 / loss_tokens)
-        finite = self._update(total)
+        total = self._accumulate(packs, 1.0 / loss_tokens, request)
+        finite = self._update(total[0])
         norm = self._engine.get_global_grad_norm()
+        loss, summed_request = total.tolist()
         return StepResult(
-            loss=float(total) / loss_tokens,
+            loss=loss / loss_tokens,
             grad_norm=None if norm is None else float(norm),
             lr=self._training.lr * factor,
             seconds=time.monotonic() - started,
             skipped=not finite,
+            request=int(summed_request),
         )
 
     def memory_dry_run(self, packs: list[PackTensors], advice: str) -> None:
@@ -139,7 +170,7 @@ class Engine:
             if "memory" not in str(error):
                 raise
             raise RunError(_out_of_memory(packs, error, advice)) from error
-        finite = self._update(total * math.nan)
+        finite = self._update(total[0] * math.nan)
         assert not finite, "a dry run must not update"
 
     def _set_lr(self, number: int) -> float:
@@ -148,12 +179,15 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
         return factor
 
-    def _accumulate(self, packs: list[PackTensors], scale: float) -> Tensor:
-        """Return the summed loss of all ranks' packs; DeepSpeed accumulates the gradients of `scale` times that sum."""
-        total = torch.zeros((), device=self._device)
+    def _accumulate(self, packs: list[PackTensors], scale: float, request: int = 0) -> Tensor:
+        """Return the sums over ranks of the packs' loss and of `request` (shape (2,), fp32).
+
+        DeepSpeed accumulates the gradients of `scale` times the loss.
+        """
+        total = torch.tensor([0.0, request], device=self._device)
         for pack in packs:
             loss = self._engine(**vars(pack.to(self._device, self._dtype)))
-            total += loss.detach()
+            total[0] += loss.detach()
             self._engine.backward(loss * (dist.get_world_size() * scale), scale_wrt_gas=False)
         dist.all_reduce(total)
         return total
@@ -191,23 +225,13 @@ class Engine:
         """Wait until every saved file is on this node's disk. Raises the exception of a failed write."""
         self._writer.wait()
 
-    def load(self, folder: Path) -> int:
-        """Restore weights and optimizer; return the next step. Raises when a trained weight is missing.
-
-        A checkpoint of another world size is converted to DeepSpeed's universal format first.
-        """
-        meta = read_checkpoint_meta(storage_path(folder))
-        if meta.zero_stage != self._training.zero.stage:
-            raise RunError(
-                f"{folder} was saved with zero.stage={meta.zero_stage} and this run has "
-                f"zero.stage={self._training.zero.stage}; keep the stage until the run is done"
-            )
-        if meta.world_size == dist.get_world_size() or self._training.zero.stage == 0:
+    def _restore(self, folder: Path, convert: bool) -> None:
+        """Load weights and optimizer; a checkpoint of another world size is converted first."""
+        if not convert:
             self._load(folder)
-        else:
-            with _universal(folder) as converted:
-                self._load_universal(converted)
-        return meta.step
+            return
+        with _universal(folder) as converted:
+            self._load_universal(converted)
 
     def _load_universal(self, folder: Path) -> None:
         """Load a universal checkpoint.
@@ -215,14 +239,14 @@ class Engine:
         At stage 3, DeepSpeed 0.19 restores all parameter groups with the first one's settings and one shared step
         counter, which each group then increments; both are corrected here.
         """
+        from raylava.compat.deepspeed import optimizer_state
+
         groups = self._engine.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        self._engine._config.load_universal_checkpoint = True
         self._load(folder)
-        self._engine._config.load_universal_checkpoint = False
         for group, group_settings in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(group_settings)
-        for state in self._engine.optimizer.optimizer.state.values():
+        for state in optimizer_state(self._engine).values():
             state["step"] = torch.as_tensor(state["step"]).clone()
 
     def _load(self, folder: Path) -> None:
@@ -287,7 +311,9 @@ def _universal(folder: Path) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
-def _initialize(module: nn.Module, training: Training, device: torch.device) -> Any:
+def _initialize(
+    module: nn.Module, training: Training, device: torch.device, load_universal: bool
+) -> "tuple[Any, BackgroundWriter]":
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     from raylava.compat.deepspeed import BackgroundWriter, initialize
 
@@ -295,12 +321,9 @@ def _initialize(module: nn.Module, training: Training, device: torch.device) -> 
     # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
-    config = deepspeed_config(training, sum(trained.values()))
-    engine = initialize(module, optimizer, config)
-    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
-        state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments
-    engine.checkpoint_engine = BackgroundWriter(set(trained))
-    return engine
+    config = deepspeed_config(training, sum(trained.values()), load_universal)
+    writer = BackgroundWriter(set(trained))
+    return initialize(module, optimizer, config, writer), writer
 
 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
@@ -328,8 +351,10 @@ def _part(name: str) -> str:
     return "vision" if VISION_TOWER in name else "language"
 
 
-def deepspeed_config(training: Training, trained: int) -> dict[str, Any]:
+def deepspeed_config(training: Training, trained: int, load_universal: bool = False) -> dict[str, Any]:
     """Return the DeepSpeed config of a training stage with `trained` trainable parameters.
+
+    With `load_universal`, DeepSpeed expects its universal format in every checkpoint that the engine loads.
 
     Gradient accumulation is unmanaged: `backward` accumulates and `step` reduces, so the number of packs may differ
     between steps. Buckets are no larger than the trainable parameters; DeepSpeed's default takes a gigabyte even for a
@@ -350,6 +375,7 @@ def deepspeed_config(training: Training, trained: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiler at run time
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 31,
+        "checkpoint": {"load_universal": load_universal},
     }
     user = training.deepspeed
     if training.precision == "bf16" and training.zero.stage in (2, 3):  # accumulate packs in fp32; 0 and 1 cannot

@@ -1,11 +1,13 @@
 """The Ray Train backend: the driver's side (scaling, failures, progress) and each worker's TrainBackend.
 
-`run` starts a TorchTrainer whose workers run trainer.Trainer. Workers send heartbeats and step metrics to a
-ProgressMonitor actor on the driver's node, which the driver polls. Only functions import torch: the monitor's process
-imports this module, and would take three seconds longer to start.
+`run` starts a TorchTrainer whose workers run trainer.Trainer. Workers send heartbeats, step metrics and their own
+errors to a RunMonitor actor on the driver's node, which the driver polls. Ray Train restarts the workers after every
+failure; `RestartPolicy`, which runs in its controller, ends the run instead where a restart cannot help. Only functions
+import torch: the monitor's process imports this module, and would take three seconds longer to start.
 """
 
 import logging
+import queue
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +21,12 @@ from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
 )
 
 from raylava.cluster.gauges import Gauges
@@ -34,7 +38,7 @@ from raylava.progress import ProgressBar, poll_in_background
 from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, Upload
 from raylava.train.spec import TrainSpec
-from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, summarize_run
+from raylava.train.step_log import CHECKPOINTS, summarize_run
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_WORKER_FAILURES = 8  # consecutive failures without a new checkpoint between them, after which a stage fails
 _COLLECTIVE_TIMEOUT_S = 1800
 _STALL_WARNING_S = 120.0  # without progress for this long, the stalled rank is reported
+_MAX_START_ATTEMPTS = 8
+_REPORT_INTERVAL_S = 0.5  # between two reports of a worker to the monitor
 _PEER_DISCONNECTED = (  # messages of collectives whose peer process has exited
     "connection reset by peer",
     "connection closed by peer",
@@ -65,7 +70,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
     from ray.train.torch import TorchConfig, TorchTrainer
 
     output = storage_path(spec.output)
-    monitor = ProgressMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
+    monitor = RunMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -76,10 +81,10 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
         },
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=_scaling_config(resources),
-        run_config=_run_config(spec, output),
+        run_config=_run_config(spec, output, monitor),
     )
-    with _report_progress(monitor, progress, spec.stage):
-        _fit(trainer, spec.stage, output / CHECKPOINTS / SNAPSHOT, Gauges(output.name, spec.stage))
+    with _report_progress(monitor, progress, spec.stage, Gauges(output.name, spec.stage)):
+        _fit(trainer, spec.stage)
     (output / CHECKPOINTS).delete()
     return summarize_run(output)
 
@@ -97,13 +102,15 @@ def _scaling_config(resources: Resources) -> ScalingConfig:
     )
 
 
-def _run_config(spec: TrainSpec, output: StoragePath) -> RunConfig:
+def _run_config(spec: TrainSpec, output: StoragePath, monitor: Any) -> RunConfig:
     config = spec.training.checkpoint
+    root, stage, fingerprint = output.path.rsplit("/", 2)
     return RunConfig(
-        name=CHECKPOINTS,
-        storage_path=output.path,
+        name=f"{stage}/{fingerprint}/{CHECKPOINTS}",  # also the run's name in Ray's dashboard
+        storage_path=root,
         storage_filesystem=output.filesystem,
-        failure_config=FailureConfig(max_failures=0),  # _fit distinguishes lost workers from errors; Ray does not
+        failure_config=FailureConfig(max_failures=-1),  # RestartPolicy ends runs that a restart cannot help
+        callbacks=[RestartPolicy(monitor)],
         checkpoint_config=ray.train.CheckpointConfig(
             num_to_keep=config.keep_latest,
             checkpoint_score_attribute="loss" if config.keep_best else None,
@@ -112,82 +119,95 @@ def _run_config(spec: TrainSpec, output: StoragePath) -> RunConfig:
     )
 
 
-def _fit(trainer: "TorchTrainer", stage: str, snapshot: StoragePath, gauges: Gauges) -> None:
-    """Train; resume from the latest checkpoint after a lost worker, fail at once after an error of the run itself.
-
-    A run that makes progress may lose workers any number of times: only failures without a new checkpoint between
-    them count towards _MAX_WORKER_FAILURES.
-    """
-    total_lost = failures = 0
-    last_snapshot: bytes | None = None
-    gauges.set(lost_workers=total_lost)
-    while True:
+def _fit(trainer: "TorchTrainer", stage: str) -> None:
+    """Train, while Ray Train restarts lost workers. Raises RunError with the reason when RestartPolicy ends the run."""
+    for attempts_left in reversed(range(_MAX_START_ATTEMPTS)):
         try:
             trainer.fit()
             return
         except TrainingFailedError as error:
-            lost = lost_workers(error)
-            if failures == _MAX_WORKER_FAILURES or not lost:
-                raise RunError(f"{stage} failed: {_root_cause(error)}") from error
-            content = snapshot.read_bytes() if snapshot.exists() else None
-            failures, last_snapshot = (failures + 1, last_snapshot) if content == last_snapshot else (0, content)
-            total_lost += len(lost)
-            gauges.set(lost_workers=total_lost)
-            logger.warning("%s: lost %s; resuming from the last checkpoint", stage, ", ".join(lost))
+            reason = error.controller_failure if isinstance(error, ControllerError) else error
+            if not isinstance(reason, RayActorError) or not attempts_left:
+                raise RunError(f"{stage} failed: {first_line(reason)}") from error
+            # Ray Train 2.60 retries neither a worker's death while it starts the training function, nor its own.
+            logger.warning("%s: lost a worker while the workers were starting; starting them again", stage)
 
 
-def lost_workers(error: TrainingFailedError) -> list[str]:
-    """Describe the workers whose process or node is gone; empty where workers raised errors of their own.
+class RestartPolicy(UserCallback):
+    """Ends the run after a worker's own error, or after `max_failures` restarts without a new checkpoint between them.
 
-    Ray names lost workers, but may learn of a dead node later than the other ranks, whose collectives fail at once.
+    Ray Train calls it in its controller; an exception raised here is a ControllerError, which ends `fit` without a
+    restart. A run that makes progress may lose workers any number of times.
     """
-    causes = _causes_by_rank(error)
-    dead = [f"worker {rank}" for rank, cause in causes.items() if isinstance(cause, RayActorError)]
-    if not dead and causes and all(_is_peer_failure(cause) for cause in causes.values()):
-        return [f"a worker that worker {min(causes)} can no longer reach"]
-    return dead
+
+    def __init__(self, monitor: Any, max_failures: int = 8) -> None:
+        self._monitor, self._max_failures, self._failures = monitor, max_failures, 0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Start counting anew: all workers have completed a checkpoint."""
+        if checkpoint is not None:
+            self._failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Count the failure. Raises RunError with the first error that a worker recorded, or after the last attempt.
+
+        The death of a preempted worker is not counted; Ray Train reports it repeatedly until the node is gone.
+        """
+        recorded: str | None = ray.get(self._monitor.first_error.remote())
+        if recorded:
+            raise RunError(recorded)
+        deaths = {rank: _death(error) for rank, error in worker_exceptions.items()}
+        if any(death and death.preempted for death in deaths.values()):
+            return
+        self._failures += 1
+        lost = [f"worker {rank}" for rank, death in sorted(deaths.items()) if death]
+        lost = lost or [f"a worker that worker {min(worker_exceptions)} can no longer reach"]
+        if self._failures > self._max_failures:
+            rank = min(worker_exceptions)
+            raise RunError(
+                f"lost {', '.join(lost)}; {self._failures} failures without a new checkpoint between them "
+                f"(worker {rank}: {first_line(worker_exceptions[rank])})"
+            )
+        ray.get(self._monitor.record_loss.remote(lost))
 
 
-def _is_peer_failure(cause: BaseException) -> bool:
-    """Return whether the error is a gloo or NCCL collective's report that its peer process has exited."""
+def _death(error: Exception) -> RayActorError | None:
+    """Return Ray's error of a worker whose process or node is gone; None for errors that the worker raised."""
+    cause = getattr(error, "health_check_failure", error)
+    return cause if isinstance(cause, RayActorError) else None
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Return whether the error is a gloo or NCCL collective's report that its peer process has exited.
+
+    Such an error is a consequence; its cause is the peer's own error, or its death.
+    """
     from torch.distributed import DistError
 
-    text = str(cause).lower()
-    is_collective = isinstance(cause, DistError) or (isinstance(cause, RuntimeError) and "gloo" in text)
+    text = str(error).lower()
+    is_collective = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
     return is_collective and any(message in text for message in _PEER_DISCONNECTED)
 
 
-def _causes_by_rank(error: TrainingFailedError) -> dict[int, BaseException]:
-    """Return each failed worker's own error, without Ray's wrapper."""
-    failures = getattr(error, "worker_failures", None) or {}
-    return {
-        rank: getattr(failure, "health_check_failure", getattr(failure, "_base_exc", failure))
-        for rank, failure in sorted(failures.items())
-    }
-
-
-def _root_cause(error: TrainingFailedError) -> str:
-    """Return the root cause: the first worker error that is not a peer disconnect."""
-    causes = _causes_by_rank(error)
-    if not causes:
-        return first_line(error)
-    rank = min(causes, key=lambda rank: (_is_peer_failure(causes[rank]), rank))
-    return f"worker {rank}: {first_line(causes[rank])}"
-
-
 @contextmanager
-def _report_progress(monitor: Any, progress: ProgressBar, stage: str) -> Iterator[None]:
-    """Update the progress bar while `fit` blocks, and warn once when a rank stalls."""
+def _report_progress(monitor: Any, progress: ProgressBar, stage: str, gauges: Gauges) -> Iterator[None]:
+    """While `fit` blocks, update the progress bar, report lost workers, and warn once when a rank stalls."""
     last_stall: str | None = None
+    total_lost = 0
+    gauges.set(lost_workers=total_lost)
 
     def poll() -> None:
-        nonlocal last_stall
-        updates, stall = ray.get(monitor.poll.remote(_STALL_WARNING_S))
-        for done, total, metrics in updates:
+        nonlocal last_stall, total_lost
+        report: MonitorReport = ray.get(monitor.poll.remote(_STALL_WARNING_S))
+        for done, total, metrics in report.updates:
             progress.update(done, total, **metrics)
-        if stall and not last_stall:
-            logger.warning("%s is stalled: %s", stage, stall)
-        last_stall = stall
+        for lost in report.losses:
+            total_lost += len(lost)
+            gauges.set(lost_workers=total_lost)
+            logger.warning("%s: lost %s; resuming from the last checkpoint", stage, ", ".join(lost))
+        if report.stall and not last_stall:
+            logger.warning("%s is stalled: %s", stage, report.stall)
+        last_stall = report.stall
 
     with poll_in_background(poll):
         yield
@@ -215,26 +235,53 @@ def find_stalled_rank(heartbeats: list[Heartbeat], now: float, timeout_s: float)
     return f"rank {stalled.rank} has been {stalled.phase} in step {stalled.step} for {now - stalled.time:.0f} s"
 
 
+@dataclass(frozen=True)
+class MonitorReport:
+    """What happened since the driver's last poll.
+
+    `updates` are the completed steps, in order, `losses` the workers lost at each restart; `stall` describes the
+    stalled rank, if there is one.
+    """
+
+    updates: list[StepUpdate]
+    losses: list[list[str]]
+    stall: str | None
+
+
 @ray.remote(num_cpus=0)
-class ProgressMonitor:
-    """Actor that collects the heartbeats of all ranks and the metrics of completed steps."""
+class RunMonitor:
+    """Actor that collects heartbeats, the metrics of completed steps, and errors of all ranks."""
 
     def __init__(self) -> None:
         self._heartbeats: dict[int, Heartbeat] = {}
         self._updates: list[StepUpdate] = []
+        self._losses: list[list[str]] = []
+        self._first_error: str | None = None
 
-    def heartbeat(self, rank: int, step: int, phase: str) -> None:
-        """Record that a rank enters a phase of a step."""
-        self._heartbeats[rank] = Heartbeat(rank, step, phase, time.monotonic())
+    def report(self, rank: int, step: int, phase: str, seconds: float, updates: list[StepUpdate]) -> None:
+        """Record that a rank entered a phase of a step `seconds` ago, and the steps completed since its last report."""
+        self._heartbeats[rank] = Heartbeat(rank, step, phase, time.monotonic() - seconds)
+        self._updates += updates
 
-    def update(self, done: int, total: int, **metrics: float) -> None:
-        """Record a completed step."""
-        self._updates.append((done, total, metrics))
+    def record_error(self, rank: int, message: str) -> None:
+        """Record an error of a rank's own, before the rank raises it and the other ranks fail in turn."""
+        self._first_error = self._first_error or f"worker {rank}: {message}"
 
-    def poll(self, timeout_s: float) -> tuple[list[StepUpdate], str | None]:
-        """Return the updates since the last poll, in order, and a description of the stalled rank, if any."""
-        updates, self._updates = self._updates, []
-        return updates, find_stalled_rank(list(self._heartbeats.values()), time.monotonic(), timeout_s)
+    def first_error(self) -> str | None:
+        """Return the first error that a rank recorded."""
+        return self._first_error
+
+    def record_loss(self, workers: list[str]) -> None:
+        """Record a failure after which Ray Train restarts the workers. All ranks report anew."""
+        self._losses.append(workers)
+        self._heartbeats.clear()
+
+    def poll(self, timeout_s: float) -> MonitorReport:
+        """Return what happened since the last poll."""
+        stall = find_stalled_rank(list(self._heartbeats.values()), time.monotonic(), timeout_s)
+        report = MonitorReport(self._updates, self._losses, stall)
+        self._updates, self._losses = [], []
+        return report
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -244,11 +291,28 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from raylava.train.trainer import Trainer  # not at module level: Ray's controller would import the models too
 
     torch.set_num_threads(config["threads"])
-    Trainer(config["spec"], _RayBackend(config["spec"], config["monitor"]), config["cache_bytes"]).run()
+    with record_errors(config["monitor"]):
+        backend = _RayBackend(config["spec"], config["monitor"])
+        with poll_in_background(backend.send_report, _REPORT_INTERVAL_S):
+            Trainer(config["spec"], backend, config["cache_bytes"]).run()
+
+
+@contextmanager
+def record_errors(monitor: Any) -> Iterator[None]:
+    """Record errors of this worker's own in the monitor before they are raised, which ends the peers' collectives."""
+    try:
+        yield
+    except Exception as error:
+        if not is_peer_failure(error):
+            ray.get(monitor.record_error.remote(ray.train.get_context().get_world_rank(), first_line(error)))
+        raise
 
 
 class _RayBackend:
-    """A TrainBackend on Ray Train: checkpoints through ray.train.report, heartbeats and metrics to the monitor."""
+    """A TrainBackend on Ray Train: checkpoints through ray.train.report, heartbeats and metrics to the monitor.
+
+    The training thread only notes its phase and completed steps; `send_report`, called by another thread, sends them.
+    """
 
     def __init__(self, spec: TrainSpec, monitor: Any) -> None:
         import ray.train.torch
@@ -259,6 +323,19 @@ class _RayBackend:
         self._checkpoints, self._monitor = storage_path(spec.output) / CHECKPOINTS, monitor
         self._gauges = Gauges(storage_path(spec.output).name, spec.stage, self.rank)
         self._started_at = self._loading_since = time.monotonic()
+        self._phase: tuple[int, str, float] | None = None  # step, phase, time of entering it
+        self._sent_phase: tuple[int, str, float] | None = None
+        self._updates: queue.SimpleQueue[StepUpdate] = queue.SimpleQueue()
+
+    def send_report(self) -> None:
+        """Send the latest phase, if it is new, and the steps completed since the last call."""
+        phase = self._phase
+        if phase is None or phase == self._sent_phase:
+            return
+        updates = [self._updates.get_nowait() for _ in range(self._updates.qsize())]
+        step, name, entered_at = phase
+        ray.get(self._monitor.report.remote(self.rank, step, name, time.monotonic() - entered_at, updates))
+        self._sent_phase = phase
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[CheckpointRef | None]:
@@ -274,7 +351,8 @@ class _RayBackend:
         target = self._checkpoints / name
 
         def upload_part(local: Checkpoint, _: str) -> Checkpoint:
-            upload(Path(local.path), target)
+            with record_errors(self._monitor):
+                upload(Path(local.path), target)
             self._gauges.set(checkpoint_time_seconds=time.time())
             return Checkpoint(path=target.path, filesystem=target.filesystem)
 
@@ -290,13 +368,13 @@ class _RayBackend:
         return ray.train.get_preemption_info() is not None
 
     def heartbeat(self, step: int, phase: str) -> None:
-        self._monitor.heartbeat.remote(self.rank, step, phase)
+        self._phase = (step, phase, time.monotonic())
         if phase == LOADING:
             self._loading_since = time.monotonic()
         elif phase == COMPUTING:
             self._gauges.set(data_wait_s=time.monotonic() - self._loading_since)
 
     def report(self, metrics: "StepMetrics", steps: int) -> None:
-        self._monitor.update.remote(metrics.step + 1, steps, **metrics.progress_metrics())
+        self._updates.put((metrics.step + 1, steps, metrics.progress_metrics()))
         self._gauges.set(**asdict(metrics))
         self._gauges.set(worker_seconds=self.world_size * (time.monotonic() - self._started_at))

@@ -10,10 +10,11 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
 
+_DECISION = "raylava/decision"  # key of the rendezvous store
+_NO_TIMEOUT = timedelta(days=365)
 _DONE_FILE = "done-rank-{}.json"  # written after all other files of a rank
 
 
@@ -49,14 +52,35 @@ class RankInfo:
         return cls(*(int(os.environ.get(name, default)) for name, default in defaults))
 
 
-def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[str, Any] | None:
+class Rendezvous:
+    """The key-value store of the run's processes, which exists before their process group."""
+
+    def __init__(self) -> None:
+        self.ranks = RankInfo.from_environment()
+        if dist.is_torchelastic_launched():
+            self.store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        else:
+            self.store = dist.HashStore()  # type: ignore[attr-defined]
+
+    def agree(self, rank_0_decides: Callable[[], bool]) -> bool:
+        """Return rank 0's decision on every rank.
+
+        The others wait for as long as it takes, as no time-out of a process group applies yet.
+        """
+        if self.ranks.rank == 0:
+            self.store.set(_DECISION, str(int(rank_0_decides())))
+        self.store.wait([_DECISION], _NO_TIMEOUT)
+        return self.store.get(_DECISION) == b"1"
+
+
+def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous: Rendezvous) -> dict[str, Any] | None:
     """Train the stage on all ranks, from its latest checkpoint if there is one. Return its metrics on rank 0.
 
     Raises RunError on every rank after SIGTERM, once a checkpoint is saved.
     """
-    ranks = RankInfo.from_environment()
+    ranks = rendezvous.ranks
     torch.set_num_threads(resources.cpus_per_worker)
-    with _process_group(ranks) as device:
+    with _process_group(rendezvous) as device:
         backend = _TorchrunBackend(spec, ranks, device, progress)
         Trainer(spec, backend, 1e9 * resources.cache_gb).run()
         backend.finish()
@@ -64,16 +88,14 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
 
 
 @contextmanager
-def _process_group(ranks: RankInfo) -> Iterator[torch.device]:
+def _process_group(rendezvous: Rendezvous) -> Iterator[torch.device]:
+    ranks = rendezvous.ranks
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed reads it
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=rendezvous.store, rank=ranks.rank, world_size=ranks.world_size)
     try:
         yield device
     finally:

@@ -51,7 +51,8 @@ class Trainer:
         """Train from the latest checkpoint, or from the start, and write the result."""
         with self._backend.last_checkpoint() as checkpoint:
             self._build_engine(checkpoint)
-            first_step = self._resume(checkpoint)
+            self._resume(checkpoint)
+        first_step = self._engine.first_step
         if first_step < self._plan.steps:
             self._memory_dry_run()
         metrics_logger = self._build_metrics_logger(first_step) if self._backend.rank == 0 else None
@@ -61,13 +62,14 @@ class Trainer:
         _write_result(self._spec, self._engine, self._step_log)
 
     def _build_engine(self, checkpoint: CheckpointRef | None) -> None:
-        """Resolve the `auto` settings, and build the engine and the throughput meter with them."""
+        """Resolve the `auto` settings, and build the engine, with the checkpoint's state, and the throughput meter."""
         spec, backend = self._spec, self._backend
         resolver = AutoResolver(spec.stage, self._shape, self._blocks.lengths, self._plan, backend.device)
         saved_zero_stage = read_checkpoint_meta(storage_path(checkpoint.folder)).zero_stage if checkpoint else None
         resolved = resolver.resolve_auto(spec.training, saved_zero_stage)
         self._advice, self._max_tokens_per_pack = resolved.advice, resolved.candidate.config.max_tokens_per_pack
-        self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device)
+        folder = checkpoint.folder if checkpoint else None
+        self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device, folder)
         self._meter = ThroughputMeter(
             self._shape,
             self._blocks.lengths,
@@ -77,16 +79,14 @@ class Trainer:
             world_size=backend.world_size,
         )
 
-    def _resume(self, checkpoint: CheckpointRef | None) -> int:
-        """Load the checkpoint, if there is one; return the next step."""
+    def _resume(self, checkpoint: CheckpointRef | None) -> None:
+        """Continue the checkpoint's step log and the count of checkpoints, if there is a checkpoint."""
         if checkpoint is None:
-            return 0
-        step = self._engine.load(checkpoint.folder)
+            return
         if self._backend.rank == 0:
             self._step_log = StepLog((checkpoint.folder / STEP_LOG).read_text())
-        self._checkpoints.resume_from(checkpoint.uri, step)
-        logger.info("resumed at step %d", step)
-        return step
+        self._checkpoints.resume_from(checkpoint.uri, self._engine.first_step)
+        logger.info("resumed at step %d", self._engine.first_step)
 
     def _memory_dry_run(self) -> None:
         """Compute the worst-case packs once, so that a run that does not fit fails before its first step."""
@@ -117,7 +117,8 @@ class Trainer:
         for batch in loader:
             data_wait_s = time.monotonic() - waiting_since
             backend.heartbeat(batch.step.number, COMPUTING)
-            result = self._engine.step(batch.step.number, batch.packs, batch.loss_tokens)
+            request = self._checkpoints.request(batch.step.number + 1)
+            result = self._engine.step(batch.step.number, batch.packs, batch.loss_tokens, request)
             if metrics_logger is not None:
                 self._step_log.add(batch, result, backend.world_size)
                 metrics = self._meter.measure(batch, result, data_wait_s, checkpoint_stall_s)
@@ -131,7 +132,7 @@ class Trainer:
     def _save_if_due(self, next_step: int, result: StepResult) -> float:
         """Save a checkpoint if one is due; return the seconds that training stood still."""
         self._checkpoints.record_loss(result)
-        if not self._checkpoints.should_save(next_step):
+        if not self._checkpoints.should_save(result.request):
             return 0.0
         self._backend.heartbeat(next_step, SAVING)
         return self._checkpoints.save(self._engine, self._step_log, next_step)

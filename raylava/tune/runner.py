@@ -21,7 +21,7 @@ from rich.table import Table
 from raylava.artifacts import lock
 from raylava.cluster.nodes import eventual_resources
 from raylava.cluster.roles import TRAIN, node_labels_for
-from raylava.cluster.session import on_driver_node, ray_session
+from raylava.cluster.session import joins_running_cluster, on_driver_node, ray_session
 from raylava.config.recipe import Resources
 from raylava.console import Console
 from raylava.errors import UserError, first_line
@@ -138,7 +138,12 @@ class SweepRun:
             lambda number, outcome: tracker.finish.remote(number, outcome),
             budget.exhausted,
         )
-        config = {"storage": self._storage.uri, "tracker": tracker, "search": self.sweep.search is not None}
+        config = {
+            "storage": self._storage.uri,
+            "tracker": tracker,
+            "search": self.sweep.search is not None,
+            "joined": joins_running_cluster(),
+        }
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:
             tune.Tuner(

@@ -1,10 +1,13 @@
 """Ray Tune's interfaces to a sweep: a searcher that suggests the next trial and a scheduler that stops trials early.
 
-Ray Tune pickles searchers in order to restore them; that copy is left empty, because the state of a sweep is in its
-artifacts and studies, which also hold the trials of earlier drivers.
+Results and studies are in storage. What the searcher itself knows is which source and which tracked trial belong to
+each of Ray Tune's running trials; `save` and `restore` keep that as JSON, and so does the copy that Ray Tune pickles,
+which must not contain connections (a database's URL may hold a password).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray.tune.experiment import Trial
@@ -34,6 +37,12 @@ class TrialSource(Protocol):
     def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
         """Record the outcome of a trial."""
 
+    def state(self) -> dict[str, Any]:
+        """Return what the source knows about running trials, as a JSON-serializable value."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of the same source."""
+
 
 class SingleTrial:
     """The source of a variant without a search: exactly one trial, with the variant's recipe."""
@@ -58,6 +67,14 @@ class SingleTrial:
         report = result or {}
         done = any(name.startswith("objective/") for name in report)
         self.failure = LOST if error else None if done else report.get("failure", "the trial was stopped")
+
+    def state(self) -> dict[str, Any]:
+        """See TrialSource."""
+        return {"started": self._started, "failure": self.failure}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See TrialSource."""
+        self._started, self.failure = state["started"], state["failure"]
 
 
 class SweepSearcher(Searcher):
@@ -127,17 +144,34 @@ class SweepSearcher(Searcher):
             self._finish_trial(number, "failed")
         source.on_trial_complete(trial_id, result, error)
 
+    def state(self) -> dict[str, Any]:
+        """Return the state of the sources, in the order of their next suggestions, and of the running trials."""
+        return {
+            "sources": {source.variant.name: source.state() for source in self._sources},
+            "running": {
+                trial_id: {"variant": source.variant.name, "number": number}
+                for trial_id, (source, number) in self._running.items()
+            },
+        }
+
     def save(self, checkpoint_path: str) -> None:
-        """Write an empty file, which Ray Tune requires."""
-        with open(checkpoint_path, "wb"):
-            pass
+        """Write the state as JSON."""
+        Path(checkpoint_path).write_text(json.dumps(self.state()))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Raise NotImplementedError: a sweep is resumed by running it again."""
-        raise NotImplementedError
+        """Continue from a state that a searcher of the same sweep saved."""
+        state = json.loads(Path(checkpoint_path).read_text())
+        sources = {source.variant.name: source for source in self._sources}
+        assert sources.keys() == state["sources"].keys(), "the state is that of another sweep"
+        for name, source_state in state["sources"].items():
+            sources[name].restore(source_state)
+        self._sources = [sources[name] for name in state["sources"]]
+        self._running = {
+            trial_id: (sources[trial["variant"]], trial["number"]) for trial_id, trial in state["running"].items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return self.state()
 
 
 class EarlyStop(FIFOScheduler):
@@ -151,6 +185,3 @@ class EarlyStop(FIFOScheduler):
         """See TrialScheduler."""
         stop = self._searcher.should_stop(trial.trial_id, result)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}

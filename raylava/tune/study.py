@@ -1,4 +1,4 @@
-"""The search of one variant: an Optuna study that outlives the driver, connected to Ray Tune through OptunaSearch.
+"""The search of one variant: an Optuna study that outlives the driver, asked and told by tune/searcher.py.
 
 The study is the only state of a search. It is stored in a database, or as Optuna's journal in the sweep's folder on any
 filesystem. A trial that was running when its driver was killed is started again with the same settings, so that its
@@ -8,19 +8,18 @@ artifacts and checkpoints are reused. A trial stopped early is recorded as prune
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.study import Study, StudySummary
-from optuna.trial import FrozenTrial, TrialState
-from ray.tune.search.optuna import OptunaSearch
+from optuna.study import Study, StudyDirection, StudySummary
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raylava.artifacts import fingerprint
 from raylava.errors import UserError
@@ -32,6 +31,7 @@ RUNGS = 10  # points in a trial's finetuning at which its loss is compared with 
 _FAILURE = "failure"  # user attribute of a failed trial: the error message
 _OWNER = "raylava"  # user attribute of a study: the identity of the search that it belongs to
 _JOURNAL = "study"
+_DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 _RETRY_SECONDS = 600.0  # time-out for writing the journal to failing storage
 
 
@@ -194,52 +194,62 @@ def _to_lines(logs: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
 
 
-class VariantStudy(OptunaSearch):
-    """The study of one variant as a source of trials: first those interrupted with an earlier driver, then new ones.
-
-    Uses private members of OptunaSearch (Ray 2.60), which cannot resume an existing trial and would record a trial that
-    was stopped early as complete.
-    """
+class VariantStudy:
+    """The study of one variant as a source of trials: first those interrupted with an earlier driver, then new ones."""
 
     def __init__(self, variant: Variant, search: SearchConfig, storage: BaseStorage, name: str, identity: str) -> None:
-        self.variant, self.search = variant, search
-        super().__init__(
-            space=distributions(search),
-            metric=list(search.objective),
-            mode=list(search.objective.values()),
+        """Create the study, or open it. `identity` is that of the search that it belongs to."""
+        self.variant, self.search, self._storage, self._objectives = variant, search, storage, list(search.objective)
+        self.study = optuna.create_study(
             study_name=name,
             storage=storage,
+            directions=[_DIRECTIONS[mode] for mode in search.objective.values()],
             sampler=_create_sampler(search, storage, name),
+            pruner=_create_pruner(search),
+            load_if_exists=True,
         )
-        self._ot_study.set_user_attr(_OWNER, identity)
-        if search.asha:
-            self._ot_study.pruner = SuccessiveHalvingPruner(round(RUNGS * search.asha.grace), search.asha.reduction)
-        self._loss_sign = -1.0 if search.objective[self.metric[0]] == "max" else 1.0
+        self.study.set_user_attr(_OWNER, identity)
+        self._loss_sign = -1.0 if search.objective[self._objectives[0]] == "max" else 1.0
+        self._running: dict[str, Trial] = {}
         self._interrupted = self._interrupted_trials()
 
     def _interrupted_trials(self) -> list[FrozenTrial]:
         """Return the trials left running by a killed driver; fail those without a value for every searched setting."""
-        running = self._ot_study.get_trials(states=(TrialState.RUNNING,))
+        running = self.study.get_trials(states=(TrialState.RUNNING,))
         for trial in running:
             if trial.params.keys() != self.search.space.keys():
-                self._ot_study.tell(trial.number, state=TrialState.FAIL)
+                self.study.tell(trial.number, state=TrialState.FAIL)
         return [trial for trial in running if trial.params.keys() == self.search.space.keys()]
 
     @property
     def trials(self) -> list[TrialRecord]:
         """Return all trials of the study, including those that are running."""
-        return _trial_records(self._ot_study, self.search)
+        return _trial_records(self.study, self.search)
 
     def next_settings(self, trial_id: str, allow_new: bool) -> dict[str, Any] | None:
         """See searcher.TrialSource."""
         if self._interrupted:
-            frozen = self._interrupted.pop(0)
-            self._ot_trials[trial_id] = optuna.trial.Trial(self._ot_study, frozen._trial_id)
-            return dict(frozen.params)
-        if not allow_new or (self.search.trials is not None and len(self.trials) >= self.search.trials):
+            self._running[trial_id] = self._continued_trial(self._interrupted.pop(0).number)
+        elif not allow_new or (self.search.trials is not None and len(self.trials) >= self.search.trials):
             return None
-        self.suggest(trial_id)
-        return dict(self._ot_trials[trial_id].params)
+        else:
+            self._running[trial_id] = self.study.ask(fixed_distributions=distributions(self.search))
+        return dict(self._running[trial_id].params)
+
+    def _continued_trial(self, number: int) -> Trial:
+        """Return the study's running trial of this number, as `ask` returned it to another driver."""
+        study = self._storage.get_study_id_from_name(self.study.study_name)
+        return Trial(self.study, self._storage.get_trial_id_from_study_id_trial_number(study, number))
+
+    def state(self) -> dict[str, Any]:
+        """Return the study's running trials by Ray Tune's trial id; everything else is in the study's storage."""
+        return {"running": {trial_id: trial.number for trial_id, trial in self._running.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue with the running trials of a saved state, instead of starting them again as interrupted ones."""
+        numbers = set(state["running"].values())
+        self._interrupted = [trial for trial in self._interrupted if trial.number not in numbers]
+        self._running = {trial_id: self._continued_trial(number) for trial_id, number in state["running"].items()}
 
     def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
         """Record a trial's loss at a rung (1 to RUNGS) and return whether successive halving stops the trial there.
@@ -247,26 +257,32 @@ class VariantStudy(OptunaSearch):
         The loss is recorded with the sign for which the study's direction prefers smaller losses: Optuna's sampler and
         pruner rank intermediate values by that direction.
         """
-        if len(self.metric) > 1:
+        if len(self._objectives) > 1:
             return False  # Optuna does not store intermediate values of multi-objective studies
-        trial = self._ot_trials[trial_id]
+        trial = self._running[trial_id]
         trial.report(self._loss_sign * loss, rung)
         return self.search.asha is not None and rung < RUNGS and trial.should_prune()
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Record the outcome of a trial in the study.
 
         A result with `objective/NAME` values is done, one with `failure` has failed, any other was stopped early.
         """
-        trial, report = self._ot_trials.pop(trial_id), result or {}
-        values = [report.get(f"objective/{name}") for name in self.metric]
+        trial, report = self._running.pop(trial_id), result or {}
+        values = [report[key] for key in (f"objective/{name}" for name in self._objectives) if key in report]
         if error or "failure" in report:
             trial.set_user_attr(_FAILURE, report.get("failure", LOST))
-            self._ot_study.tell(trial, state=TrialState.FAIL)
-        elif None in values:
-            self._ot_study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif len(values) < len(self._objectives):
+            self.study.tell(trial, state=TrialState.PRUNED)
         else:
-            self._ot_study.tell(trial, values)
+            self.study.tell(trial, values)
+
+
+def _create_pruner(search: SearchConfig) -> BasePruner:
+    if search.asha is None:
+        return NopPruner()
+    return SuccessiveHalvingPruner(round(RUNGS * search.asha.grace), search.asha.reduction)
 
 
 def _trial_records(study: Study, search: SearchConfig) -> list[TrialRecord]:

@@ -15,7 +15,7 @@ import ray
 from ray import tune
 
 from raylava.artifacts import Artifact
-from raylava.cluster.session import silence_ray_logs
+from raylava.cluster.session import configure_ray_libraries
 from raylava.config.recipe import Recipe
 from raylava.errors import first_line
 from raylava.pipeline.graph import build_stages
@@ -36,11 +36,11 @@ _COMPARED_STAGE = "finetune"  # the stage whose loss is compared between trials
 def run_trial(config: dict[str, Any]) -> None:
     """Run one trial: the trainable of Ray Tune.
 
-    `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor and whether the trial belongs to a
-    `search`. Trials of a search report `rung` and `loss` during finetuning. Every trial ends with a report of its
-    `objective/NAME` values or of its `failure`.
+    `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor, whether the sweep `joined` a
+    running cluster, and whether the trial belongs to a `search`. Trials of a search report `rung` and `loss` during
+    finetuning. Every trial ends with a report of its `objective/NAME` values or of its `failure`.
     """
-    silence_ray_logs()
+    configure_ray_libraries(config["joined"])
     tracker, number = config["tracker"], config["trial"]
     recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
     reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
@@ -101,12 +101,16 @@ class Rungs:
 
     def __init__(self) -> None:
         self._losses: list[float] = []
+        self._done = 0.0
 
     def record_loss(self, done: float, total: float, loss: float) -> tuple[int, float] | None:
-        """Record the loss of step `done` of `total` (1-based, each step once and in order).
+        """Record the loss of step `done` of `total` (1-based, in order); steps repeated after a restart are ignored.
 
         Returns (rung, mean loss since the previous rung) when the step completes a rung (1 to RUNGS), else None.
         """
+        if done <= self._done:
+            return None
+        self._done = done
         self._losses.append(loss)
         rung = int(RUNGS * done // total)
         if rung == int(RUNGS * (done - 1) // total):

@@ -29,7 +29,7 @@ def log_step(logger: MetricsLogger, number: int, loss: float) -> None:
     """Log a step of two samples that computed for 1.5 s, after 0.5 s for its data and 0.25 s for a checkpoint."""
     meter = ThroughputMeter(SHAPE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
     batch = StepBatch(Step(number, 0, np.array([0, 1])), [], loss_tokens=5, tokens=30)
-    result = StepResult(loss, None, 1e-3, seconds=1.5, skipped=False)
+    result = StepResult(loss, None, 1e-3, seconds=1.5, skipped=False, request=0)
     logger.add(meter.measure(batch, result, data_wait_s=0.5, checkpoint_stall_s=0.25))
 
 

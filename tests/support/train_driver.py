@@ -18,6 +18,7 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from raylava.cluster.preemption import Notice, drain_nodes
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Resources
 from raylava.progress import NullProgressBar
@@ -79,14 +80,8 @@ def _is_own_worker(process: psutil.Process) -> bool:
 
 
 def _drain(node: Any) -> None:
-    from ray._raylet import GcsClient
-    from ray.core.generated import autoscaler_pb2
-
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = int((time.time() + NOTICE_S) * 1000)
-    accepted, _ = client.drain_node(node.node_id, preemption, "spot notice", deadline_ms)
-    assert accepted
+    notice = Notice("spot notice", time.time() + NOTICE_S)
+    drain_nodes(ray.get_runtime_context().gcs_address, node.node_id, notice)
 
 
 def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:

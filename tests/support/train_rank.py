@@ -79,7 +79,8 @@ class Run:
             stage, model.shape(llava.config.text_config.vocab_size), blocks.lengths, self._plan, device
         )
         self._resolved: ResolvedTraining = resolver.resolve_auto(training, self._saved_zero_stage())
-        self._engine = Engine(llava, stage, self._resolved.training, self._plan.steps, device)
+        checkpoint = Path(options["resume"]) if "resume" in options else None
+        self._engine = Engine(llava, stage, self._resolved.training, self._plan.steps, device, checkpoint)
         token_ids = load_tokenizer(model.language).convert_tokens_to_ids([IMAGE_TOKEN, "<bos>"])
         self._collator = PackCollator(model.vision, *token_ids)
 
@@ -90,7 +91,7 @@ class Run:
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train, and yield the result of each step; the last one has a hash of the weights."""
-        first_step = self._engine.load(Path(self._options["resume"])) if "resume" in self._options else 0
+        first_step = self._engine.first_step
         if self._options.get("memory_dry_run"):
             self._engine.memory_dry_run([self._collator.collate([self._blocks[0], self._blocks[1]])], "")
         for batch in self._mixed_batches() if self._options.get("mixed") else self._loader(first_step):

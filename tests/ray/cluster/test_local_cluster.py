@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -27,6 +29,14 @@ from tests.support.local_cluster import (
 @pytest.fixture(scope="module")
 def file(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(two_worker_recipe(toy_assets), tmp_path_factory.mktemp("recipe"))
+
+
+def query_dashboard(cluster: LocalCluster, path: str) -> dict[str, Any]:
+    """Query what Ray's dashboard shows."""
+    token = (Path(cluster.folder) / "auth_token").read_text()
+    request = Request(f"{cluster.address}/{path}", headers={"Authorization": f"Bearer {token}"})
+    with urlopen(request, timeout=30) as response:
+        return dict(json.load(response))
 
 
 # `s3` comes first: the cluster's processes inherit the environment that gives access to the bucket.
@@ -76,6 +86,10 @@ def test_nodes_without_a_shared_disk_use_a_bucket_and_write_no_secret(
     job_output = output_of(start_python(cluster, *submit, "--", *job))
     (model,) = (storage_path(storage) / "finetune").children()
     assert (model / "artifact.json").exists()
+    runs = query_dashboard(cluster, "api/train/v2/runs/v1")["train_runs"]
+    assert [(run["name"], run["status"]) for run in runs] == [(f"finetune/{model.name}/checkpoints", "FINISHED")]
+    (dataset,) = query_dashboard(cluster, f"api/data/datasets/{runs[0]['job_id']}")["datasets"]
+    assert dataset["state"] == "FINISHED"
     job_list = output_of(start_python(cluster, "-m", "ray.scripts.scripts", "job", "list"))
     for text in (job_output, job_list):
         assert SECRET not in text

@@ -1,4 +1,4 @@
-"""The preemption watcher as a command, which drains a node of a real Ray cluster."""
+"""The preemption watcher as a command, which drains the nodes of a real Ray cluster that are on its machine."""
 
 import subprocess
 import sys
@@ -11,22 +11,22 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from tests.support.metadata_server import MetadataServer
 
 
-def test_command_drains_its_node_on_a_preemption_notice(metadata: MetadataServer) -> None:
+def test_command_drains_every_node_of_its_machine_on_a_preemption_notice(metadata: MetadataServer) -> None:
     """The cluster is separate: this process queries its GCS and never joins it."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        node = cluster.add_node(num_cpus=1)
+        nodes = [cluster.add_node(num_cpus=1).node_id for _ in range(2)]
         metadata.cloud = "gcp"
-        command = ["preemption-watcher", "--address", cluster.address, "--node-id", node.node_id]
+        command = ["preemption-watcher", "--address", cluster.address]
         watcher = subprocess.Popen([sys.executable, "-m", "raylava.cli", *command], stderr=subprocess.PIPE, text=True)
         assert metadata.queried.wait(30)
-        assert is_alive(cluster.address, node.node_id)
+        assert all(is_alive(cluster.address, node) for node in nodes)
         metadata.preempted = True
         _, errors = watcher.communicate(timeout=30)
         assert watcher.returncode == 0, errors
         assert "Google Cloud preempts this instance" in errors
         deadline = time.monotonic() + 30
-        while is_alive(cluster.address, node.node_id):  # an idle node ends once drained
+        while any(is_alive(cluster.address, node) for node in nodes):  # an idle node ends once drained
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raylava.artifacts import Artifact
+from raylava.artifacts import Artifact, lock
 from raylava.cli import main
 from raylava.config.recipe import Benchmark, Recipe
 from raylava.console import Console
@@ -201,6 +202,22 @@ def test_torchrun_training_is_bitwise_identical_to_ray(
     assert record["fingerprint"] == artifacts["finetune"].fingerprint
     assert record["inputs"] == artifacts["finetune"].record["inputs"]
     assert not (artifact / "checkpoints").exists()
+
+
+def test_torchrun_ranks_wait_together_for_another_run_and_reuse_its_artifact(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    standalone = copy_inputs(storage, tmp_path)
+    shutil.copytree(storage / "finetune", standalone / "finetune")
+    (folder,) = (standalone / "finetune").iterdir()
+    record = (folder / "artifact.json").rename(folder / "artifact.later")
+    with lock(storage_path(folder), "finetune"):
+        waiting = start_training(recipe, standalone, processes=2)
+        assert waiting.stderr is not None
+        assert any("waiting for it" in line for line in waiting.stderr)
+        record.rename(folder / "artifact.json")
+    assert finish_training(waiting).count(" reused ") == 1, "rank 0 tells of it"
+    assert read_training(standalone) == read_training(storage)
 
 
 def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bitwise_identical(

@@ -1,10 +1,14 @@
 """The searcher suggests trials of all sources in turn and reports those that are stopped early."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
+
 from raylava.storage import StoragePath
-from raylava.tune.searcher import SingleTrial, SweepSearcher, TrialSource
+from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher, TrialSource
+from raylava.tune.study import VariantStudy
 from raylava.tune.variants import Variant, variants, with_settings
 from tests.support.studies import loss_result, make_sweep, resume_study
 
@@ -55,3 +59,35 @@ def test_trial_stopped_early_is_reported_to_the_tracker(variant: Variant, folder
     assert searcher.should_stop("bad", {"rung": 1, "loss": 0.9})
     assert finished == [(1, "stopped")]
     assert not searcher.should_stop("good", loss_result(0.1))
+
+
+def test_restored_searcher_neither_repeats_nor_forgets_trials(
+    variant: Variant, folder: StoragePath, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{folder.path}/studies.db"
+    single = variants(make_sweep(axes={"size": {"small": {"finetune.max_steps": 1}}}, seeds=(5,)), [])[0]
+
+    def sources() -> list[TrialSource]:
+        return [SingleTrial(single), resume_study(variant, folder, study_storage=url, trials=2)]
+
+    saved, _, _ = make_searcher(sources())
+    for trial_id in "ab":
+        saved.suggest(trial_id)
+    saved.save(str(tmp_path / "searcher.json"))
+    restored_sources = sources()
+    restored, added, _ = make_searcher(restored_sources)
+    restored.restore(str(tmp_path / "searcher.json"))
+    assert [restored.suggest(trial_id) for trial_id in "cd"] == [{"trial": 0}, "FINISHED"]
+    assert len(added) == 1, "the second trial of the study is the only one that had not been started"
+    restored.on_trial_complete("b", loss_result(0.2))
+    (study,) = (source for source in restored_sources if isinstance(source, VariantStudy))
+    assert [trial.outcome for trial in study.trials] == ["done", None]
+
+
+def test_pickled_copy_holds_the_state_and_no_connection(variant: Variant, folder: StoragePath) -> None:
+    url = f"sqlite:///{folder.path}/secret-studies.db"
+    searcher, _, _ = make_searcher([resume_study(variant, folder, study_storage=url)])
+    searcher.suggest("a")
+    pickled = cloudpickle.dumps(EarlyStop(searcher))
+    assert b"secret-studies" not in pickled
+    assert cloudpickle.loads(pickled)._searcher.__dict__ == searcher.state()

@@ -48,6 +48,19 @@ def test_trial_interrupted_with_its_driver_resumes_with_the_same_settings(
     assert (trial.outcome, trial.objectives, trial.losses) == ("done", {"loss": 0.4}, {1: 0.9})
 
 
+def test_restored_source_continues_its_running_trial_instead_of_starting_it_again(
+    variant: Variant, folder: StoragePath
+) -> None:
+    saved = resume_study(variant, folder)
+    running = saved.next_settings("a", True)
+    restored = resume_study(variant, folder)
+    restored.restore(json.loads(json.dumps(saved.state())))
+    assert restored.next_settings("b", True) != running
+    restored.on_trial_complete("a", loss_result(0.3))
+    assert [trial.outcome for trial in restored.trials] == ["done", None]
+    assert restored.trials[0].settings == running
+
+
 def test_new_driver_does_not_repeat_points_of_earlier_drivers(variant: Variant, folder: StoragePath) -> None:
     drivers = [resume_study(variant, folder, trials=6)]
     points = []
@@ -73,7 +86,7 @@ def test_successive_halving_stops_the_worse_trial_and_uses_losses_of_earlier_dri
     assert second.should_stop("bad", 2, 0.8)
     second.on_trial_complete("bad", {"rung": 2, "loss": 0.8})
     assert [trial.outcome for trial in second.trials] == ["done", "stopped"]
-    states = [trial.state for trial in second._ot_study.trials]
+    states = [trial.state for trial in second.study.trials]
     assert states == [TrialState.COMPLETE, TrialState.PRUNED], "TPE must not treat a stopped trial's loss as final"
 
 
@@ -117,7 +130,7 @@ def test_each_variant_of_a_sweep_has_its_own_study(folder: StoragePath) -> None:
     studies = open_registry(folder).resume_studies(sweep_variants)
     studies[0].next_settings("a", True)
     assert [len(study.trials) for study in studies] == [1, 0]
-    names = {study._ot_study.study_name for study in studies}
+    names = {study.study.study_name for study in studies}
     assert names == {"rates/connector=pretrained/seed=0", "rates/connector=random/seed=0"}
 
 
@@ -166,7 +179,7 @@ def test_journal_survives_a_killed_writer(variant: Variant, folder: StoragePath)
 
 def test_trial_with_incomplete_settings_is_ignored(variant: Variant, folder: StoragePath) -> None:
     first = resume_study(variant, folder)
-    first._ot_study.ask(fixed_distributions={"finetune.lr": FloatDistribution(1e-6, 1e-4, log=True)})
+    first.study.ask(fixed_distributions={"finetune.lr": FloatDistribution(1e-6, 1e-4, log=True)})
     second = resume_study(variant, folder)
     assert second.trials == []
     assert all(second.next_settings(name, True) for name in "abcd"), "it does not count towards the budget"

@@ -1,0 +1,97 @@
+"""Ray Train restarts a worker group that lost a worker, and ends a run whose worker raised an error of its own."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from raylava.train.ray_backend import RestartPolicy, RunMonitor, record_errors
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def log_attempt(config: dict[str, Any]) -> None:
+    with (Path(config["folder"]) / f"rank-{ray.train.get_context().get_world_rank()}").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def fail_while_the_peer_waits(config: dict[str, Any]) -> None:
+    """Rank 1 raises an error of its own; rank 0's collective then fails because its peer is gone."""
+    log_attempt(config)
+    with record_errors(config["monitor"]):
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("sample 17 is broken\nits second line")
+        torch.distributed.barrier()
+
+
+def die_without_a_checkpoint(config: dict[str, Any]) -> None:
+    log_attempt(config)
+    for _ in range(2):  # the second report waits until the controller has taken the first, and so monitors the worker
+        ray.train.report({})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_the_checkpoints_but_the_last(config: dict[str, Any]) -> None:
+    """The first three attempts save a checkpoint before they die, the last one succeeds."""
+    log_attempt(config)
+    attempt = len((Path(config["folder"]) / "rank-0").read_text().splitlines())
+    if attempt == 4:
+        return
+    folder = Path(config["folder"]) / f"checkpoint-{attempt}"
+    folder.mkdir()
+    ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    ray.train.get_all_reported_checkpoints()  # waits until the controller has recorded it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(loop: Any, folder: Path, workers: int, max_failures: int) -> tuple[list[int], Any]:
+    """Run the loop with the policy of raylava's own runs; return each rank's attempts and the monitor."""
+    (folder / "attempts").mkdir()
+    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"folder": str(folder / "attempts"), "monitor": monitor},
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[RestartPolicy(monitor, max_failures)],
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        attempts = [len(file.read_text().splitlines()) for file in sorted((folder / "attempts").glob("rank-*"))]
+        (folder / "count").write_text(str(attempts))
+    return attempts, monitor
+
+
+def test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailedError, match="worker 1: ValueError: sample 17 is broken") as failure:
+        fit(fail_while_the_peer_waits, tmp_path, workers=2, max_failures=8)
+    assert "second line" not in str(failure.value)
+    assert (tmp_path / "count").read_text() == "[1, 1]", "no worker is started again"
+
+
+def test_run_that_loses_its_worker_again_and_again_without_a_checkpoint_ends(tmp_path: Path) -> None:
+    message = re.escape("lost worker 0; 2 failures without a new checkpoint between them")
+    with pytest.raises(TrainingFailedError, match=message):
+        fit(die_without_a_checkpoint, tmp_path, workers=1, max_failures=1)
+    assert (tmp_path / "count").read_text() == "[2]"
+
+
+def test_run_that_saves_checkpoints_may_lose_workers_any_number_of_times(tmp_path: Path) -> None:
+    attempts, monitor = fit(die_after_the_checkpoints_but_the_last, tmp_path, workers=1, max_failures=1)
+    assert attempts == [4]
+    assert ray.get(monitor.poll.remote(60.0)).losses == [["worker 0"]] * 3, "each restart is reported to the driver"

@@ -1,0 +1,39 @@
+"""The private parts of DeepSpeed that raylava uses exist and do what the feature that uses them needs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import sys
+import raylava.compat.deepspeed as compat
+assert "mlflow" not in sys.modules, "DeepSpeed's autotuner imported MLflow"
+assert "torch._inductor.compile_fx" not in sys.modules, "the Muon optimizer imported torch's compiler"
+assert "deepspeed_shm_comm" in compat.deepspeed.ops.__compatible_ops__
+"""
+
+
+def test_training_starts_without_a_compiler_mlflow_or_inductor() -> None:
+    """Symbols: deepspeed.ops.__compatible_ops__ and deepspeed.runtime.zero.muon.muon_optimizer."""
+    process = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_checkpoints_are_written_in_the_background_without_frozen_weights(tmp_path: Path) -> None:
+    """Symbol: deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEngine."""
+    from raylava.compat.deepspeed import BackgroundWriter
+
+    writer = BackgroundWriter(trained={"connector"})
+    weights = {"connector": torch.ones(2), "tower": torch.ones(2)}
+    writer.save({"module": weights, "step": 3}, str(tmp_path / "shard.pt"))
+    weights["connector"].zero_()
+    writer.wait()
+    loaded = writer.load(str(tmp_path / "shard.pt"))
+    assert loaded["module"].keys() == {"connector"}
+    assert loaded["module"]["connector"].tolist() == [1.0, 1.0], "the values at the time of the call"
+    writer.save({}, str(tmp_path / "no-such-folder" / "shard.pt"))
+    with pytest.raises(RuntimeError, match="no-such-folder"):
+        writer.wait()
