@@ -121,6 +121,9 @@ class _LiveBar:
         text = _format_metrics(self._meter.rate(done), self._unit, metrics)
         self._progress.update(self._task, completed=done, total=total, metrics=text)
 
+    def say(self, text: str) -> None:
+        self._progress.console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
+
 
 class _LineBar:
     """Progress as lines, for output that is not a terminal."""
@@ -139,6 +142,9 @@ class _LineBar:
         self._pending = True
         if time.monotonic() - self._printed_at >= _LINE_INTERVAL_S:
             self._print()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
 
     def finish(self) -> None:
         if self._pending:

@@ -16,12 +16,18 @@ class ProgressBar(Protocol):
     def update(self, done: float, total: float, **metrics: float) -> None:
         """Report `done` of `total` units; `metrics` are displayed by name (loss=0.31)."""
 
+    def say(self, text: str) -> None:
+        """Display a line of plain text about the stage."""
+
 
 class NullProgressBar:
     """A progress bar that displays nothing."""
 
     def update(self, done: float, total: float, **metrics: float) -> None:
         """Ignore the update."""
+
+    def say(self, text: str) -> None:
+        """Ignore the line."""
 
 
 class ProgressReporter(Protocol):

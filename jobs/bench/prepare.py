@@ -104,6 +104,9 @@ class ThroughputRecorder:
         """Record the number of images done; raylava's progress bars have this interface."""
         self._updates.append((time.monotonic(), done))
 
+    def say(self, text: str) -> None:
+        """Discard the line; raylava's progress bars have this interface."""
+
     def overall(self) -> float:
         """Return the images/s of the whole run."""
         return self._updates[-1][1] / (self._updates[-1][0] - self._start)

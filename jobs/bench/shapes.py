@@ -1,14 +1,17 @@
-"""The models and data of train.py: LLaVA models of given shapes with random weights, and corpora like LLaVA's."""
+"""The models and data of train.py: backbones of given shapes with random weights, and corpora like LLaVA's.
+
+The backbones are written as folders of transformers' own format, so that models are built as `raylava run` builds them.
+"""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from raylava.config.recipe import ImageEncoding, StageName, Vision
+from raylava.config.recipe import ImageEncoding, Language, Model, StageName, Vision
 from raylava.corpus.blocks import (
     LENGTHS,
     MANIFEST,
@@ -21,14 +24,13 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.images import encode_image
-from raylava.models.attention import register_varlen
-from raylava.models.families import clip
-from raylava.models.registry import PixelRule, vision_spec
+from raylava.models.llava import DTYPES
+from raylava.models.registry import PixelRule, ResolvedModel, resolve_model
+from raylava.models.templates import IMAGE_TOKEN
 from raylava.train.data_loader import PackCollator
-from raylava.train.engine import DTYPES
 
 PIXEL_MEAN, PIXEL_STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-BEGIN_TOKEN = 2
+BEGIN_TOKEN, IMAGE_TOKEN_ID = 2, 4  # among the special tokens of `write_backbones`
 UNIQUE_IMAGES = 32  # samples cycle through them
 HEADS = 8
 GLOBAL_BATCH_SIZE: dict[StageName, int] = {"pretrain": 128, "finetune": 64}
@@ -109,14 +111,10 @@ def _draw_sample(shape: Shape, stage: StageName, rng: np.random.Generator, image
         prompt = float(text) - response
     prompt_tokens, response_tokens = (max(1, round(tokens / shape.text_divisor)) for tokens in (prompt, response))
     text_ids = [int(token) for token in rng.integers(10, shape.vocabulary - 10, prompt_tokens + response_tokens)]
-    ids = [BEGIN_TOKEN, *([_image_token(shape)] if has_image else []), *text_ids]
+    ids = [BEGIN_TOKEN, *([IMAGE_TOKEN_ID] if has_image else []), *text_ids]
     length = len(ids) + (shape.image_tokens - 1 if has_image else 0)
     loss_span = (len(ids) - response_tokens, len(ids))
     return Sample(str(number), ids, [loss_span], [image] if has_image else [], length)
-
-
-def _image_token(shape: Shape) -> int:
-    return shape.vocabulary - 1
 
 
 def write_blocks(samples: list[Sample], folder: Path) -> None:
@@ -134,11 +132,18 @@ def write_blocks(samples: list[Sample], folder: Path) -> None:
     (folder / MANIFEST).write_bytes(manifest.to_json())
 
 
-def build_model(shape: Shape, attention: str, device: torch.device) -> Any:
-    """Build the model with random weights from a fixed seed."""
-    from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
+def write_backbones(shape: Shape, folder: Path) -> None:
+    """Write both backbones with random weights from a fixed seed, a tokenizer of the special tokens, a processor."""
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        GemmaConfig,
+        GemmaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
-    register_varlen()
     text = GemmaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -157,26 +162,33 @@ def build_model(shape: Shape, attention: str, device: torch.device) -> Any:
         image_size=shape.pixels,
         patch_size=14,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=_image_token(shape),
-        image_seq_length=shape.image_tokens,
-        tie_word_embeddings=True,
-    )
-    config.text_config._attn_implementation = attention
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES[shape.precision])
-    with device:
-        llava = LlavaForConditionalGeneration(config)
+    GemmaForCausalLM(text).save_pretrained(folder / "language")
+    CLIPVisionModel(vision).save_pretrained(folder / "vision")
     torch.set_default_dtype(torch.float32)
-    assert llava.config.text_config._attn_implementation == attention
-    return llava
+    tokens = {token: number for number, token in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", IMAGE_TOKEN))}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(tokens, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=[IMAGE_TOKEN],
+    ).save_pretrained(folder / "language")
+    size = {"shortest_edge": shape.pixels}
+    crop = {"height": shape.pixels, "width": shape.pixels}
+    processor = CLIPImageProcessor(size=size, crop_size=crop, image_mean=PIXEL_MEAN, image_std=PIXEL_STD)
+    processor.save_pretrained(folder / "vision")
 
 
-def pack_collator(shape: Shape) -> PackCollator:
-    """Return the collator for samples of this shape."""
-    rule = PixelRule(shape.pixels, PIXEL_MEAN, PIXEL_STD)
-    config = clip.FAMILY.complete({"hidden_size": shape.vision_width, "image_size": shape.pixels, "patch_size": 14})
-    vision = vision_spec(Vision(name="bench"), clip.FAMILY, config, rule)
-    return PackCollator(vision, _image_token(shape), BEGIN_TOKEN)
+def resolve_backbones(folder: Path) -> ResolvedModel:
+    """Resolve the backbones of `write_backbones`."""
+    return resolve_model(
+        Model(language=Language(name=str(folder / "language")), vision=Vision(name=str(folder / "vision")))
+    )
+
+
+def pack_collator(model: ResolvedModel) -> PackCollator:
+    """Return the collator for samples of the model."""
+    return PackCollator(model.vision, IMAGE_TOKEN_ID, BEGIN_TOKEN)

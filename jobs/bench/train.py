@@ -32,9 +32,10 @@ from shapes import (
     MICRO_BATCH_SIZE,
     SHAPES,
     Shape,
-    build_model,
     draw_samples,
     pack_collator,
+    resolve_backbones,
+    write_backbones,
     write_blocks,
 )
 from torch import Tensor, nn
@@ -42,15 +43,14 @@ from torch import Tensor, nn
 from raylava.config.recipe import StageName, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.attention import VARLEN
-from raylava.models.families import clip, gemma
-from raylava.models.llava import PackLoss, set_trainable
+from raylava.models.llava import DTYPES, PackLoss, build_llava, set_trainable
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
 from raylava.perf.shapes import LlavaShape
 from raylava.train import engine as engine_module
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator, PackedDataLoader
-from raylava.train.engine import DTYPES, Engine, deepspeed_config
+from raylava.train.engine import Engine, deepspeed_config
 from raylava.train.metrics import memory_gb
 
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
@@ -180,9 +180,10 @@ class TrainingBenchmark:
 
     def __init__(self, rung: LadderRung, shape: Shape, stage: StageName, folder: Path, device: torch.device) -> None:
         self._rung, self._shape, self._stage, self._device = rung, shape, stage, device
-        self._blocks = Blocks(folder)
+        self._model = resolve_backbones(folder)
+        self._blocks = Blocks(folder / "blocks")
         self._plan = BatchPlan(len(self._blocks), GLOBAL_BATCH_SIZE[stage], epochs=1, seed=0)
-        self._collator = pack_collator(shape)
+        self._collator = pack_collator(self._model)
         self._training = Training(
             lr=1e-3 if stage == "pretrain" else 2e-5,
             precision=shape.precision,
@@ -195,12 +196,9 @@ class TrainingBenchmark:
     def run(self) -> Measurement:
         """Train for one epoch and measure all steps but the first."""
         initial_gb = memory_gb(self._device)
-        llava = build_model(self._shape, self._rung.attention if self._rung.packs else "sdpa", self._device)
-        vision = llava.config.vision_config
-        shape = LlavaShape(
-            gemma.FAMILY.shape(llava.config.text_config.to_dict()),
-            clip.FAMILY.shape(vision.to_dict(), vision.image_size),
-        )
+        attention = self._rung.attention if self._rung.packs else "sdpa"
+        llava = build_llava(self._model, 0, DTYPES[self._shape.precision], attention)
+        shape = self._model.shape(self._shape.vocabulary)
         seconds, data_wait_s, loss = self._train_packs(llava) if self._rung.packs else self._train_padded(llava)
         samples = self._timed_samples()
         lengths = self._blocks.lengths
@@ -243,7 +241,7 @@ class TrainingBenchmark:
 
         stage = self._stage
         set_trainable(llava, stage)
-        llava.train()
+        llava.to(self._device).train()
         if self._rung.activation_checkpointing:
             llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             llava.enable_input_require_grads()
@@ -366,8 +364,10 @@ def main() -> None:
     rungs = (*REFERENCES, *(LADDER if arguments.ladder else ()), RAYLAVA)
     for stage in [arguments.stage] if arguments.stage else STAGES:
         with tempfile.TemporaryDirectory() as name:
-            folder, shape = Path(name) / "blocks", SHAPES[arguments.shape]
-            write_blocks(draw_samples(shape, stage, GLOBAL_BATCH_SIZE[stage] * (arguments.steps + 1)), folder)
+            folder, shape = Path(name), SHAPES[arguments.shape]
+            write_backbones(shape, folder)
+            samples = draw_samples(shape, stage, GLOBAL_BATCH_SIZE[stage] * (arguments.steps + 1))
+            write_blocks(samples, folder / "blocks")
             rounds: dict[str, list[Measurement]] = {rung.name: [] for rung in rungs}
             for _ in range(arguments.rounds):
                 for rung in rungs:

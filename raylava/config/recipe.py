@@ -84,6 +84,12 @@ class ImageEncoding(ConfigModel):
     format: Literal["jpeg", "png", "webp"] = "jpeg"
     quality: int = Field(95, ge=1, le=100)
 
+    @model_validator(mode="after")
+    def _quality_needs_jpeg(self) -> Self:
+        if self.format != "jpeg" and self.quality != type(self).model_fields["quality"].default:
+            raise ValueError(f"quality={self.quality} applies to format jpeg only; remove it")
+        return self
+
 
 class Source(ConfigModel):
     """One annotation file (or a folder of them) and the folder that its image paths are relative to.
@@ -147,17 +153,19 @@ class ZeroConfig(ConfigModel):
 
 
 class CheckpointConfig(ConfigModel):
-    """How often training saves a checkpoint, and how many are kept.
+    """How often training saves a checkpoint, how many are kept, and which state becomes the model.
 
     A checkpoint is saved after `interval_minutes` or `interval_steps`, whichever comes first, and once halfway through
-    a run that would otherwise have none. `keep_latest` checkpoints are kept: the latest, or with `keep_best` those with
-    the lowest loss and the latest. A failing upload is retried for `upload_timeout_minutes` while training continues.
+    a run that would otherwise have none. While the stage runs, storage holds `keep_latest` of them; all are removed
+    once its artifact is complete. The artifact holds the weights after the last step. With `keep_best`, it holds those
+    of the state with the lowest mean loss since the checkpoint before it, and storage keeps the checkpoints with the
+    lowest loss besides the latest. A failing upload is retried for `upload_timeout_minutes` while training continues.
     """
 
     interval_minutes: float = Field(15.0, gt=0)
     interval_steps: int | None = Field(None, ge=1)
     keep_latest: int = Field(2, ge=1)
-    keep_best: bool = False
+    keep_best: bool = False  # enters the fingerprint of a stage that sets it
     upload_timeout_minutes: float = Field(30.0, ge=0)
 
 
@@ -172,8 +180,26 @@ _RESERVED_DEEPSPEED_KEYS = (
     "optimizer",
     "scheduler",
     "checkpoint",
+    "steps_per_print",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 )
-_RESERVED_ZERO_KEYS = ("stage", "offload_optimizer", "offload_param")
+_RESERVED_ZERO_KEYS = ("stage", "offload_optimizer", "offload_param", "overlap_comm")
+# DeepSpeed settings that cannot change a result beyond rounding; all others enter the fingerprint.
+_HARMLESS_DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_optimization",
+)
 
 
 def _refuse_reserved_keys(settings: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +207,7 @@ def _refuse_reserved_keys(settings: dict[str, Any]) -> dict[str, Any]:
     zero_keys = sorted(settings.get("zero_optimization", {}))
     reserved += [f"zero_optimization.{key}" for key in zero_keys if key in _RESERVED_ZERO_KEYS]
     if reserved:
-        raise ValueError(f"{reserved[0]} follows from the recipe's own settings (zero, precision, …); remove it")
+        raise ValueError(f"{reserved[0]} is set by raylava, from zero, precision and other keys; remove it")
     return settings
 
 
@@ -196,7 +222,7 @@ class Training(ConfigModel):
     `attn_implementation: varlen` attends within each sample of a pack; the other values name implementations of
     transformers. `compile` compiles the model and its loss by torch.compile. `activation_checkpointing`,
     `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is predicted to fit, chosen when
-    training starts. `deepspeed` is passed to DeepSpeed unchanged.
+    training starts. `deepspeed` is passed to DeepSpeed unchanged; keys that raylava sets itself are refused.
 
     A step with a non-finite loss or gradient is skipped; `max_consecutive_skips` of them in a row end the run.
     """
@@ -227,6 +253,12 @@ class Training(ConfigModel):
     max_consecutive_skips: int = not_fingerprinted(5, ge=1)
     checkpoint: CheckpointConfig = not_fingerprinted(CheckpointConfig())
 
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See ConfigModel. Includes DeepSpeed's settings that may change the result, and `keep_best` if it is set."""
+        deepspeed = {key: value for key, value in self.deepspeed.items() if key not in _HARMLESS_DEEPSPEED_KEYS}
+        optional = {"deepspeed": deepspeed, "keep_best": self.checkpoint.keep_best}
+        return super().fingerprint_fields() | {key: value for key, value in optional.items() if value}
+
     @model_validator(mode="after")
     def _compile_excludes_zero_3(self) -> Self:
         if self.compile and (self.zero.stage == 3 or self.zero.offload_parameters):
@@ -242,7 +274,8 @@ class Benchmark(ConfigModel):
     `benchmark: custom` reads such a file; another name reads the official files of that benchmark (docs/evaluation.md
     lists them) from the folder `questions`. Answers to a judged benchmark are not scored. `protocol` selects between
     toolkits' scoring rules where they differ. `categories` assigns a question to the first category whose regular
-    expression matches it. `baselines` also scores blank images, or the model before training.
+    expression matches it. `max_new_tokens` defaults to the benchmark's own limit, 32 for `custom`. `baselines` also
+    scores blank images, or the model before training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -256,9 +289,17 @@ class Benchmark(ConfigModel):
     prompt_suffix: str = ""
     categories: dict[str, str] = {}
     metric: Literal["exact_match", "vqa_accuracy", "yes_no"] = "exact_match"
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
     batch_size: int = not_fingerprinted(32, ge=1)
     baselines: tuple[Literal["blank_images", "untrained"], ...] = ()
+
+    @model_validator(mode="after")
+    def _official_files_define_questions_and_metric(self) -> Self:
+        if self.benchmark != "custom":
+            for key in ("include", "exclude", "categories", "metric"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} applies to benchmark: custom only; remove it beside {self.benchmark}")
+        return self
 
 
 class Resources(ConfigModel):
@@ -322,9 +363,23 @@ class Recipe(ConfigModel):
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> Self:
-        if self.pretrain.enabled and self.model.connector.weights is None and self.corpora.alignment is None:
+        if self.pretrain.enabled and self.corpora.alignment is None:
             raise ValueError(
                 "pretrain is enabled but corpora.alignment is missing; add it or set pretrain.enabled=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enabled_stages_can_run(self) -> Self:
+        if not self.finetune.enabled:
+            raise ValueError(
+                "finetune.enabled=false: a recipe always finetunes; to train the connector alone, use "
+                "`raylava train RECIPE pretrain`, and remove the key"
+            )
+        if self.model.connector.weights is not None and self.pretrain.enabled:
+            raise ValueError(
+                f"model.connector.weights={self.model.connector.weights} replaces pretraining; "
+                "set pretrain.enabled=false"
             )
         return self
 

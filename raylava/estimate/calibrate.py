@@ -136,8 +136,9 @@ class _StageBenchmark:
     """Times one stage on one rank."""
 
     def __init__(self, spec: TimingSpec, rank: int, device: torch.device) -> None:
+        from raylava.models.llava import DTYPES
         from raylava.train.auto import AutoResolver
-        from raylava.train.engine import DTYPES, Engine
+        from raylava.train.engine import Engine
 
         self._spec, self._rank, self._device = spec, rank, device
         workload, stage = spec.workload, spec.stage
@@ -249,9 +250,8 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
     """Return a randomly initialized model with the recipe's backbone shapes, on torch's default device."""
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from raylava.models.attention import register_varlen
+    from raylava.models.llava import set_attn_implementation
 
-    register_varlen()
     backbones = backbone_configs(model)
     shape = backbones.shape
     config = LlavaConfig(
@@ -262,10 +262,11 @@ def random_llava(model: Model, dtype: torch.dtype, attention: str) -> "LlavaForC
         vision_feature_layer=backbones.vision_family.feature_layer,
         vision_feature_select_strategy=select_strategy(shape.vision),
         tie_word_embeddings=shape.language.is_tied,
-        attn_implementation={"text_config": attention},
     )
     torch.set_default_dtype(dtype)
     try:
-        return LlavaForConditionalGeneration(config)
+        llava = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    set_attn_implementation(llava, attention)
+    return llava

@@ -207,7 +207,7 @@ def forecast(recipe: Recipe, target: Target, known: KnownCorpora, compare_all: b
 
 def training_stages(recipe: Recipe) -> list[StageName]:
     """Return the training stages that the recipe runs, in order."""
-    trains_connector = recipe.pretrain.enabled and recipe.model.connector.weights is None
+    trains_connector = recipe.pretrain.enabled
     return ["pretrain", "finetune"] if trains_connector else ["finetune"]
 
 

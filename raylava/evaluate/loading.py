@@ -27,6 +27,7 @@ class LoadedBenchmark:
     image_root: str
     scoring: Scoring
     protocol: str
+    max_new_tokens: int = _CUSTOM_MAX_NEW_TOKENS  # the benchmark's own limit
 
     @cached_property
     def image_sizes(self) -> dict[str, int]:
@@ -76,7 +77,7 @@ def load_official_benchmark(
     _check_protocol(name, official.scoring, protocol)
     questions = read_official_questions(official, storage_path(data))[:max_rows]
     image_root = images or official.image_root(storage_path(data)).uri
-    return LoadedBenchmark(questions, image_root, official.scoring, protocol)
+    return LoadedBenchmark(questions, image_root, official.scoring, protocol, official.max_new_tokens)
 
 
 def read_official_questions(official: OfficialBenchmark, data: StoragePath) -> list[Question]:
@@ -108,12 +109,10 @@ def load_named_benchmark(
     if name == CUSTOM:
         loaded = _load_custom(data, metric, images, max_rows, protocol)
         fields |= {"metric": metric, "protocol": protocol}
-        default_max_new_tokens = _CUSTOM_MAX_NEW_TOKENS
     else:
         loaded = load_official_benchmark(name, data, images, protocol, max_rows)
         fields |= {"benchmark": name, "protocol": protocol}
-        default_max_new_tokens = _find(name).max_new_tokens
-    return Benchmark(name=name, max_new_tokens=max_new_tokens or default_max_new_tokens, **fields), loaded
+    return Benchmark(name=name, max_new_tokens=max_new_tokens, **fields), loaded
 
 
 def score_file(

@@ -36,13 +36,11 @@ def export_model(
     build_processor(tokenizer, model.vision, model.language, image_aspect).save_pretrained(folder)
 
 
-def export_untrained(model: ResolvedModel, seed: int, image_aspect: str, output: str) -> None:
-    """Write the model before any training to `output`: pretrained backbones and a randomly initialized connector."""
-    import torch
+def export_untrained(model: ResolvedModel, seed: int, image_aspect: str, precision: str, output: str) -> None:
+    """Write the model before any training to `output`: pretrained backbones, and the connector before training."""
+    from raylava.models.llava import DTYPES, build_llava
 
-    from raylava.models.llava import build_llava
-
-    llava = build_llava(model, seed, torch.bfloat16)
+    llava = build_llava(model, seed, DTYPES[precision])
     folder = Path(tempfile.mkdtemp(prefix="raylava-untrained-"))
     try:
         export_model(llava, None, model, image_aspect, folder)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylava.compat.transformers import attn_implementation
+from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName
 from raylava.errors import UserError
 from raylava.models.attention import VARLEN, register_varlen
@@ -29,6 +29,7 @@ from raylava.storage import storage_path
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the recipe's `precision`
 CONNECTOR = "model.multi_modal_projector."  # prefix of the connector's weight names
 VISION_TOWER = "model.vision_tower."
 CONNECTOR_FILE = "connector.safetensors"
@@ -73,7 +74,7 @@ class PackLoss(nn.Module):
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
         self.llava = llava
-        self._varlen = attn_implementation(llava.model.language_model) == VARLEN
+        self._varlen = running_attn_implementations(llava.model.language_model) == {VARLEN}
 
     def forward(
         self,
@@ -112,14 +113,14 @@ def build_llava(
 ) -> "LlavaForConditionalGeneration":
     """Load both backbones and initialize the connector from `seed`, or from the connector artifact that is named.
 
-    `attn_implementation` is transformers' name of an implementation, or VARLEN, for which the vision tower uses sdpa.
+    `attn_implementation` is transformers' name of an implementation, or VARLEN.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tokenizer = load_tokenizer(model.language)
-    tower = load_vision_tower(model.vision, dtype, "sdpa" if attn_implementation == VARLEN else attn_implementation)
-    language = _load_language_model(model.language, dtype, attn_implementation)
+    tower = load_vision_tower(model.vision, dtype)
+    language = _load_language_model(model.language, dtype)
     _resize_embeddings(language, len(tokenizer))
     config = _llava_config(tower, language, model.vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     with torch.device("meta"):  # the skeleton only: every part is replaced by a loaded one below
@@ -131,13 +132,42 @@ def build_llava(
     llava.model.language_model = language.model
     llava.lm_head = language.lm_head
     llava.tie_weights()
+    set_attn_implementation(llava, attn_implementation)
     if model.connector_weights:
         load_connector(llava, model.connector_weights)
     assert not any(parameter.is_meta for parameter in llava.parameters())
     return llava
 
 
-def load_vision_tower(vision: VisionSpec, dtype: torch.dtype, attn_implementation: str = "sdpa") -> "PreTrainedModel":
+def set_attn_implementation(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> None:
+    """Set how attention is computed, and check that all layers follow.
+
+    A backbone's own setting does not survive the assembly: LlavaConfig resets it in the backbone's config, and
+    transformers ignores a wrong key of the dictionary.
+    """
+    register_varlen()
+    vision = vision_attn_implementation(attn_implementation)
+    llava.set_attn_implementation({"text_config": attn_implementation, "vision_config": vision})
+    check_attn_implementation(llava, attn_implementation)
+
+
+def check_attn_implementation(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> None:
+    """Assert that every attention layer runs the implementation that was asked for."""
+    running = running_attn_implementations(llava.model.language_model)
+    assert running == {attn_implementation}, f"{attn_implementation} was asked for, {running} runs"
+    running, expected = (
+        running_attn_implementations(llava.model.vision_tower),
+        {vision_attn_implementation(attn_implementation)},
+    )
+    assert running == expected, f"the vision tower runs {running} instead of {expected}"
+
+
+def vision_attn_implementation(attn_implementation: str) -> str:
+    """Return the vision tower's implementation: that of the language model, and sdpa beside VARLEN, which is causal."""
+    return "sdpa" if attn_implementation == VARLEN else attn_implementation
+
+
+def load_vision_tower(vision: VisionSpec, dtype: torch.dtype) -> "PreTrainedModel":
     """Load the vision tower with its weights."""
     import transformers
 
@@ -146,20 +176,17 @@ def load_vision_tower(vision: VisionSpec, dtype: torch.dtype, attn_implementatio
         backbone_path(vision.name),
         revision=vision.revision,
         dtype=dtype,
-        attn_implementation=attn_implementation,
         use_safetensors=True,
     )
 
 
-def _load_language_model(language: LanguageSpec, dtype: torch.dtype, attn_implementation: str) -> "PreTrainedModel":
+def _load_language_model(language: LanguageSpec, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    register_varlen()
     return AutoModelForCausalLM.from_pretrained(
         backbone_path(language.name),
         revision=language.revision,
         dtype=dtype,
-        attn_implementation=attn_implementation,
         use_safetensors=True,
     )
 
@@ -211,10 +238,19 @@ def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:
 
 
 def load_connector(llava: "LlavaForConditionalGeneration", folder: str) -> None:
-    """Load a connector artifact's weights into the model. Raises RuntimeError when names or shapes differ."""
-    connector = llava.model.multi_modal_projector
+    """Load a connector artifact's weights: the connector's, and the vision tower's if pretraining trained it as well.
+
+    Raises RuntimeError when names or shapes differ.
+    """
     weights = load_file(_connector_file(folder))
-    connector.load_state_dict({name.removeprefix(CONNECTOR): value for name, value in weights.items()}, strict=True)
+    tower = {name: value for name, value in weights.items() if name.startswith(VISION_TOWER)}
+    connector = {name: value for name, value in weights.items() if name not in tower}
+    for module, prefix, part in (
+        (llava.model.multi_modal_projector, CONNECTOR, connector),
+        (llava.model.vision_tower, VISION_TOWER, tower),
+    ):
+        if part or prefix == CONNECTOR:
+            module.load_state_dict({name.removeprefix(prefix): value for name, value in part.items()}, strict=True)
 
 
 def validate_connector(folder: str, vision: VisionSpec, language: LanguageSpec) -> None:

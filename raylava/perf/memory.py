@@ -17,6 +17,7 @@ REDUCE_BUCKET = 500_000_000  # parameters, DeepSpeed's default; the engine alloc
 GATHERED = 1_000_000_000  # parameters, DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 _PERSISTENCE_THRESHOLD = 100_000  # parameters, DeepSpeed's stage3_param_persistence_threshold
 _FP32 = 4  # bytes
+_DENSE_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The model of a training stage: its shape, which parts train besides the connector, and the weights' precision."""
+    """The model of a training stage: its shape, which parts train besides the connector, the weights' precision, and
+    how the language model computes attention.
+    """
 
     shape: LlavaShape
     trains_language: bool
     trains_vision: bool
     bytes_per_value: int  # of weights and activations: 2 for bf16, 4 for fp32
+    attn_implementation: str = "varlen"
 
     @classmethod
     def of(cls, shape: LlavaShape, stage: str, training: Training) -> "TrainableModel":
@@ -73,7 +77,16 @@ class TrainableModel:
             trains_language=stage == "finetune",
             trains_vision=training.vision_lr is not None,
             bytes_per_value=2 if training.precision == "bf16" else 4,
+            attn_implementation=training.attn_implementation,
         )
+
+    @property
+    def dense_attention(self) -> bool:
+        """Whether attention computes all pairs of a pack's tokens and masks those of different samples.
+
+        The other implementations compute each sample alone, from the restarting positions or the samples' lengths.
+        """
+        return self.attn_implementation in _DENSE_ATTENTION
 
     @property
     def parameters(self) -> int:
@@ -184,6 +197,13 @@ def vision_forward(step: StepContext) -> float:
     return float(step.pack.images * vision.tokens * step.model.bytes_per_value * (hidden_states + block))
 
 
+def attention_mask(step: StepContext) -> float:
+    """transformers builds one mask of (tokens, tokens) for all layers: booleans for sdpa, values for eager."""
+    if not step.model.dense_attention:
+        return 0.0
+    return float(step.pack.tokens**2 * (1 if step.model.attn_implementation == "sdpa" else step.model.bytes_per_value))
+
+
 def saved_activations(step: StepContext) -> float:
     """The forward pass saves activations of vision tower, connector, decoder layers and final norm for the backward
     pass. Activation checkpointing reduces those of a decoder layer to its input and leaves the vision tower's.
@@ -255,8 +275,15 @@ def host_optimizer_states(step: StepContext) -> float:
 _MODEL_STATES: tuple[Term, ...] = (weights, optimizer_states, gradients)
 PHASES: Mapping[str, tuple[Term, ...]] = {
     "vision tower": (*_MODEL_STATES, gathered_weights, vision_forward),
-    "loss": (*_MODEL_STATES, gathered_weights, retained_bucket, saved_activations, loss_logits),
-    "backward": (*_MODEL_STATES, regathered_weights, reduce_bucket, saved_activations, backward_temporaries),
+    "loss": (*_MODEL_STATES, gathered_weights, retained_bucket, attention_mask, saved_activations, loss_logits),
+    "backward": (
+        *_MODEL_STATES,
+        regathered_weights,
+        reduce_bucket,
+        attention_mask,
+        saved_activations,
+        backward_temporaries,
+    ),
     "update": (*_MODEL_STATES, retained_bucket, update_temporaries),
 }
 AT_REST: tuple[Term, ...] = (weights, optimizer_states, zero3_gradient_buffers)
@@ -278,7 +305,7 @@ def predict_memory(model: TrainableModel, config: ExecutionConfig, pack: PackSha
         gradients=gradients(step),
         bucket=reduce_bucket(step),
         gathered=gathered_weights(step),
-        activations=saved_activations(step) + in_peak(backward_temporaries),
+        activations=saved_activations(step) + in_peak(attention_mask) + in_peak(backward_temporaries),
         logits=in_peak(loss_logits),
         at_rest=_total(AT_REST, step),
         peak=totals[peak_phase],
@@ -367,7 +394,22 @@ def _layer_activations(step: StepContext) -> int:
     # ZeRO 3 replaces torch's linear layer by one that saves its input even if the weight is frozen.
     if step.model.trains_language or step.config.zero_stage == 3:
         values += _layer_matmul_inputs(language)
-    return step.pack.tokens * (norms + log_sum_exp + value * values)
+    return step.pack.tokens * (norms + log_sum_exp + value * values) + _dense_attention_activations(step)
+
+
+def _dense_attention_activations(step: StepContext) -> int:
+    """Return the bytes that one layer's dense attention saves besides queries, keys, values and output.
+
+    Keys and values are repeated for all query heads. sdpa converts the mask to values in every layer; eager saves the
+    probabilities of every head, in fp32 and, if that differs, in the precision of the values.
+    """
+    if not step.model.dense_attention:
+        return 0
+    language, value, pairs = step.model.shape.language, step.model.bytes_per_value, step.pack.tokens**2
+    repeated = 2 * (language.heads - language.kv_heads) * language.head_size * step.pack.tokens * value
+    if step.model.attn_implementation == "sdpa":
+        return repeated + pairs * value
+    return repeated + language.heads * pairs * (_FP32 + (value if value != _FP32 else 0))
 
 
 def _norm_values(model: TrainableModel) -> int:

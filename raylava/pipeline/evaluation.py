@@ -55,13 +55,18 @@ class EvaluationRequest:
     engine: str = "transformers"
     precision: str = "auto"
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The limit of an answer: the recipe's or command's, or else the benchmark's own."""
+        return self.benchmark.max_new_tokens or self.loaded.max_new_tokens
+
     def generation_config(self) -> GenerationConfig:
         """Return how answers are generated."""
         return GenerationConfig(
             model=self.model.location,
             image_root=self.loaded.image_root,
             prompt_suffix=self.benchmark.prompt_suffix,
-            max_new_tokens=self.benchmark.max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             batch_size=self.benchmark.batch_size,
             blank_images=self.blank_images,
             engine=self.engine,
@@ -73,7 +78,7 @@ class EvaluationRequest:
         fields = {
             "model": self.model.identity,
             "questions": questions_fingerprint(self.loaded.questions, self.loaded.image_sizes),
-            "benchmark": self.benchmark.fingerprint_fields(),
+            "benchmark": self.benchmark.fingerprint_fields() | {"max_new_tokens": self.max_new_tokens},
             "blank_images": self.blank_images,
             "scoring": SCORING_VERSION,
         }

@@ -90,7 +90,7 @@ class _StageBuilder:
         recipe = self._recipe
         stages: list[Stage] = []
         connector: Stage | None = None
-        if recipe.pretrain.enabled and recipe.model.connector.weights is None:
+        if recipe.pretrain.enabled:
             assert recipe.corpora.alignment is not None
             alignment = self._prepare("alignment", recipe.corpora.alignment)
             connector = self._train("pretrain", alignment, None)
@@ -128,7 +128,16 @@ class _StageBuilder:
     def _untrained(self) -> UntrainedStage:
         recipe = self._recipe
         image_aspect = recipe.corpora.instruction.image_aspect
-        return UntrainedStage(self._model, self._backbones, recipe.seed, image_aspect, self._storage)
+        weights = self._model.connector_weights
+        return UntrainedStage(
+            self._model,
+            self._backbones,
+            recipe.seed,
+            image_aspect,
+            recipe.finetune.precision,
+            self._storage,
+            weights and _connector_sha256(weights),
+        )
 
     def _evaluations(self, model: Stage) -> list[Stage]:
         stages: list[Stage] = []

@@ -9,7 +9,7 @@ from raylava.cluster.nodes import live_nodes, startable_node_types
 from raylava.cluster.placement import placements, resource_requests
 from raylava.cluster.roles import cluster_has_roles
 from raylava.cluster.session import ray_session
-from raylava.config.recipe import Recipe
+from raylava.config.recipe import Recipe, Resources
 from raylava.errors import UserError
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.stage import Stage, commit, reuse, run_stage
@@ -58,6 +58,7 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
     """
     from raylava.train import torchrun_backend
 
+    _refuse_cluster_settings(recipe.resources)
     stage = _select_training_stage(build_stages(recipe, storage), label)
     rendezvous = torchrun_backend.Rendezvous()
     with ExitStack() as stack:
@@ -75,6 +76,18 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
         with reporter.stage(label, stage.unit) as progress:
             metrics = torchrun_backend.run(stage.train_spec(), recipe.resources, progress, rendezvous)
         return None if metrics is None else commit(stage, metrics, started, reporter)
+
+
+def _refuse_cluster_settings(resources: Resources) -> None:
+    """Refuse the resources that need a cluster. The number of workers is torchrun's, and cannot change."""
+    for key, value in (("min_workers", resources.min_workers), ("train_node_labels", resources.train_node_labels)):
+        if value:
+            raise UserError(f"resources.{key}={value} needs Ray; remove it, or train with `raylava run`")
+    if resources.gpus_per_worker > 0:
+        from torch.cuda import is_available
+
+        if not is_available():
+            raise UserError("resources.gpus_per_worker=1: torch finds no GPU on this machine; set it to 0")
 
 
 def _reuse_on_rank_0(stage: Stage, rank: int, reporter: ProgressReporter) -> Artifact | None:

@@ -92,28 +92,44 @@ class TrainStage(Stage):
 
 
 class UntrainedStage(Stage):
-    """Exports the model before any training, with a randomly initialized connector, as an evaluation baseline."""
+    """Exports the model before any training, as an evaluation baseline: its connector is random, or the given one."""
 
     unit = "models"
 
     def __init__(
-        self, model: ResolvedModel, backbones: Mapping[str, Any], seed: int, image_aspect: str, storage: StoragePath
+        self,
+        model: ResolvedModel,
+        backbones: Mapping[str, Any],
+        seed: int,
+        image_aspect: str,
+        precision: str,
+        storage: StoragePath,
+        connector_sha256: str | None = None,
     ) -> None:
+        """`precision` is that of finetuning; `connector_sha256` identifies a connector given in the recipe."""
         super().__init__("untrained", "untrained", storage, {})
         self._model, self._backbones, self._seed, self._image_aspect = model, dict(backbones), seed, image_aspect
+        self._precision, self._connector_sha256 = precision, connector_sha256
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        return {"backbones": self._backbones, "seed": self._seed, "image_aspect": self._image_aspect}
+        return {
+            "backbones": self._backbones,
+            "seed": self._seed,
+            "image_aspect": self._image_aspect,
+            "precision": self._precision,
+            "connector": self._connector_sha256,
+        }
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         """Export on a worker node, since the model may be larger than the driver's memory."""
-        ray.get(_export_untrained.remote(self._model, self._seed, self._image_aspect, self.spec().path.uri))
+        output = self.spec().path.uri
+        ray.get(_export_untrained.remote(self._model, self._seed, self._image_aspect, self._precision, output))
         progress.update(1, 1)
         return {}
 
 
 @ray.remote(num_cpus=1)
-def _export_untrained(model: ResolvedModel, seed: int, image_aspect: str, output: str) -> None:
+def _export_untrained(model: ResolvedModel, seed: int, image_aspect: str, precision: str, output: str) -> None:
     from raylava.models.export import export_untrained
 
-    export_untrained(model, seed, image_aspect, output)
+    export_untrained(model, seed, image_aspect, precision, output)

@@ -1,6 +1,6 @@
 """The backend interface of the Trainer, implemented by ray_backend.py and torchrun_backend.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,12 @@ class TrainBackend(Protocol):
         `loss` is the mean since the previous checkpoint, by which the best are selected. All ranks call it.
         """
 
+    def best_checkpoint(self) -> "AbstractContextManager[tuple[CheckpointRef, float] | None]":
+        """Provide the complete checkpoint with the lowest loss, and that loss; None if there is none.
+
+        All ranks call it after the last step; only rank 0 gets a checkpoint.
+        """
+
     def preemption_pending(self) -> bool:
         """Return whether a node of the run received a preemption notice. All ranks call it and get the same answer."""
 
@@ -49,3 +55,6 @@ class TrainBackend(Protocol):
 
     def report(self, metrics: "StepMetrics", steps: int) -> None:
         """Report the metrics of a completed step of `steps`. Only rank 0 calls it."""
+
+    def announce(self, lines: Sequence[str]) -> None:
+        """Display lines about the run before its first step. Only rank 0 calls it."""

@@ -1,26 +1,73 @@
-"""Checkpoints of a run: when they are saved, what they contain, and their upload with retries.
+"""Checkpoints of a run: when they are saved, what they contain, their upload with retries, and their conversion.
 
 All ranks save at the same step; the upload runs in the background while training continues.
 """
 
+import hashlib
+import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+
+from raylava.config.recipe import Training
 from raylava.errors import RunError, first_line
-from raylava.storage import StoragePath, retry
+from raylava.storage import StoragePath, retry, storage_path
 from raylava.train.backend import TrainBackend
-from raylava.train.engine import Engine, StepResult
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import STEP_LOG, StepLog
+
+if TYPE_CHECKING:
+    from raylava.train.engine import Engine, StepResult
 
 logger = logging.getLogger(__name__)
 
 CONTINUE, SAVE, CHECK_PREEMPTION = range(3)  # rank 0's request after a step
 _PREEMPTION_CHECK_INTERVAL_S = 5.0
+CHECKPOINT_TAG = "state"  # one checkpoint folder holds one DeepSpeed tag
+_META_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint holds: the state before `step`, saved by `world_size` ranks at `zero_stage`."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+
+
+def read_checkpoint_meta(checkpoint: StoragePath) -> CheckpointMeta:
+    """Read a checkpoint's metadata. Raises FileNotFoundError where there is none."""
+    return CheckpointMeta(**json.loads((checkpoint / _META_FILE).read_bytes()))
+
+
+def write_checkpoint_meta(folder: Path, step: int, world_size: int, zero_stage: int) -> None:
+    """Write a checkpoint's metadata."""
+    (folder / _META_FILE).write_text(json.dumps(asdict(CheckpointMeta(step, world_size, zero_stage))))
+
+
+def loadable_meta(checkpoint: Path, training: Training) -> CheckpointMeta:
+    """Return the metadata of a checkpoint. Raises RunError where it is of another ZeRO stage."""
+    meta = read_checkpoint_meta(storage_path(checkpoint))
+    if meta.zero_stage != training.zero.stage:
+        raise RunError(
+            f"{checkpoint} was saved with zero.stage={meta.zero_stage} and this run has "
+            f"zero.stage={training.zero.stage}; keep the stage until the run is done"
+        )
+    return meta
 
 
 class CheckpointManager:
@@ -35,11 +82,18 @@ class CheckpointManager:
         self._losses: list[float] = []
         self._last_uploaded = "none"
 
+    def description(self) -> str:
+        """Describe when checkpoints are saved and how many are kept."""
+        config = self._config
+        steps = f" or {config.interval_steps} steps" if config.interval_steps else ""
+        kept = "the best" if config.keep_best else "the latest"
+        return f"every {config.interval_minutes:g} minutes{steps}, keeps {kept} {config.keep_latest}"
+
     def resume_from(self, checkpoint: str, step: int) -> None:
         """Record the checkpoint that the run continues from, which holds the state before `step`."""
         self._last_uploaded, self._checkpoints, self._saved_step = checkpoint, 1, step
 
-    def record_loss(self, result: StepResult) -> None:
+    def record_loss(self, result: "StepResult") -> None:
         """Record a step's loss for the mean by which the best checkpoints are selected."""
         if not result.skipped:
             self._losses.append(result.loss)
@@ -76,20 +130,23 @@ class CheckpointManager:
         logger.warning("preemption notice received; saving a checkpoint")
         return True
 
-    def save(self, engine: Engine, step_log: StepLog, next_step: int) -> float:
+    def mean_loss(self) -> float:
+        """Return the mean loss since the last checkpoint, infinity if no step has been taken."""
+        return sum(self._losses) / len(self._losses) if self._losses else math.inf
+
+    def save(self, engine: "Engine", step_log: StepLog, next_step: int) -> float:
         """Save the state before `next_step`; return the seconds that training stood still."""
         started = time.monotonic()
         folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))  # the backend removes it after the upload
         engine.save(folder, next_step)
         if self._backend.rank == 0:
             (folder / STEP_LOG).write_text(step_log.text())
-        loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
-        self._backend.save_async(folder, next_step, loss, self._uploader(engine))
+        self._backend.save_async(folder, next_step, self.mean_loss(), self._uploader(engine))
         self._saved_at, self._saved_step, self._losses = time.monotonic(), next_step, []
         self._checkpoints += 1
         return time.monotonic() - started
 
-    def _uploader(self, engine: Engine) -> Callable[[Path, StoragePath], None]:
+    def _uploader(self, engine: "Engine") -> Callable[[Path, StoragePath], None]:
         def wait_and_upload(folder: Path, target: StoragePath) -> None:
             engine.wait_for_save()
             upload_checkpoint(folder, target, self._config.upload_timeout_minutes * 60, lambda: self._last_uploaded)
@@ -111,3 +168,41 @@ def upload_checkpoint(folder: Path, target: StoragePath, timeout_s: float, last_
             f"the last good checkpoint is {last_uploaded()}; "
             "once storage works, re-run the same command to resume from it"
         ) from error
+
+
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the trained weights of a complete checkpoint to the host, by LlavaForConditionalGeneration's names.
+
+    At stage 3, where no rank has whole weights, they are put together from all ranks' fp32 partitions.
+    """
+    if read_checkpoint_meta(storage_path(folder)).zero_stage == 3:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(folder, tag=CHECKPOINT_TAG, exclude_frozen_parameters=True)
+    else:
+        file = folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt"
+        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return {name.removeprefix("llava."): value for name, value in weights.items()}
+
+
+@contextmanager
+def universal_checkpoint(folder: Path) -> Iterator[Path]:
+    """Provide a checkpoint in DeepSpeed's universal format, which any world size can load.
+
+    The first rank of each node converts while the others wait. The conversion runs in a subprocess because it starts
+    workers and prints.
+    """
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"raylava-universal-{name}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / CHECKPOINT_TAG), "--output_folder", str(target / CHECKPOINT_TAG)]
+        conversion = subprocess.run(command, capture_output=True, text=True, check=False)
+        if conversion.returncode:
+            raise RunError(f"{folder}: cannot be converted to another world size: {conversion.stderr.strip()[-300:]}")
+    dist.barrier()
+    yield target
+    dist.barrier()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        shutil.rmtree(target, ignore_errors=True)

@@ -98,6 +98,23 @@ class PackedDataLoader:
                 for _, fetch in pending:
                     fetch.cancel()
 
+    def packing(self) -> str:
+        """Describe the packs of the next step: their size, how full they are, and how evenly ranks are loaded."""
+        lengths = self._blocks.lengths.length
+        step = next(self._plan.from_step(self._first_step))
+        ranks = pack_batch(step.samples, lengths, self._world_size, self._max_tokens_per_pack)
+        tokens = [sum(int(lengths[list(pack)].sum()) for pack in packs) for packs in ranks]
+        capacity = self._max_tokens_per_pack * sum(len(packs) for packs in ranks)
+        share = max(tokens) * len(tokens) / sum(tokens) - 1
+        return (
+            f"{len(ranks[0])} packs of up to {self._max_tokens_per_pack} tokens a step and rank, "
+            f"{sum(tokens) / capacity:.0%} full, largest rank {share:.0%} above the mean"
+        )
+
+    def threads(self) -> str:
+        """Describe the threads that load a rank's packs ahead of training."""
+        return f"1 that decodes, {self._prefetch} steps ahead; {_FETCH_THREADS} that fetch blocks"
+
     def load(self, step: Step) -> StepBatch:
         """Return this rank's packs of one step, as tensors on the host."""
         lengths = self._blocks.lengths

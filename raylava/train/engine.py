@@ -4,19 +4,12 @@ The loss of a step is the sum over its packs divided by the loss tokens of all r
 ranks, so each rank scales its loss by the world size. Independent of Ray, of blocks and of the batch plan.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raylava.compat.torch import is_compiled
+from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName, Training
 from raylava.errors import RunError, first_line
-from raylava.models.llava import CONNECTOR, VISION_TOWER, PackLoss, PackTensors, set_trainable
+from raylava.models.llava import (
+    CONNECTOR,
+    DTYPES,
+    VISION_TOWER,
+    PackLoss,
+    PackTensors,
+    check_attn_implementation,
+    set_trainable,
+)
 from raylava.perf.memory import REDUCE_BUCKET
-from raylava.storage import StoragePath, storage_path
+from raylava.train.checkpoints import CHECKPOINT_TAG, loadable_meta, universal_checkpoint, write_checkpoint_meta
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -36,10 +39,6 @@ if TYPE_CHECKING:
     from raylava.compat.deepspeed import BackgroundWriter
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_TAG = "state"  # one checkpoint folder holds one DeepSpeed tag
-_META_FILE = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -57,31 +56,6 @@ class StepResult:
     seconds: float
     skipped: bool
     request: int
-
-
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """What a checkpoint holds: the state before `step`, saved by `world_size` ranks at `zero_stage`."""
-
-    step: int
-    world_size: int
-    zero_stage: int
-
-
-def read_checkpoint_meta(checkpoint: StoragePath) -> CheckpointMeta:
-    """Read a checkpoint's metadata. Raises FileNotFoundError where there is none."""
-    return CheckpointMeta(**json.loads((checkpoint / _META_FILE).read_bytes()))
-
-
-def _loadable_meta(checkpoint: Path, training: Training) -> CheckpointMeta:
-    """Return the metadata of a checkpoint. Raises RunError where it is of another ZeRO stage."""
-    meta = read_checkpoint_meta(storage_path(checkpoint))
-    if meta.zero_stage != training.zero.stage:
-        raise RunError(
-            f"{checkpoint} was saved with zero.stage={meta.zero_stage} and this run has "
-            f"zero.stage={training.zero.stage}; keep the stage until the run is done"
-        )
-    return meta
 
 
 def lr_multiplier(step: int, steps: int, training: Training) -> float:
@@ -123,15 +97,16 @@ class Engine:
         llava.train()
         llava.model.vision_tower.eval()
         self.llava = llava.to(device)
+        check_attn_implementation(llava, training.attn_implementation)
         assert "auto" not in (training.zero.stage, training.activation_checkpointing), "auto.py resolves these first"
         if training.activation_checkpointing:
             enable_activation_checkpointing(llava)
-        loss = PackLoss(llava)
+        self._loss = PackLoss(llava)
         if training.compile:
-            loss.compile(dynamic=True)  # in place: names stay those of the plain module
-        meta = None if checkpoint is None else _loadable_meta(checkpoint, training)
+            self._loss.compile(dynamic=True)  # in place: names stay those of the plain module
+        meta = None if checkpoint is None else loadable_meta(checkpoint, training)
         convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
-        self._engine, self._writer = _initialize(loss, training, device, load_universal=convert)
+        self._engine, self._optimizer, self._writer = _initialize(self._loss, training, device, load_universal=convert)
         self.first_step = 0
         if checkpoint is not None and meta is not None:
             self._restore(checkpoint, convert)
@@ -158,6 +133,26 @@ class Engine:
             skipped=not finite,
             request=int(summed_request),
         )
+
+    def mechanisms(self) -> dict[str, str]:
+        """Describe what is in force, by mechanism; read from the initialized engine, not from the settings."""
+        engine, llava = self._engine, self.llava
+        (language,) = running_attn_implementations(llava.model.language_model)
+        (vision,) = running_attn_implementations(llava.model.vision_tower)
+        configs = {"optimizer states": engine.zero_offload_optimizer(), "parameters": engine.zero_offload_param()}
+        offloads = [name for name, config in configs.items() if config and config.device == "cpu"]
+        groups = [_describe_group(group) for group in engine.optimizer.param_groups]
+        return {
+            "attention": f"{language}, vision tower {vision}",
+            "logits": "at loss tokens" if type(self._loss) is PackLoss else type(self._loss).__name__,
+            "optimizer": f"{type(self._optimizer).__name__}: {'; '.join(groups)}",
+            "gradient clipping": f"norm {engine.gradient_clipping():g}" if engine.gradient_clipping() else "off",
+            "compile": "on" if is_compiled(self._loss) else "off",
+            "activation checkpointing": "on" if llava.is_activation_checkpointing else "off",
+            "ZeRO": f"stage {engine.zero_optimization_stage()}, {dist.get_world_size()} ranks",
+            "offload": ", ".join(offloads) or "off",
+            "overlap of communication": "on" if engine.zero_overlap_comm() else "off",
+        }
 
     def memory_dry_run(self, packs: list[PackTensors], advice: str) -> None:
         """Compute these packs without an update: the loss is made non-finite, so that the step is skipped.
@@ -215,11 +210,10 @@ class Engine:
         Frozen weights are left out.
         """
         self._engine.save_checkpoint(
-            str(folder), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
+            str(folder), tag=CHECKPOINT_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
         )
         if dist.get_rank() == 0:
-            meta = CheckpointMeta(next_step, dist.get_world_size(), int(self._training.zero.stage))
-            (folder / _META_FILE).write_text(json.dumps(asdict(meta)))
+            write_checkpoint_meta(folder, next_step, dist.get_world_size(), int(self._training.zero.stage))
 
     def wait_for_save(self) -> None:
         """Wait until every saved file is on this node's disk. Raises the exception of a failed write."""
@@ -230,7 +224,7 @@ class Engine:
         if not convert:
             self._load(folder)
             return
-        with _universal(folder) as converted:
+        with universal_checkpoint(folder) as converted:
             self._load_universal(converted)
 
     def _load_universal(self, folder: Path) -> None:
@@ -251,7 +245,7 @@ class Engine:
 
     def _load(self, folder: Path) -> None:
         loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, custom_load_fn=_load_trained
+            str(folder), tag=CHECKPOINT_TAG, load_module_strict=False, custom_load_fn=_load_trained
         )
         if loaded is None:  # DeepSpeed only warns
             raise RunError(f"{folder}: contains no checkpoint that this run can load")
@@ -288,32 +282,9 @@ def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) 
     )
 
 
-@contextmanager
-def _universal(folder: Path) -> Iterator[Path]:
-    """Provide a checkpoint in DeepSpeed's universal format, which any world size can load.
-
-    The first rank of each node converts while the others wait. The conversion runs in a subprocess because it starts
-    workers and prints.
-    """
-    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"raylava-universal-{name}"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / _TAG), "--output_folder", str(target / _TAG)]
-        conversion = subprocess.run(command, capture_output=True, text=True, check=False)
-        if conversion.returncode:
-            raise RunError(f"{folder}: cannot be converted to another world size: {conversion.stderr.strip()[-300:]}")
-    dist.barrier()
-    yield target
-    dist.barrier()
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        shutil.rmtree(target, ignore_errors=True)
-
-
 def _initialize(
     module: nn.Module, training: Training, device: torch.device, load_universal: bool
-) -> "tuple[Any, BackgroundWriter]":
+) -> "tuple[Any, torch.optim.Optimizer, BackgroundWriter]":
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     from raylava.compat.deepspeed import BackgroundWriter, initialize
 
@@ -323,13 +294,14 @@ def _initialize(
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()), load_universal)
     writer = BackgroundWriter(set(trained))
-    return initialize(module, optimizer, config, writer), writer
+    return initialize(module, optimizer, config, writer), optimizer, writer
 
 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
     """Yield AdamW's parameter groups by part (language model, connector, vision tower) and weight decay.
 
-    Matrices decay; vectors (biases and norms) do not. Each group has its `peak_lr`; `lr` is set at every step.
+    Matrices decay; vectors (biases and norms) do not. Each group has its `peak_lr`, `part` and number of `values`; `lr`
+    is set at every step.
     """
     rates = {
         "connector": training.connector_lr or training.lr,
@@ -342,7 +314,20 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
             weights = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
             if weights:
                 decay = training.weight_decay if decays else 0.0
-                yield {"params": weights, "weight_decay": decay, "lr": 0.0, "peak_lr": rate}
+                values = sum(weight.numel() for weight in weights)
+                yield {
+                    "params": weights,
+                    "weight_decay": decay,
+                    "lr": 0.0,
+                    "peak_lr": rate,
+                    "part": part,
+                    "values": values,
+                }
+
+
+def _describe_group(group: dict[str, Any]) -> str:
+    decay = f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else ""
+    return f"{group['part']} {group['values']:,} values at {group['peak_lr']:g}{decay}"
 
 
 def _part(name: str) -> str:

@@ -9,7 +9,7 @@ import torch: the monitor's process imports this module, and would take three se
 import logging
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,6 +199,8 @@ def _report_progress(monitor: Any, progress: ProgressBar, stage: str, gauges: Ga
     def poll() -> None:
         nonlocal last_stall, total_lost
         report: MonitorReport = ray.get(monitor.poll.remote(_STALL_WARNING_S))
+        for line in report.lines:
+            progress.say(line)
         for done, total, metrics in report.updates:
             progress.update(done, total, **metrics)
         for lost in report.losses:
@@ -240,9 +242,10 @@ class MonitorReport:
     """What happened since the driver's last poll.
 
     `updates` are the completed steps, in order, `losses` the workers lost at each restart; `stall` describes the
-    stalled rank, if there is one.
+    stalled rank, if there is one. `lines` are to be displayed.
     """
 
+    lines: list[str]
     updates: list[StepUpdate]
     losses: list[list[str]]
     stall: str | None
@@ -254,6 +257,7 @@ class RunMonitor:
 
     def __init__(self) -> None:
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._lines: list[str] = []
         self._updates: list[StepUpdate] = []
         self._losses: list[list[str]] = []
         self._first_error: str | None = None
@@ -262,6 +266,10 @@ class RunMonitor:
         """Record that a rank entered a phase of a step `seconds` ago, and the steps completed since its last report."""
         self._heartbeats[rank] = Heartbeat(rank, step, phase, time.monotonic() - seconds)
         self._updates += updates
+
+    def announce(self, lines: list[str]) -> None:
+        """Record lines to be displayed by the driver."""
+        self._lines += lines
 
     def record_error(self, rank: int, message: str) -> None:
         """Record an error of a rank's own, before the rank raises it and the other ranks fail in turn."""
@@ -279,8 +287,8 @@ class RunMonitor:
     def poll(self, timeout_s: float) -> MonitorReport:
         """Return what happened since the last poll."""
         stall = find_stalled_rank(list(self._heartbeats.values()), time.monotonic(), timeout_s)
-        report = MonitorReport(self._updates, self._losses, stall)
-        self._updates, self._losses = [], []
+        report = MonitorReport(self._lines, self._updates, self._losses, stall)
+        self._lines, self._updates, self._losses = [], [], []
         return report
 
 
@@ -364,6 +372,16 @@ class _RayBackend:
             checkpoint_upload_fn=upload_part,
         )
 
+    @contextmanager
+    def best_checkpoint(self) -> Iterator[tuple[CheckpointRef, float] | None]:
+        reported = ray.train.get_all_reported_checkpoints() if self.rank == 0 else []
+        best = min(reported, key=lambda candidate: candidate.metrics["loss"], default=None)
+        if best is None:
+            yield None
+            return
+        with best.checkpoint.as_directory() as folder:
+            yield CheckpointRef(Path(folder), best.checkpoint.path), float(best.metrics["loss"])
+
     def preemption_pending(self) -> bool:
         return ray.train.get_preemption_info() is not None
 
@@ -378,3 +396,6 @@ class _RayBackend:
         self._updates.put((metrics.step + 1, steps, metrics.progress_metrics()))
         self._gauges.set(**asdict(metrics))
         self._gauges.set(worker_seconds=self.world_size * (time.monotonic() - self._started_at))
+
+    def announce(self, lines: Sequence[str]) -> None:
+        ray.get(self._monitor.announce.remote(list(lines)))

@@ -33,9 +33,9 @@ class SampledSteps:
         return float(np.mean([self.lengths.length[step].sum() for step in self.steps]))
 
     def flops(self) -> StepFlops:
-        """Return the FLOPs of the median step, over all ranks."""
-        step_flops = sorted((self._flops(step.tolist()) for step in self.steps), key=lambda flops: flops.total)
-        return step_flops[len(step_flops) // 2]
+        """Return the FLOPs that the median step requires, over all ranks, whatever its attention computes besides."""
+        steps = [self._flops([(sample,) for sample in step.tolist()], causal=True) for step in self.steps]
+        return sorted(steps, key=lambda flops: flops.total)[len(steps) // 2]
 
     def workload(self, world_size: int) -> Callable[[int], StepWorkload]:
         """Return a function from max_tokens_per_pack to the mean workload of the slowest rank."""
@@ -58,20 +58,28 @@ class SampledSteps:
         return workload_at
 
     def slowest_rank(self, ranks: list[list[Pack]]) -> tuple[int, float, float]:
-        """Return (packs per rank, FLOPs of the rank with the most, forward FLOPs of its language model body)."""
-        flops = [self._flops([sample for pack in packs for sample in pack]) for packs in ranks]
+        """Return (packs per rank, FLOPs of the rank that executes most, forward FLOPs of its language model body)."""
+        flops = [self._executed_flops(packs) for packs in ranks]
         slowest = max(flops, key=lambda rank: rank.total)
         return len(ranks[0]), slowest.total, slowest.body.forward
 
-    def _flops(self, samples: list[int]) -> StepFlops:
-        lengths = self.lengths
+    def _executed_flops(self, packs: Sequence[Pack]) -> StepFlops:
+        """Return the FLOPs that packs take: dense attention computes all pairs of a pack's tokens, before the mask."""
+        if self.model.dense_attention:
+            return self._flops(packs, causal=False)
+        return self._flops([(sample,) for pack in packs for sample in pack], causal=True)
+
+    def _flops(self, groups: Sequence[Pack], causal: bool) -> StepFlops:
+        """Return the FLOPs of samples; those of one group attend to each other."""
+        lengths, samples = self.lengths, [sample for group in groups for sample in group]
         return step_flops(
             self.model.shape,
-            [int(length) for length in lengths.length[samples]],
+            [int(lengths.length[list(group)].sum()) for group in groups],
             int(lengths.images[samples].sum()),
             int(lengths.loss_tokens[samples].sum()),
             self.model.trains_language,
             self.model.trains_vision,
+            causal,
         )
 
     def _worst_case_shape(self, max_tokens_per_pack: int) -> PackShape:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STEP_LOG = "steps.jsonl"
 METRICS_LOG = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints within its artifact; removed once the stage is complete
+MECHANISMS = "mechanisms.json"  # what was in force, by name, as the initialized engine reports it
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of complete checkpoints, in that folder
 _FINAL_LOSS_FRACTION = 20  # the final loss is the mean over the last 1/20 of the steps
 
@@ -70,6 +71,7 @@ def summarize_run(output: StoragePath) -> dict[str, Any]:
         "first_loss": losses[0],
         "final_loss": sum(final_losses) / len(final_losses),
         "tokens_per_second": sum(step["tokens"] for step in steps) / sum(durations),
+        "mechanisms": json.loads((output / MECHANISMS).read_bytes()),
         "data_wait_fraction": 1.0 - sum(step["step_time_s"] for step in metrics) / sum(durations),
     }
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from raylava.errors import RunError
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import CheckpointRef, Upload
-from raylava.train.engine import read_checkpoint_meta
+from raylava.train.checkpoints import read_checkpoint_meta
 from raylava.train.metrics import StepMetrics
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, summarize_run
@@ -80,7 +80,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
     """
     ranks = rendezvous.ranks
     torch.set_num_threads(resources.cpus_per_worker)
-    with _process_group(rendezvous) as device:
+    with _process_group(rendezvous, use_gpu=resources.gpus_per_worker > 0) as device:
         backend = _TorchrunBackend(spec, ranks, device, progress)
         Trainer(spec, backend, 1e9 * resources.cache_gb).run()
         backend.finish()
@@ -88,9 +88,9 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
 
 
 @contextmanager
-def _process_group(rendezvous: Rendezvous) -> Iterator[torch.device]:
+def _process_group(rendezvous: Rendezvous, use_gpu: bool) -> Iterator[torch.device]:
     ranks = rendezvous.ranks
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed reads it
@@ -128,13 +128,20 @@ class _TorchrunBackend:
         if selected[0] is None:
             yield None
             return
-        source = self._folder / selected[0]
-        if source.is_local:
-            yield CheckpointRef(Path(source.path), source.uri)
+        with _on_this_node(self._folder / selected[0]) as checkpoint:
+            yield checkpoint
+
+    @contextmanager
+    def best_checkpoint(self) -> Iterator[tuple[CheckpointRef, float] | None]:
+        self._wait_for_upload()
+        dist.barrier()
+        complete = _complete_checkpoints(self._folder) if self.rank == 0 else []
+        if not complete:
+            yield None
             return
-        with tempfile.TemporaryDirectory(prefix="raylava-checkpoint-") as folder:
-            source.copy_to(Path(folder))
-            yield CheckpointRef(Path(folder), source.uri)
+        best = min(complete, key=_recorded_loss)
+        with _on_this_node(best) as checkpoint:
+            yield checkpoint, _recorded_loss(best)
 
     def save_async(self, folder: Path, step: int, loss: float, upload: Upload) -> None:
         """Upload in the background. Raises RunError after SIGTERM, once the upload is complete."""
@@ -171,12 +178,31 @@ class _TorchrunBackend:
     def report(self, metrics: StepMetrics, steps: int) -> None:
         self._progress.update(metrics.step + 1, steps, **metrics.progress_metrics())
 
+    def announce(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._progress.say(line)
+
     def finish(self) -> None:
         """Remove the checkpoints once the result is written."""
         self._wait_for_upload()
         dist.barrier()
         if self.rank == 0:
             self._folder.delete()
+
+
+@contextmanager
+def _on_this_node(checkpoint: StoragePath) -> Iterator[CheckpointRef]:
+    """Provide a checkpoint's files in a local folder."""
+    if checkpoint.is_local:
+        yield CheckpointRef(Path(checkpoint.path), checkpoint.uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="raylava-checkpoint-") as folder:
+        checkpoint.copy_to(Path(folder))
+        yield CheckpointRef(Path(folder), checkpoint.uri)
+
+
+def _recorded_loss(checkpoint: StoragePath) -> float:
+    return float(json.loads((checkpoint / _DONE_FILE.format(0)).read_bytes())["loss"])
 
 
 def _complete_checkpoints(folder: StoragePath) -> list[StoragePath]:
@@ -199,6 +225,6 @@ def expired_checkpoints(complete: list[StoragePath], config: CheckpointConfig) -
     """
     newest, older = complete[-1:], complete[:-1]
     if config.keep_best:
-        older = sorted(older, key=lambda path: -json.loads((path / _DONE_FILE.format(0)).read_bytes())["loss"])
+        older = sorted(older, key=lambda checkpoint: -_recorded_loss(checkpoint))
     kept_older = config.keep_latest - len(newest)
     return older[: max(0, len(older) - kept_older)]

@@ -3,6 +3,7 @@
 Every rank runs the same number of steps and packs. Rank 0 writes the step log and reports metrics.
 """
 
+import json
 import logging
 import shutil
 import tempfile
@@ -14,18 +15,18 @@ import torch
 from raylava.corpus.block_cache import open_blocks
 from raylava.errors import RunError
 from raylava.models.export import export_model
-from raylava.models.llava import CONNECTOR_FILE, build_llava, load_connector
+from raylava.models.llava import CONNECTOR_FILE, DTYPES, build_llava, load_connector
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, TrainBackend
 from raylava.train.batch_plan import worst_case_packs
-from raylava.train.checkpoints import CheckpointManager
+from raylava.train.checkpoints import CheckpointManager, checkpoint_weights, read_checkpoint_meta
 from raylava.train.data_loader import PackedDataLoader, StepBatch
-from raylava.train.engine import DTYPES, Engine, StepResult, read_checkpoint_meta
+from raylava.train.engine import Engine, StepResult
 from raylava.train.metrics import MetricsLogger, ThroughputMeter
 from raylava.train.replay import dump_step
 from raylava.train.spec import TrainSpec, build_batch_plan, build_collator
-from raylava.train.step_log import STEP_LOG, StepLog
+from raylava.train.step_log import MECHANISMS, STEP_LOG, StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Trainer:
         self._step_log = StepLog()
         self._checkpoints = CheckpointManager(spec, self._plan.steps, backend)
         self._consecutive_skips = 0
+        self._mechanisms: dict[str, str] = {}
 
     def run(self) -> None:
         """Train from the latest checkpoint, or from the start, and write the result."""
@@ -53,13 +55,15 @@ class Trainer:
             self._build_engine(checkpoint)
             self._resume(checkpoint)
         first_step = self._engine.first_step
-        if first_step < self._plan.steps:
-            self._memory_dry_run()
+        dry_run = self._memory_dry_run() if first_step < self._plan.steps else "none, no step is left"
+        loader = self._build_loader(first_step)
+        if self._backend.rank == 0:
+            self._announce_mechanisms(loader, dry_run)
         metrics_logger = self._build_metrics_logger(first_step) if self._backend.rank == 0 else None
-        self._train(first_step, metrics_logger)
+        self._train(loader, metrics_logger)
         if metrics_logger is not None:
             metrics_logger.close()
-        _write_result(self._spec, self._engine, self._step_log)
+        self._write_result()
 
     def _build_engine(self, checkpoint: CheckpointRef | None) -> None:
         """Resolve the `auto` settings, and build the engine, with the checkpoint's state, and the throughput meter."""
@@ -88,31 +92,48 @@ class Trainer:
         self._checkpoints.resume_from(checkpoint.uri, self._engine.first_step)
         logger.info("resumed at step %d", self._engine.first_step)
 
-    def _memory_dry_run(self) -> None:
-        """Compute the worst-case packs once, so that a run that does not fit fails before its first step."""
+    def _memory_dry_run(self) -> str:
+        """Compute the worst-case packs once, so that a run that does not fit fails before its first step.
+
+        Returns a description of the packs.
+        """
         global_batch_size = self._spec.training.global_batch_size
         packs = worst_case_packs(self._blocks.lengths, self._max_tokens_per_pack, global_batch_size)
         tensors = [self._collator.collate([self._blocks[number] for number in pack]) for pack in packs]
         self._engine.memory_dry_run(tensors, self._advice)
+        return f"{len(tensors)} packs of up to {max(pack.input_ids.shape[1] for pack in tensors)} tokens"
+
+    def _build_loader(self, first_step: int) -> PackedDataLoader:
+        return PackedDataLoader(
+            self._blocks,
+            self._plan,
+            self._collator,
+            self._backend.rank,
+            self._backend.world_size,
+            self._max_tokens_per_pack,
+            first_step,
+        )
+
+    def _announce_mechanisms(self, loader: PackedDataLoader, dry_run: str) -> None:
+        """Write what is in force to the artifact's folder and report it, before the first step."""
+        self._mechanisms = {
+            **self._engine.mechanisms(),
+            "packing": loader.packing(),
+            "data loader threads": loader.threads(),
+            "memory dry run": dry_run,
+            "checkpoints": self._checkpoints.description(),
+        }
+        self._backend.announce([f"{name}: {description}" for name, description in self._mechanisms.items()])
 
     def _build_metrics_logger(self, first_step: int) -> MetricsLogger:
         spec = self._spec
         settings = spec.training.fingerprint_fields() | {"stage": spec.stage, "world_size": self._backend.world_size}
         return MetricsLogger(storage_path(spec.output), first_step, spec.tracking, settings)
 
-    def _train(self, first_step: int, metrics_logger: MetricsLogger | None) -> None:
+    def _train(self, loader: PackedDataLoader, metrics_logger: MetricsLogger | None) -> None:
         backend = self._backend
-        loader = PackedDataLoader(
-            self._blocks,
-            self._plan,
-            self._collator,
-            backend.rank,
-            backend.world_size,
-            self._max_tokens_per_pack,
-            first_step,
-        )
         checkpoint_stall_s = 0.0
-        backend.heartbeat(first_step, LOADING)
+        backend.heartbeat(self._engine.first_step, LOADING)
         waiting_since = time.monotonic()
         for batch in loader:
             data_wait_s = time.monotonic() - waiting_since
@@ -128,6 +149,42 @@ class Trainer:
             checkpoint_stall_s = self._save_if_due(batch.step.number + 1, result)
             backend.heartbeat(batch.step.number + 1, LOADING)
             waiting_since = time.monotonic()
+
+    def _write_result(self) -> None:
+        """Write the stage's result to the artifact's folder. Called by all ranks; rank 0 writes."""
+        spec = self._spec
+        weights = self._engine.weights(only_trained=spec.stage == "pretrain")
+        exported = "after the last step"
+        if spec.training.checkpoint.keep_best:
+            exported = self._select_best(weights)
+        if weights is None:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="raylava-result-"))
+        try:
+            if spec.stage == "pretrain":
+                _write_connector(weights, folder)
+            else:
+                export_model(self._engine.llava, weights, spec.model, spec.image_aspect, folder)
+            (folder / STEP_LOG).write_text(self._step_log.text())
+            (folder / MECHANISMS).write_text(json.dumps(self._mechanisms | {"exported weights": exported}, indent=2))
+            storage_path(spec.output).upload_folder(folder)
+        finally:
+            shutil.rmtree(folder)
+
+    def _select_best(self, weights: dict[str, torch.Tensor] | None) -> str:
+        """Replace the weights by those of the best checkpoint if its loss is lower than that of the last steps.
+
+        Returns a description of the state that is exported. Called by all ranks; only rank 0 has weights.
+        """
+        last_loss = self._checkpoints.mean_loss()
+        with self._backend.best_checkpoint() as best:
+            if weights is None or best is None or last_loss <= best[1]:
+                return f"after the last step, mean loss {last_loss:.4g}, the lowest"
+            checkpoint, loss = best
+            for name, value in checkpoint_weights(checkpoint.folder).items():
+                weights[name] = value.to(weights[name].dtype)
+            step = read_checkpoint_meta(storage_path(checkpoint.folder)).step
+            return f"before step {step}, mean loss {loss:.4g}, the lowest"
 
     def _save_if_due(self, next_step: int, result: StepResult) -> float:
         """Save a checkpoint if one is due; return the seconds that training stood still."""
@@ -150,23 +207,6 @@ class Trainer:
             f"{self._consecutive_skips} consecutive steps had a non-finite loss or gradient, the last is step "
             f"{batch.step.number}; inspect its samples with `raylava replay {folder}`, then lower lr or fix them"
         )
-
-
-def _write_result(spec: TrainSpec, engine: Engine, step_log: StepLog) -> None:
-    """Write the stage's result to the artifact's folder. Called by all ranks; rank 0 writes."""
-    weights = engine.weights(only_trained=spec.stage == "pretrain")
-    if weights is None:
-        return
-    folder = Path(tempfile.mkdtemp(prefix="raylava-result-"))
-    try:
-        if spec.stage == "pretrain":
-            _write_connector(weights, folder)
-        else:
-            export_model(engine.llava, weights, spec.model, spec.image_aspect, folder)
-        (folder / STEP_LOG).write_text(step_log.text())
-        storage_path(spec.output).upload_folder(folder)
-    finally:
-        shutil.rmtree(folder)
 
 
 def _write_connector(weights: dict[str, torch.Tensor], folder: Path) -> None:

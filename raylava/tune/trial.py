@@ -95,6 +95,9 @@ class _TrackerBar:
         if reached:
             tune.report({"rung": reached[0], "loss": reached[1]})
 
+    def say(self, text: str) -> None:
+        """Discard the line; it is in the artifact."""
+
 
 class Rungs:
     """Divides the steps of a training stage into RUNGS equal parts and computes the mean loss of each."""

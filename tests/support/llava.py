@@ -13,5 +13,5 @@ from raylava.models.registry import resolve_model
 def untrained_llava(toy_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the model; the conftest.py of a test package imports this fixture."""
     folder = tmp_path_factory.mktemp("models") / "gemma"
-    export_untrained(resolve_model(toy_model), 0, "pad", str(folder))
+    export_untrained(resolve_model(toy_model), 0, "pad", "bf16", str(folder))
     return folder

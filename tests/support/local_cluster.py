@@ -15,6 +15,7 @@ import psutil
 from raylava.artifacts import Artifact
 from raylava.cluster import local_cluster
 from raylava.cluster.local_cluster import LocalCluster
+from raylava.cluster.node_provider import HEAD, NODE_ID, NODE_TYPE, node_processes
 from raylava.config.recipe import Recipe
 from raylava.storage import StoragePath
 from raylava.toy.demo import toy_recipe
@@ -76,18 +77,16 @@ def worker_nodes(cluster: LocalCluster) -> dict[int, str]:
     nodes = {}
     for process in cluster.processes():
         with suppress(psutil.NoSuchProcess):
-            if process.name() == "raylet" and "RAY_NODE_TYPE_NAME" in process.environ():
-                nodes[process.pid] = process.environ()["RAY_NODE_TYPE_NAME"]
+            if process.name() == "raylet" and process.environ()[NODE_ID] != HEAD:
+                nodes[process.pid] = process.environ()[NODE_TYPE]
     return nodes
 
 
 def kill_node(cluster: LocalCluster, raylet: int) -> None:
     """Kill all processes of a node with SIGKILL, as if a cloud had terminated the machine."""
-    node_id = psutil.Process(raylet).environ()["RAY_CLOUD_INSTANCE_ID"]
-    for process in cluster.processes():
+    for process in node_processes(psutil.Process(raylet).environ()[NODE_ID], cluster.folder):
         with suppress(psutil.NoSuchProcess):
-            if process.environ().get("RAY_CLOUD_INSTANCE_ID") == node_id:
-                process.kill()
+            process.kill()
 
 
 def wait_for(

@@ -40,15 +40,14 @@ from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForCon
 
 from raylava.config.recipe import Training  # noqa: E402
 from raylava.estimate.synthetic import synthetic_pack  # noqa: E402
-from raylava.models.attention import VARLEN, register_varlen  # noqa: E402
 from raylava.models.families import clip, gemma  # noqa: E402
+from raylava.models.llava import DTYPES, set_attn_implementation  # noqa: E402
 from raylava.perf.shapes import LlavaShape  # noqa: E402
-from raylava.train.engine import DTYPES, Engine  # noqa: E402
+from raylava.train.engine import Engine  # noqa: E402
 
 
 def main(spec: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    register_varlen()
     os.environ["LOCAL_RANK"] = str(spec["rank"])
     rendezvous = f"file://{spec['rendezvous']}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=spec["rank"], world_size=spec["world_size"])
@@ -65,6 +64,7 @@ def measure(spec: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Return the bytes at rest, the peak bytes of a step of two packs, and the bytes of collectives."""
     training = Training.model_validate(run["training"])
     llava = build_model(spec["model"], DTYPES[training.precision])
+    set_attn_implementation(llava, training.attn_implementation)
     shape, before = llava_shape(spec["model"]), live_bytes()
     before -= sum(weight.numel() * weight.element_size() for weight in llava.parameters())
     engine = Engine(llava, run["stage"], training, 10, torch.device("cpu"))
@@ -93,7 +93,6 @@ def build_model(sizes: dict[str, Any], dtype: torch.dtype) -> LlavaForConditiona
     patches = (vision.image_size // vision.patch_size) ** 2
     token = text.vocab_size - 1
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, image_seq_length=patches)
-    config.text_config._attn_implementation = VARLEN
     torch.set_default_dtype(dtype)
     llava = LlavaForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)

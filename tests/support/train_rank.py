@@ -10,6 +10,7 @@ training settings and the options of a run:
     memory_dry_run  compute a pack before the first step without an update
     poison          a step in which the last rank's images are NaN
     moments         a file for Adam's first moments after the first step
+    count_attention count the calls of attention in each step
     mixed           the first of three ranks gets text-only samples, the second samples with images, the third both
     starve          only the memory dry run of a huge pack, with little memory; must be the last run
 
@@ -23,6 +24,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,16 @@ from safetensors.torch import save_file
 from raylava.config.recipe import Language, Model, Training, Vision
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.errors import RunError
-from raylava.models.llava import PackTensors, build_llava
+from raylava.models.llava import DTYPES, PackTensors, build_llava
 from raylava.models.registry import ResolvedModel, load_tokenizer, resolve_model
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver, ResolvedTraining
 from raylava.train.batch_plan import BatchPlan
+from raylava.train.checkpoints import read_checkpoint_meta
 from raylava.train.data_loader import PackCollator, PackedDataLoader, StepBatch
-from raylava.train.engine import DTYPES, Engine, read_checkpoint_meta
+from raylava.train.engine import Engine
+from tests.support.attention import AttentionCalls
 
 DEFAULTS = {"lr": 1e-3, "max_grad_norm": 1.0, "weight_decay": 0.01, "precision": "fp32"}
 GLOBAL_BATCH_SIZE, MAX_TOKENS_PER_PACK = 8, 384
@@ -101,7 +105,8 @@ class Run:
         step, options, engine = batch.step.number, self._options, self._engine
         if step == options.get("poison") and dist.get_rank() == dist.get_world_size() - 1:
             batch.packs[0].pixel_values.fill_(torch.nan)
-        result = engine.step(step, batch.packs, batch.loss_tokens)
+        with AttentionCalls() if options.get("count_attention") else nullcontext(AttentionCalls()) as calls:
+            result = engine.step(step, batch.packs, batch.loss_tokens)
         if step == CHECKPOINT_STEP and "checkpoint" in options:
             engine.save(Path(options["checkpoint"]), next_step=CHECKPOINT_STEP + 1)
             engine.wait_for_save()
@@ -111,6 +116,10 @@ class Run:
         line = {
             "step": step,
             **vars(result),
+            "attention_calls": [calls.masked, calls.causal],
+            "samples": sum(len(pack.cu_seqlens) - 1 for pack in batch.packs),
+            "packs": len(batch.packs),
+            "mechanisms": engine.mechanisms(),
             "execution_config": vars(resolved.candidate.config),
             "advice": resolved.advice,
         }

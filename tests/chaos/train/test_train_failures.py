@@ -179,7 +179,7 @@ def test_failing_storage_and_a_kill_during_an_upload_change_nothing(
     spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], proxy: FlakyProxy, s3: str
 ) -> None:
     """Storage refuses the first checkpoint for a while; during the upload of the third, the cluster is killed."""
-    spec = with_output(spec, f"{s3}/killed-uploading")
+    spec = with_output(spec, f"{s3}/finetune/killed-uploading")
     proxy.mode, proxy.only = "refusing", "step-00000008"
     driver = start(spec)
     wait_until(lambda: len(proxy.failed) > 20, driver)

@@ -116,9 +116,12 @@ from raylava.corpus.prepare import prepare
 def unshared_memory():
     total = 0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        name = " ".join(process.cmdline())
-        if process.pid == os.getpid() or "ray::MapWorker" in name:
-            total += process.memory_full_info().uss
+        try:
+            name = " ".join(process.cmdline())
+            if process.pid == os.getpid() or "ray::MapWorker" in name:
+                total += process.memory_full_info().uss
+        except psutil.NoSuchProcess:  # ended since it was listed
+            pass
     return total
 
 class MemoryProbe:
@@ -128,6 +131,8 @@ class MemoryProbe:
     def update(self, done, total, **metrics):
         if done:
             self.measurements.append(unshared_memory())
+    def say(self, text):
+        pass
 
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 probe = MemoryProbe()

@@ -1,11 +1,13 @@
 """Predicted memory and traffic match what a run of two ranks allocates and sends, to at most 10 % at the peak."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import CLIPVisionConfig, GemmaConfig
 
+from raylava.config.recipe import Training
 from raylava.models.families import clip, gemma
 from raylava.perf.memory import ExecutionConfig, MemoryBreakdown, PackShape, TrainableModel, predict_memory
 from raylava.perf.shapes import LlavaShape
@@ -35,27 +37,43 @@ SIZES: dict[str, Any] = {
 }
 SAMPLES = [(256, 1, 50)] * 4
 PACK, WORLD_SIZE = PackShape(tokens=1024, loss_tokens=200, images=4), 2
-# Stage, precision, ZeRO stage and activation checkpointing, by name. ZeRO 3 comes last, as DeepSpeed's changes to torch
-# for it persist in the process.
-RUNS: dict[str, tuple[str, str, int, bool]] = {
-    f"{stage}-{precision}-{zero_stage}{'-recomputed' if activation_checkpointing else ''}": (
-        stage,
-        precision,
-        zero_stage,
-        activation_checkpointing,
-    )
-    for stage, precision, zero_stage, activation_checkpointing in (
-        ("finetune", "bf16", 0, False),
-        ("finetune", "bf16", 0, True),
-        ("finetune", "bf16", 1, False),
-        ("finetune", "bf16", 2, False),
-        ("finetune", "bf16", 2, True),
-        ("finetune", "fp32", 2, True),
-        ("pretrain", "bf16", 2, True),
-        ("finetune", "bf16", 3, False),
-        ("finetune", "bf16", 3, True),
-        ("pretrain", "bf16", 3, False),
-        ("pretrain", "bf16", 3, True),
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run that determine its memory."""
+
+    stage: str
+    precision: str
+    zero_stage: int
+    activation_checkpointing: bool = False
+    attention: str = "varlen"
+
+    @property
+    def name(self) -> str:
+        recomputed = "-recomputed" if self.activation_checkpointing else ""
+        return f"{self.stage}-{self.precision}-{self.zero_stage}{recomputed}-{self.attention}"
+
+
+# ZeRO 3 comes last, as DeepSpeed's changes to torch for it persist in the process.
+RUNS = {
+    run.name: run
+    for run in (
+        Run("finetune", "bf16", 0),
+        Run("finetune", "bf16", 0, activation_checkpointing=True),
+        Run("finetune", "bf16", 1),
+        Run("finetune", "bf16", 2),
+        Run("finetune", "bf16", 2, activation_checkpointing=True),
+        Run("finetune", "fp32", 2, activation_checkpointing=True),
+        Run("pretrain", "bf16", 2, activation_checkpointing=True),
+        Run("finetune", "bf16", 2, attention="sdpa"),
+        Run("finetune", "fp32", 2, attention="sdpa"),
+        Run("finetune", "bf16", 2, activation_checkpointing=True, attention="sdpa"),
+        Run("finetune", "bf16", 2, attention="eager"),
+        Run("finetune", "bf16", 3),
+        Run("finetune", "bf16", 3, activation_checkpointing=True),
+        Run("pretrain", "bf16", 3),
+        Run("pretrain", "bf16", 3, activation_checkpointing=True),
     )
 }
 
@@ -66,37 +84,33 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     spec = {
         "model": SIZES,
         "samples": SAMPLES,
-        "runs": {name: {"stage": run[0], "training": training_settings(*run[1:])} for name, run in RUNS.items()},
+        "runs": {name: {"stage": run.stage, "training": training_settings(run)} for name, run in RUNS.items()},
     }
     measurements = run_ranks(SCRIPT, spec, WORLD_SIZE, tmp_path_factory.mktemp("memory"))
     return {measurement["run"]: measurement for measurement in measurements}
 
 
-def training_settings(precision: str, zero_stage: int, activation_checkpointing: bool) -> dict[str, Any]:
+def training_settings(run: Run) -> dict[str, Any]:
     return {
-        "precision": precision,
-        "zero": {"stage": zero_stage},
-        "activation_checkpointing": activation_checkpointing,
+        "precision": run.precision,
+        "zero": {"stage": run.zero_stage},
+        "activation_checkpointing": run.activation_checkpointing,
+        "attn_implementation": run.attention,
     }
 
 
-def model_of(run: tuple[str, str, int, bool]) -> TrainableModel:
+def model_of(run: Run) -> TrainableModel:
     language, vision = GemmaConfig(**SIZES["language"]), CLIPVisionConfig(**SIZES["vision"])
     shape = LlavaShape(gemma.FAMILY.shape(language.to_dict()), clip.FAMILY.shape(vision.to_dict(), 112))
-    return TrainableModel(
-        shape,
-        trains_language=run[0] == "finetune",
-        trains_vision=False,
-        bytes_per_value=2 if run[1] == "bf16" else 4,
-    )
+    return TrainableModel.of(shape, run.stage, Training.model_validate(training_settings(run)))
 
 
-def config_of(run: tuple[str, str, int, bool]) -> ExecutionConfig:
+def config_of(run: Run) -> ExecutionConfig:
     return ExecutionConfig(
-        run[2],
+        run.zero_stage,
         offload_optimizer=False,
         offload_parameters=False,
-        activation_checkpointing=run[3],
+        activation_checkpointing=run.activation_checkpointing,
         max_tokens_per_pack=1024,
     )
 
@@ -115,7 +129,9 @@ def test_predicted_peak_memory_matches_a_run(name: str, measured: dict[str, Any]
     assert predicted(name).peak == pytest.approx(measured[name]["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run[0] == "finetune" and not run[3]])
+@pytest.mark.parametrize(
+    "name", [name for name, run in RUNS.items() if run.stage == "finetune" and not run.activation_checkpointing]
+)
 @pytest.mark.parametrize("packs", [1, 2])
 def test_predicted_traffic_matches_the_collectives_of_a_run(name: str, packs: int, measured: dict[str, Any]) -> None:
     traffic = predict_traffic(model_of(RUNS[name]), config_of(RUNS[name]), packs, WORLD_SIZE)
@@ -126,6 +142,6 @@ def test_predicted_traffic_matches_the_collectives_of_a_run(name: str, packs: in
         for collective in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
     ]
     # Scalars are not predicted. ZeRO 3 gathers weights below 100,000 values once per step, not with each pack.
-    tolerance = 0.15 if RUNS[name][2] == 3 else 1e-3
+    tolerance = 0.15 if RUNS[name].zero_stage == 3 else 1e-3
     for ours, theirs in zip(predicted_bytes, measured_bytes, strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance, abs=1000)

@@ -70,6 +70,17 @@ def test_every_stage_builds_its_artifact(artifacts: dict[str, Artifact]) -> None
     assert artifacts["evaluate heldout"].metrics["questions"] == 20
 
 
+def test_artifact_and_console_state_the_mechanisms_in_force(artifacts: dict[str, Artifact], storage: Path) -> None:
+    mechanisms = artifacts["finetune"].metrics["mechanisms"]
+    assert mechanisms["attention"] == "varlen, vision tower sdpa"
+    assert mechanisms["ZeRO"] == "stage 2, 2 ranks"
+    assert mechanisms["memory dry run"].startswith("3 packs of up to ")
+    output = (storage / "console.txt").read_text()
+    for stage in ("pretrain", "finetune"):
+        for name, description in artifacts[stage].metrics["mechanisms"].items():
+            assert f"{name}: {description}" in output
+
+
 def test_step_log_records_the_samples_of_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:
     lines = [json.loads(line) for line in (artifacts["finetune"].path / STEP_LOG).read_bytes().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -111,6 +122,10 @@ def test_second_run_reuses_every_artifact(
         ({"resources": {"workers": 1}}, set()),
         ({"name": "other"}, set()),
         ({"finetune": {"lr": 1e-4}}, {"finetune", "evaluate heldout", "evaluate heldout (blank)"}),
+        (
+            {"finetune": {"precision": "bf16"}},
+            {"finetune", "evaluate heldout", "evaluate heldout (blank)", "untrained", "evaluate heldout (untrained)"},
+        ),
         (
             {"pretrain": {"enabled": False}},
             {"finetune", "evaluate heldout", "evaluate heldout (blank)"},
@@ -184,6 +199,11 @@ def test_official_benchmarks_in_a_bucket_are_evaluated_by_a_recipe(
     metrics = results["evaluate pope"].metrics
     assert (metrics["questions"], metrics["missing"], metrics["protocol"]) == (5, 0, "llava")
     assert list(metrics["by_category"]) == ["adversarial", "popular", "random"]
+    limits = [
+        results[f"evaluate {name}"].record["fingerprint_fields"]["benchmark"]["max_new_tokens"]
+        for name in ("pope", "judged")
+    ]
+    assert limits == [16, 512], "each benchmark's own, as for `raylava evaluate`"
     answers = results["evaluate judged"].path / "answers.json"
     assert json.loads(answers.read_bytes()).keys() == {"v1_0"}
     output = (tmp_path / "console.txt").read_text()
@@ -235,6 +255,45 @@ def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bitwise_identical(
     assert "stopped by SIGTERM" in finish_training(run, status=1)
     finish_training(start_training(recipe, interrupted, 1, *longer))
     assert read_training(interrupted) == read_training(undisturbed)
+
+
+def test_keep_best_exports_the_state_with_the_lowest_loss(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """The rate is so high that the loss rises after the first steps."""
+    diverging = ("finetune.lr=0.03", "finetune.lr_schedule=constant", "finetune.epochs=4")
+    saving = ("finetune.checkpoint.interval_steps=4", "finetune.checkpoint.keep_latest=3")
+    results = []
+    for keep_best in ("false", "true"):
+        folder = copy_inputs(storage, tmp_path / keep_best)
+        options = (*diverging, *saving, f"finetune.checkpoint.keep_best={keep_best}")
+        finish_training(start_training(recipe, folder, 1, *options))
+        losses, weights = read_training(folder)
+        (file,) = folder.glob("finetune/*/artifact.json")
+        results.append((losses, weights, json.loads(file.read_text())["metrics"]["mechanisms"]["exported weights"]))
+    (losses, last_weights, last), (same_losses, best_weights, best) = results
+    assert losses == same_losses
+    assert last == "after the last step"
+    means = {step: sum(loss for *_, loss in losses[step - 4 : step]) / 4 for step in (4, 8, 12)}
+    best_step = min(means, key=lambda step: means[step])
+    assert best_step < 12, means
+    assert best == f"before step {best_step}, mean loss {means[best_step]:.4g}, the lowest"
+    assert best_weights != last_weights
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resources.min_workers=1", "resources.min_workers=1 needs Ray"),
+        ("resources.train_node_labels={disk: ssd}", "needs Ray; remove it"),
+        ("resources.gpus_per_worker=1", "torch finds no GPU on this machine; set it to 0"),
+    ],
+)
+def test_standalone_stage_refuses_settings_that_only_a_cluster_has(
+    override: str, message: str, recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    err = finish_training(start_training(recipe, copy_inputs(storage, tmp_path), 1, override), status=2)
+    assert message in " ".join(err.split())
 
 
 def test_standalone_stage_names_a_missing_input(recipe: Recipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The engine runs in processes under torch.distributed, without Ray. A few launche
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 
 from raylava.config.recipe import Model
 from raylava.corpus.blocks import Blocks
-from raylava.models.llava import PackLoss, build_llava
+from raylava.models.llava import PackLoss, build_llava, set_trainable, trainable_names
 from raylava.models.registry import ResolvedModel
 from raylava.train.batch_plan import BatchPlan
+from raylava.train.checkpoints import checkpoint_weights
 from raylava.train.data_loader import PackCollator
 from tests.support.packs import collate_groups, loss_and_gradients
 from tests.support.ranks import run_ranks
@@ -90,6 +92,10 @@ def one_rank(inputs: dict[str, str], folder: Path, two_ranks: dict[str, Lines]) 
             "recomputed": {"activation_checkpointing": True},
             "auto": {"activation_checkpointing": "auto", "max_tokens_per_pack": "auto", "zero": {"stage": "auto"}},
         }.items()
+    }
+    runs |= {
+        name: {"training": {"zero": {"stage": 1}, "attn_implementation": name}, "count_attention": True}
+        for name in ("varlen", "sdpa", "eager")
     }
     return run_engine(1, inputs, runs, folder)
 
@@ -202,6 +208,70 @@ def test_memory_dry_run_does_not_change_training(stage: int, one_rank: dict[str,
 @pytest.mark.parametrize("run", ["recomputed", "auto", "compiled"])
 def test_activation_checkpointing_auto_and_compile_reproduce_the_losses(run: str, one_rank: dict[str, Lines]) -> None:
     assert losses(one_rank[run]) == pytest.approx(losses(one_rank["plain-1"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["varlen", "sdpa", "eager"])
+def test_each_step_computes_attention_by_the_implementation_of_the_recipe(
+    name: str, one_rank: dict[str, Lines], resolved_model: ResolvedModel
+) -> None:
+    """Per layer, varlen calls the causal kernel once for each sample, sdpa one with a mask for each pack."""
+    layers = resolved_model.language.shape.layers
+    for line in one_rank[name]:
+        expected = {"varlen": [0, line["samples"]], "sdpa": [line["packs"], 0], "eager": [0, 0]}[name]
+        assert line["attention_calls"] == [layers * calls for calls in expected]
+        assert line["mechanisms"]["attention"].startswith(f"{name}, vision tower ")
+    assert losses(one_rank[name]) == pytest.approx(losses(one_rank["plain-1"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("run", "mechanism", "description"),
+    [
+        ("compiled", "compile", "on"),
+        ("plain-1", "compile", "off"),
+        ("recomputed", "activation checkpointing", "on"),
+        ("plain-1", "activation checkpointing", "off"),
+        ("plain-1", "gradient clipping", "norm 1"),
+        ("moments-1", "gradient clipping", "off"),
+        ("plain-0", "ZeRO", "stage 0, 1 ranks"),
+        ("plain-3", "ZeRO", "stage 3, 1 ranks"),
+        ("plain-2", "offload", "off"),
+        ("plain-2", "overlap of communication", "off"),
+    ],
+)
+def test_mechanisms_are_read_from_the_engine(
+    run: str, mechanism: str, description: str, one_rank: dict[str, Lines]
+) -> None:
+    assert one_rank[run][0]["mechanisms"][mechanism] == description
+
+
+@pytest.mark.parametrize(
+    ("run", "description"), [("offload-2", "optimizer states"), ("offload-3", "optimizer states, parameters")]
+)
+def test_offloaded_states_are_on_the_host(run: str, description: str, two_ranks: dict[str, Lines]) -> None:
+    assert two_ranks[f"long-{run}"][0]["mechanisms"]["offload"] == description
+
+
+def test_only_what_trains_is_optimized(one_rank: dict[str, Lines], two_ranks: dict[str, Lines]) -> None:
+    assert re.fullmatch(
+        r"AdamW: connector [\d,]+ values at 0.001, weight decay 0.01; connector [\d,]+ values at 0.001",
+        two_ranks["connector"][0]["mechanisms"]["optimizer"],
+    )
+    assert "language" in one_rank["plain-1"][0]["mechanisms"]["optimizer"]
+
+
+def test_weights_of_a_checkpoint_are_read_whole_at_every_zero_stage(
+    folder: Path, one_rank: dict[str, Lines], two_ranks: dict[str, Lines], resolved_model: ResolvedModel
+) -> None:
+    """These are what `keep_best` exports. All runs take the same steps."""
+    trained = build_llava(resolved_model, seed=0, dtype=torch.float32)
+    set_trainable(trained, "finetune")
+    expected = checkpoint_weights(folder / "one-0")
+    tied = {"lm_head.weight"}  # a second name of the embeddings
+    assert expected.keys() - tied == trainable_names(trained) - tied
+    for checkpoint in (*(f"two-{stage}" for stage in ZERO_STAGES), "one-3"):
+        weights = checkpoint_weights(folder / checkpoint)
+        for name in expected.keys() - tied:
+            torch.testing.assert_close(weights[name].float(), expected[name].float(), rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_auto_selects_the_fastest_configuration_that_fits(one_rank: dict[str, Lines]) -> None:

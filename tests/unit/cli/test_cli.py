@@ -53,7 +53,11 @@ MISTAKES = {
     "missing questions": (["evaluate.0.questions=none.jsonl"], None, "evaluate.heldout.questions"),
     "an unknown backbone": (["model.vision.name=someone/vit"], None, "neither a folder nor a known hub id"),
     "a folder that is no model": (["model.language.name=/"], None, "no config.json"),
-    "a folder that is no connector": (["model.connector.weights=/"], None, "no raylava connector there"),
+    "a folder that is no connector": (
+        ["model.connector.weights=/", "pretrain.enabled=false"],
+        None,
+        "no raylava connector there",
+    ),
     "images longer than a sample": (["corpora.alignment.max_length=30"], None, "one image takes 36 tokens"),
 }
 

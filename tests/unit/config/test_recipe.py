@@ -78,8 +78,20 @@ def test_override_sets_one_key(minimal: str, override: str, value: object) -> No
         ("corpora.instruction.sources.0.exclud=1", "did you mean 'corpora.instruction.sources.exclude'?"),
         ("corpora.instruction.sources=[]", "at least 1 item"),
         ("finetune.max_tokens_per_pack=64", "raise finetune.max_tokens_per_pack"),
-        ("finetune.deepspeed={gradient_clipping: 1}", "gradient_clipping follows from the recipe's own settings"),
-        ("finetune.deepspeed={zero_optimization: {stage: 1}}", "zero_optimization.stage follows from"),
+        ("finetune.deepspeed={gradient_clipping: 1}", "gradient_clipping is set by raylava"),
+        ("finetune.deepspeed={steps_per_print: 1}", "steps_per_print is set by raylava"),
+        ("finetune.deepspeed={zero_allow_untested_optimizer: false}", "zero_allow_untested_optimizer is set by"),
+        ("finetune.deepspeed={zero_optimization: {stage: 1}}", "zero_optimization.stage is set by raylava"),
+        ("finetune.deepspeed={zero_optimization: {overlap_comm: true}}", "zero_optimization.overlap_comm is set by"),
+        ("finetune.enabled=false", "a recipe always finetunes"),
+        ("model.connector.weights=/connector", "replaces pretraining; set pretrain.enabled=false"),
+        ("corpora.instruction.image_encoding={format: png, quality: 80}", "quality=80 applies to format jpeg only"),
+        (
+            "evaluate=[{name: a, questions: q, benchmark: pope, include: ['5/*']}]",
+            "include applies to benchmark: custom",
+        ),
+        ("evaluate=[{name: a, questions: q, benchmark: pope, metric: yes_no}]", "metric applies to benchmark: custom"),
+        ("evaluate=[{name: a, questions: q, benchmark: pope, categories: {a: b}}]", "categories applies to benchmark:"),
         ("finetune={compile: true, zero: {stage: 3}}", "set zero.stage to 2 or less"),
         ("resources.min_workers=2", "more than workers=1"),
         ("finetune", "write key=value"),
@@ -131,13 +143,24 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
         "finetune.max_tokens_per_pack=8192",
         "finetune.activation_checkpointing=true",
         "finetune.checkpoint.interval_minutes=1",
+        "finetune.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}",
+        "finetune.deepspeed={wall_clock_breakdown: true}",
     ],
 )
 def test_setting_that_cannot_change_the_result_is_not_fingerprinted(minimal: str, override: str) -> None:
     assert load_recipe(minimal, [override]).fingerprint_fields() == load_recipe(minimal).fingerprint_fields()
 
 
-@pytest.mark.parametrize("override", ["seed=1", "finetune.lr=1e-5", "corpora.instruction.image_aspect=crop"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "finetune.lr=1e-5",
+        "corpora.instruction.image_aspect=crop",
+        "finetune.deepspeed={data_types: {grad_accum_dtype: bf16}}",
+        "finetune.checkpoint.keep_best=true",
+    ],
+)
 def test_setting_that_determines_the_result_is_fingerprinted(minimal: str, override: str) -> None:
     assert load_recipe(minimal, [override]).fingerprint_fields() != load_recipe(minimal).fingerprint_fields()
 

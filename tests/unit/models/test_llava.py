@@ -17,12 +17,15 @@ from raylava.models.llava import (
     VISION_TOWER,
     PackLoss,
     build_llava,
+    check_attn_implementation,
+    load_connector,
     set_trainable,
     trainable_names,
     validate_connector,
 )
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
 from raylava.train.data_loader import PackCollator
+from tests.support.attention import AttentionCalls
 from tests.support.packs import collate_groups, loss_and_gradients
 
 
@@ -52,6 +55,33 @@ def test_packed_logits_equal_the_logits_of_each_sample_alone(
             for pack in collate_groups(prepared_blocks, pack_collator, [[number] for number in numbers])
         ]
     torch.testing.assert_close(packed_logits, torch.cat(single_logits), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "masked", "causal"), [("varlen", 0, 4), ("sdpa", 1, 0), ("eager", 0, 0)], ids=str
+)
+def test_language_model_computes_attention_by_the_implementation_that_is_asked_for(
+    resolved_model: ResolvedModel,
+    prepared_blocks: Blocks,
+    pack_collator: PackCollator,
+    implementation: str,
+    masked: int,
+    causal: int,
+) -> None:
+    """Per layer: varlen calls the causal kernel once for each of four samples, sdpa once with a mask of the pack."""
+    llava = build_llava(resolved_model, seed=0, dtype=torch.float32, attn_implementation=implementation)
+    (pack,) = collate_groups(prepared_blocks, pack_collator, [[0, 1, 2, 3]])
+    with AttentionCalls() as calls, torch.inference_mode():
+        PackLoss(llava)(**vars(pack))
+    layers = llava.config.text_config.num_hidden_layers
+    assert (calls.masked, calls.causal) == (layers * masked, layers * causal)
+
+
+def test_model_that_runs_another_implementation_than_asked_for_is_refused(resolved_model: ResolvedModel) -> None:
+    llava = build_llava(resolved_model, seed=0, dtype=torch.float32, attn_implementation="varlen")
+    llava.set_attn_implementation({"text_config": "sdpa"})
+    with pytest.raises(AssertionError, match=r"varlen was asked for, .*sdpa.* runs"):
+        check_attn_implementation(llava, "varlen")
 
 
 def test_loss_from_logits_at_target_positions_equals_the_loss_of_transformers(
@@ -118,6 +148,28 @@ def test_connector_of_the_right_widths_replaces_random_initialization(
     loaded = build_llava(with_connector, seed=1, dtype=torch.float32).model.multi_modal_projector
     for name, value in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_connector_trained_together_with_the_vision_tower_brings_the_tower(
+    tmp_path: Path, resolved_model: ResolvedModel
+) -> None:
+    """`pretrain.vision_lr` trains both, and the artifact holds both."""
+    trained = build_llava(resolved_model, seed=7, dtype=torch.float32)
+    set_trainable(trained, "pretrain", vision=True)
+    with torch.no_grad():
+        for parameter in trained.model.vision_tower.parameters():
+            parameter.add_(0.5)
+    weights = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
+    save_file(weights, tmp_path / CONNECTOR_FILE)
+    loaded = build_llava(resolved_model, seed=1, dtype=torch.float32)
+    load_connector(loaded, str(tmp_path))
+    for name, value in loaded.named_parameters():
+        if name in weights:
+            assert torch.equal(value, weights[name]), name
+    del weights[next(name for name in weights if name.startswith(VISION_TOWER))]
+    save_file(weights, tmp_path / CONNECTOR_FILE)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_connector(loaded, str(tmp_path))
 
 
 def test_new_image_token_gets_an_embedding_row_and_embeddings_stay_tied(resolved_model: ResolvedModel) -> None:
