@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 class StepResult:
     """The result of one step over all ranks.
 
-    `loss` is the mean per loss token, `lr` the language model's learning rate, `seconds` this rank's duration.
+    `loss` is the mean per loss token, `lr` the learning rate of the last part that trains (the language model, if it
+    does), `seconds` this rank's duration.
     `grad_norm` is before clipping, and None where DeepSpeed does not report it (ZeRO stage 0 in fp32). `skipped` means
     that the loss or a gradient was not finite and nothing was updated. `request` is the sum of the ranks' requests.
     """
@@ -120,7 +121,7 @@ class Engine:
         and the result is marked `skipped`.
         """
         started = time.monotonic()
-        factor = self._set_lr(number)
+        self._set_lr(number)
         total = self._accumulate(packs, 1.0 / loss_tokens, request)
         finite = self._update(total[0])
         norm = self._engine.get_global_grad_norm()
@@ -128,7 +129,7 @@ class Engine:
         return StepResult(
             loss=loss / loss_tokens,
             grad_norm=None if norm is None else float(norm),
-            lr=self._training.lr * factor,
+            lr=self._engine.optimizer.param_groups[-1]["lr"],
             seconds=time.monotonic() - started,
             skipped=not finite,
             request=int(summed_request),
@@ -168,11 +169,10 @@ class Engine:
         finite = self._update(total[0] * math.nan)
         assert not finite, "a dry run must not update"
 
-    def _set_lr(self, number: int) -> float:
+    def _set_lr(self, number: int) -> None:
         factor = lr_multiplier(number, self._steps, self._training)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        return factor
 
     def _accumulate(self, packs: list[PackTensors], scale: float, request: int = 0) -> Tensor:
         """Return the sums over ranks of the packs' loss and of `request` (shape (2,), fp32).

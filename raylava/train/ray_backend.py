@@ -67,11 +67,19 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
 
     Raises RunError with the first line of the root cause when training fails.
     """
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     output = storage_path(spec.output)
     monitor = RunMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    with report_progress(monitor, progress, spec.stage, Gauges(output.name, spec.stage)):
+        _fit(build_trainer(spec, resources, monitor), spec.stage)
+    (output / CHECKPOINTS).delete()
+    return summarize_run(output)
+
+
+def build_trainer(spec: TrainSpec, resources: Resources, monitor: Any) -> "TorchTrainer":
+    """Return Ray Train's trainer of a stage, whose workers report to a RunMonitor."""
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
             "spec": spec,
@@ -81,12 +89,8 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
         },
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=_scaling_config(resources),
-        run_config=_run_config(spec, output, monitor),
+        run_config=_run_config(spec, storage_path(spec.output), monitor),
     )
-    with _report_progress(monitor, progress, spec.stage, Gauges(output.name, spec.stage)):
-        _fit(trainer, spec.stage)
-    (output / CHECKPOINTS).delete()
-    return summarize_run(output)
 
 
 def _scaling_config(resources: Resources) -> ScalingConfig:
@@ -190,7 +194,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 @contextmanager
-def _report_progress(monitor: Any, progress: ProgressBar, stage: str, gauges: Gauges) -> Iterator[None]:
+def report_progress(monitor: Any, progress: ProgressBar, stage: str, gauges: Gauges) -> Iterator[None]:
     """While `fit` blocks, update the progress bar, report lost workers, and warn once when a rank stalls."""
     last_stall: str | None = None
     total_lost = 0

@@ -80,7 +80,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
     """
     ranks = rendezvous.ranks
     torch.set_num_threads(resources.cpus_per_worker)
-    with _process_group(rendezvous, use_gpu=resources.gpus_per_worker > 0) as device:
+    with process_group(rendezvous, use_gpu=resources.gpus_per_worker > 0) as device:
         backend = _TorchrunBackend(spec, ranks, device, progress)
         Trainer(spec, backend, 1e9 * resources.cache_gb).run()
         backend.finish()
@@ -88,7 +88,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
 
 
 @contextmanager
-def _process_group(rendezvous: Rendezvous, use_gpu: bool) -> Iterator[torch.device]:
+def process_group(rendezvous: Rendezvous, use_gpu: bool) -> Iterator[torch.device]:
     ranks = rendezvous.ranks
     device = torch.device("cuda", ranks.local_rank) if use_gpu else torch.device("cpu")
     if device.type == "cuda":

@@ -14,7 +14,10 @@ import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from raylava.train.ray_backend import RestartPolicy, RunMonitor, record_errors
+from raylava.cluster.gauges import Gauges
+from raylava.progress import NullProgressBar
+from raylava.train.backend import COMPUTING, LOADING
+from raylava.train.ray_backend import RestartPolicy, RunMonitor, record_errors, report_progress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -79,7 +82,7 @@ def fit(loop: Any, folder: Path, workers: int, max_failures: int) -> tuple[list[
 
 def test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailedError, match="worker 1: ValueError: sample 17 is broken") as failure:
-        fit(fail_while_the_peer_waits, tmp_path, workers=2, max_failures=8)
+        fit(fail_while_the_peer_waits, tmp_path, workers=2, max_failures=1)
     assert "second line" not in str(failure.value)
     assert (tmp_path / "count").read_text() == "[1, 1]", "no worker is started again"
 
@@ -95,3 +98,20 @@ def test_run_that_saves_checkpoints_may_lose_workers_any_number_of_times(tmp_pat
     attempts, monitor = fit(die_after_the_checkpoints_but_the_last, tmp_path, workers=1, max_failures=1)
     assert attempts == [4]
     assert ray.get(monitor.poll.remote(60.0)).losses == [["worker 0"]] * 3, "each restart is reported to the driver"
+
+
+def test_stalled_rank_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    ray.get(monitor.report.remote(0, 7, COMPUTING, 900.0, []))
+    ray.get(monitor.report.remote(1, 6, LOADING, 700.0, []))
+    with report_progress(monitor, NullProgressBar(), "finetune", Gauges("run", "finetune")):
+        pass  # polls once more at its end
+    assert "finetune is stalled: rank 1 has been waiting for data in step 6 for 7" in caplog.text
+
+
+def test_lost_workers_are_told_when_they_are_restarted(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    ray.get(monitor.record_loss.remote(["worker 2"]))
+    with report_progress(monitor, NullProgressBar(), "finetune", Gauges("run", "finetune")):
+        pass
+    assert "finetune: lost worker 2; resuming from the last checkpoint" in caplog.text
