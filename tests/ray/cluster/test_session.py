@@ -1,10 +1,19 @@
 """A command starts a separate Ray cluster unless RAY_ADDRESS names one to join."""
 
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+
+from raylava.cluster.session import ray_session
+from raylava.config.recipe import Resources
 
 SCRIPT = """
 import ray
@@ -38,3 +47,33 @@ def test_session_starts_despite_the_address_file_of_a_killed_cluster() -> None:
             env=environment | {"RAY_TMPDIR": folder},
         )
     assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_cluster_of_a_command_listens_on_the_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **options: settings.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_session(Resources(workers=3)):
+        pass
+    assert settings["dashboard_host"] == "127.0.0.1"
+    assert settings["num_cpus"] >= 3
+
+
+def test_settings_of_a_cluster_that_is_joined_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **options: settings.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    context, level = ray.data.DataContext(), logging.getLogger("ray.data").level
+    monkeypatch.setattr(ray.data.DataContext, "get_current", lambda: context)
+    before = context.enable_progress_bars
+    with ray_session(Resources()):
+        assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1", "Ray's dashboard shows the training runs"
+    assert settings == {"log_to_driver": False}
+    assert context.enable_progress_bars == before
+    assert logging.getLogger("ray.data").level == level

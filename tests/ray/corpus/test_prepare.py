@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+import ray.data
 from PIL import Image
 
 from raylava.corpus.blocks import BlockRecord, Blocks, Manifest
@@ -162,3 +164,20 @@ def test_memory_is_bounded_by_the_blocks_in_flight(prepare_spec: PrepareSpec, tm
     measurements = json.loads(process.stdout.splitlines()[-1])
     assert len(measurements) == 34
     assert max(measurements[4:]) - measurements[3] < 100e6, "30 further blocks need no more memory than the first"
+
+
+def test_blocks_are_made_on_the_nodes_of_the_role(
+    ray_cluster: None, prepare_spec: PrepareSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selectors = []
+    map_rows = ray.data.Dataset.map
+
+    def spy(dataset: ray.data.Dataset, function: Any, **settings: Any) -> ray.data.Dataset:
+        selectors.append(settings.pop("label_selector"))
+        return map_rows(dataset, function, **settings)
+
+    monkeypatch.setattr(ray.data.Dataset, "map", spy)
+    monkeypatch.setattr("raylava.corpus.prepare.matching_resources", lambda labels: {"CPU": 1.0})
+    monkeypatch.setattr("raylava.corpus.prepare.eventual_resources", lambda labels: {"CPU": 1.0})
+    prepare(dataclasses.replace(prepare_spec, output=str(tmp_path)), "tokenizer", NullProgressBar(), {"disk": "ssd"})
+    assert selectors == [{"disk": "ssd"}]

@@ -1,9 +1,11 @@
 """Ray Data actors answer the questions that are not stored yet; an unreadable image gives a missing answer."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray.data
 from PIL import Image
 
 from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
@@ -37,3 +39,20 @@ def test_unreadable_image_gives_a_missing_answer_with_the_problem(untrained_llav
     answers = generate_answers(questions, config, ActorPool(), NullProgressBar())
     assert [answer.text is None for answer in answers] == [True, False, True]
     assert [bool(answer.problem) for answer in answers] == [True, False, True]
+
+
+def test_questions_are_answered_in_batches_on_the_nodes_of_the_role(
+    untrained_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[dict[str, Any]] = []
+    map_rows = ray.data.Dataset.map
+
+    def spy(dataset: ray.data.Dataset, function: Any, **settings: Any) -> ray.data.Dataset:
+        requests.append(settings | {"rows": dataset.count()})
+        return map_rows(dataset, function, **(settings | {"label_selector": None}))
+
+    monkeypatch.setattr(ray.data.Dataset, "map", spy)
+    questions = [Question(str(number), None, f"What is {number}?", "all", ("x",)) for number in range(6)]
+    config = GenerationConfig(str(untrained_llava), "", max_new_tokens=2, batch_size=4)
+    generate_answers(questions, config, ActorPool(node_labels={"disk": "ssd"}), NullProgressBar())
+    assert [(request["rows"], request["label_selector"]) for request in requests] == [(2, {"disk": "ssd"})]

@@ -1,11 +1,23 @@
 """Predicted memory responds to world size, pack size, activation checkpointing and offload as it must."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raylava.config.recipe import Language, Model, Vision
 from raylava.models.shapes import model_shape
-from raylava.perf.memory import ExecutionConfig, PackShape, TrainableModel, checkpoint_bytes, predict_memory
+from raylava.perf.memory import (
+    ExecutionConfig,
+    PackShape,
+    StepContext,
+    TrainableModel,
+    attention_mask,
+    backward_temporaries,
+    checkpoint_bytes,
+    predict_memory,
+    saved_activations,
+)
 
 
 def gemma(name: str) -> TrainableModel:
@@ -52,3 +64,30 @@ def test_offloaded_optimizer_is_on_the_host(model: TrainableModel, pack: PackSha
 def test_checkpoint_holds_weights_master_weights_and_two_moments_of_what_trains() -> None:
     model = gemma("google/gemma-2b-it")
     assert checkpoint_bytes(model, ExecutionConfig(2, False, False, False, 4096)) == model.parameters * (2 + 4 + 4 + 4)
+
+
+@given(MODELS, PACKS, st.booleans())
+def test_dense_attention_saves_a_mask_in_every_layer_and_eager_the_probabilities_of_every_head(
+    model: TrainableModel, pack: PackShape, recompute: bool
+) -> None:
+    config = ExecutionConfig(2, False, False, recompute, pack.tokens)
+
+    def activations(name: str) -> float:
+        step = StepContext(dataclasses.replace(model, attn_implementation=name), config, pack, 8)
+        return saved_activations(step) + attention_mask(step) + backward_temporaries(step)
+
+    varlen, language, pairs = activations("varlen"), model.shape.language, pack.tokens**2
+    assert varlen == activations("flash_attention_2") == activations("flex_attention")
+    layers = 1 if recompute else language.layers
+    assert activations("sdpa") - varlen >= pairs + layers * pairs * model.bytes_per_value
+    assert activations("eager") - varlen >= layers * language.heads * pairs * 4
+
+
+def test_peak_memory_includes_the_mask_of_dense_attention() -> None:
+    pack = PackShape(32_768, 100, 1)
+    config = ExecutionConfig(3, True, True, True, pack.tokens)
+    peaks = [
+        predict_memory(dataclasses.replace(gemma("google/gemma-2b-it"), attn_implementation=name), config, pack, 8).peak
+        for name in ("varlen", "sdpa")
+    ]
+    assert peaks[1] - peaks[0] >= 3 * pack.tokens**2, "booleans for all layers, values for the recomputed one"

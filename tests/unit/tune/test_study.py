@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from raylava.errors import UserError
@@ -207,3 +208,10 @@ def test_loading_trials_does_not_modify_the_study(variant: Variant, folder: Stor
     (trial,) = open_registry(folder).load_trials(variant)
     assert trial.outcome is None
     assert json.dumps(list(folder.walk_files())) == before
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("tpe", TPESampler), ("random", RandomSampler)])
+def test_search_uses_the_sampler_that_it_names(
+    sampler: str, expected: type, variant: Variant, folder: StoragePath
+) -> None:
+    assert type(resume_study(variant, folder, sampler=sampler).study.sampler) is expected

@@ -1,0 +1,757 @@
+"""The mutants: a promise, the line that carries it, what the line is replaced by, and the test that must notice."""
+
+from dataclasses import dataclass
+
+KEYS = "tests/ray/config/test_every_key.py::test_changing_a_key_changes_what_it_names"
+MECHANISMS = "tests/ray/train/test_mechanisms.py"
+LLAVA = "tests/unit/models/test_llava.py"
+PLAN = "tests/unit/train/test_batch_plan.py"
+LOADER = "tests/unit/train/test_data_loader.py"
+RAY = "tests/ray/train/test_ray_backend.py"
+PREPARE = "tests/unit/corpus/test_prepare.py"
+STUDY = "tests/unit/tune/test_study.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`line` occurs once in `file`; `test` is a pytest node id."""
+
+    promise: str
+    file: str
+    line: str
+    replacement: str
+    test: str
+
+
+def _in(file: str, *entries: tuple[str, str, str, str]) -> list[Mutant]:
+    """Return the mutants of one file from (promise, line, replacement, test)."""
+    return [Mutant(promise, file, line, replacement, test) for promise, line, replacement, test in entries]
+
+
+MUTANTS = [
+    *_in(
+        "raylava/train/engine.py",
+        (
+            "gradients are clipped",
+            '"gradient_clipping": training.max_grad_norm or 0.0,',
+            '"gradient_clipping": 0.0,',
+            f"{MECHANISMS}::test_gradients_above_the_norm_are_clipped",
+        ),
+        (
+            "the connector has its own rate",
+            '"connector": training.connector_lr or training.lr,',
+            '"connector": training.lr,',
+            f"{KEYS}[finetune.connector_lr]",
+        ),
+        (
+            "the vision tower trains with a rate of its own",
+            "vision=training.vision_lr is not None)",
+            "vision=False)",
+            f"{KEYS}[finetune.vision_lr]",
+        ),
+        ("compile compiles", "if training.compile:", "if False:", f"{KEYS}[finetune.compile]"),
+        (
+            "the optimizer is offloaded",
+            "if training.zero.offload_optimizer:",
+            "if False:",
+            f"{KEYS}[finetune.zero.offload_optimizer]",
+        ),
+        (
+            "parameters are offloaded",
+            "if training.zero.offload_parameters:",
+            "if False:",
+            f"{KEYS}[finetune.zero.offload_parameters]",
+        ),
+        (
+            "the ZeRO stage is the recipe's",
+            'zero: dict[str, Any] = {"stage": training.zero.stage,',
+            'zero: dict[str, Any] = {"stage": 2,',
+            f"{KEYS}[finetune.zero.stage]",
+        ),
+        (
+            "activations are recomputed",
+            "if training.activation_checkpointing:",
+            "if False:",
+            f"{KEYS}[finetune.activation_checkpointing]",
+        ),
+        (
+            "weights decay",
+            "decay = training.weight_decay if decays else 0.0",
+            "decay = 0.0",
+            f"{KEYS}[finetune.weight_decay]",
+        ),
+        ("betas reach Adam", "betas=training.betas, ", "", f"{KEYS}[finetune.betas]"),
+        ("eps reaches Adam", "eps=training.eps, ", "", f"{KEYS}[finetune.eps]"),
+        (
+            "the rate follows the schedule",
+            'group["lr"] = group["peak_lr"] * factor',
+            'group["lr"] = group["peak_lr"]',
+            f"{MECHANISMS}::test_learning_rate_of_each_step_is_the_one_that_the_optimizer_uses",
+        ),
+        (
+            "the rate warms up",
+            "return (step + 1) / warmup",
+            "return 1.0",
+            "tests/unit/train/test_engine.py::test_learning_rate_warms_up_linearly_and_decays_as_a_cosine_to_zero",
+        ),
+        (
+            "the engine checks which attention runs",
+            "        check_attn_implementation(llava, training.attn_implementation)\n",
+            "",
+            f"{MECHANISMS}::test_engine_refuses_a_model_that_runs_another_attention_than_the_recipe",
+        ),
+        (
+            "DeepSpeed's own settings are passed on",
+            "user = training.deepspeed\n",
+            "user: dict[str, Any] = {}\n",
+            f"{KEYS}[finetune.deepspeed]",
+        ),
+        (
+            "the dry run computes its packs",
+            "            total = self._accumulate(packs, math.nan)\n",
+            "            total = self._accumulate([], math.nan)\n",
+            f"{MECHANISMS}::test_memory_dry_run_computes_the_worst_case_packs",
+        ),
+    ),
+    *_in(
+        "raylava/train/trainer.py",
+        (
+            "memory is tried before the first step",
+            'dry_run = self._memory_dry_run() if first_step < self._plan.steps else "none, no step is left"',
+            'dry_run = "none"',
+            f"{MECHANISMS}::test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step",
+        ),
+        (
+            "non-finite steps in a row end the run",
+            "if self._consecutive_skips < self._spec.training.max_consecutive_skips:",
+            "if self._consecutive_skips < 5:",
+            f"{KEYS}[finetune.max_consecutive_skips]",
+        ),
+        (
+            "trackers are built",
+            "first_step, spec.tracking, settings)",
+            "first_step, type(spec.tracking)(), settings)",
+            f"{KEYS}[tracking.mlflow]",
+        ),
+        (
+            "mechanisms are reported",
+            "        if self._backend.rank == 0:\n            self._announce_mechanisms(loader, dry_run)\n",
+            "",
+            f"{MECHANISMS}::test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step",
+        ),
+        (
+            "the recipe's attention is asked for",
+            "DTYPES[training.precision], training.attn_implementation)",
+            'DTYPES[training.precision], "varlen")',
+            f"{KEYS}[finetune.attn_implementation]",
+        ),
+    ),
+    *_in(
+        "raylava/train/checkpoints.py",
+        (
+            "checkpoints are saved by minutes",
+            "due = now - self._saved_at >= config.interval_minutes * 60",
+            "due = False",
+            f"{MECHANISMS}::test_checkpoints_are_saved_at_the_interval",
+        ),
+        (
+            "checkpoints are saved by steps",
+            "if config.interval_steps is not None and next_step - self._saved_step >= config.interval_steps:",
+            "if False:",
+            f"{MECHANISMS}::test_checkpoints_are_saved_at_the_interval",
+        ),
+        (
+            "a run without a checkpoint saves one halfway",
+            "if not self._checkpoints and 2 * next_step >= self._steps:",
+            "if False:",
+            f"{MECHANISMS}::test_run_without_a_due_checkpoint_saves_one_halfway",
+        ),
+        (
+            "uploads are retried for the recipe's time",
+            "self._config.upload_timeout_minutes * 60, lambda",
+            "1800.0, lambda",
+            f"{KEYS}[finetune.checkpoint.upload_timeout_minutes]",
+        ),
+    ),
+    *_in(
+        "raylava/train/spec.py",
+        (
+            "the plan depends on the seed",
+            "training.epochs, spec.seed, training.max_steps",
+            "training.epochs, 0, training.max_steps",
+            f"{MECHANISMS}::test_samples_of_a_step_depend_on_the_seed",
+        ),
+        (
+            "large corpora are shuffled in windows",
+            "1e9 * training.shuffle_window_gb,",
+            "1e18,",
+            f"{KEYS}[finetune.shuffle_window_gb]",
+        ),
+    ),
+    *_in(
+        "raylava/train/batch_plan.py",
+        (
+            "packs hold several samples",
+            "fitting = next((number for number, space in enumerate(free) if space >= length), None)",
+            "fitting = None",
+            f"{MECHANISMS}::test_packs_hold_several_samples",
+        ),
+        (
+            "ranks are balanced",
+            "rank = load.index(min(load))",
+            "rank = 0",
+            f"{PLAN}::test_ranks_of_a_llava_like_step_are_balanced_to_five_percent",
+        ),
+        (
+            "ranks get equally many packs",
+            "return [tuple(pack) for pack in packs] + [()] * (count - len(packs))",
+            "return [tuple(pack) for pack in packs]",
+            f"{PLAN}::test_any_lengths_are_packed_within_the_token_limit",
+        ),
+        (
+            "epochs differ",
+            "np.random.SeedSequence([seed, epoch])",
+            "np.random.SeedSequence([seed, 0])",
+            f"{PLAN}::test_each_epoch_has_a_different_order_and_a_short_last_step",
+        ),
+        (
+            "samples that fit no pack are refused",
+            "if order and lengths[order[0]] > max_tokens_per_pack:",
+            "if False:",
+            f"{PLAN}::test_sample_longer_than_a_pack_is_rejected_with_the_remedy",
+        ),
+        (
+            "max_steps limits a run",
+            "return total if self.max_steps is None else min(total, self.max_steps)",
+            "return total",
+            f"{KEYS}[finetune.max_steps]",
+        ),
+    ),
+    *_in(
+        "raylava/train/data_loader.py",
+        (
+            "positions restart with each sample",
+            "np.concatenate([np.arange(len(row.ids)) for row in rows])",
+            "np.arange(len(ids))",
+            f"{LOADER}::test_positions_restart_with_each_sample_of_a_pack",
+        ),
+        (
+            "packs without images get a blank one",
+            "        if not images:\n",
+            "        if False:\n",
+            f"{LOADER}::test_pack_without_images_gets_a_blank_image_without_loss_tokens",
+        ),
+        (
+            "image tokens are expanded",
+            "repeats = np.where(ids == self.image_token_id, self.vision.image_tokens, 1)",
+            "repeats = np.ones_like(ids)",
+            f"{LOADER}::test_image_tokens_are_expanded_and_target_positions_shifted",
+        ),
+        (
+            "errors of the loader's thread reach training",
+            "            batches.put(error)\n",
+            "            batches.put(None)\n",
+            f"{LOADER}::test_read_error_in_the_background_thread_reaches_the_consumer",
+        ),
+    ),
+    *_in(
+        "raylava/train/ray_backend.py",
+        (
+            "training runs on the nodes of its labels",
+            "label_selector=node_labels_for(TRAIN, resources) or None,",
+            "label_selector=None,",
+            f"{KEYS}[resources.train_node_labels]",
+        ),
+        (
+            "the number of workers may vary",
+            "workers = (resources.min_workers, resources.workers) if resources.min_workers else resources.workers",
+            "workers = resources.workers",
+            f"{KEYS}[resources.min_workers]",
+        ),
+        (
+            "the cache is bounded",
+            '"cache_bytes": 1e9 * resources.cache_gb,',
+            '"cache_bytes": 3e11,',
+            f"{KEYS}[resources.cache_gb]",
+        ),
+        (
+            "Ray keeps the recipe's number of checkpoints",
+            "num_to_keep=config.keep_latest,",
+            "num_to_keep=2,",
+            f"{KEYS}[finetune.checkpoint.keep_latest]",
+        ),
+        (
+            "a stalled rank is told",
+            "if report.stall and not last_stall:",
+            "if False:",
+            f"{RAY}::test_stalled_rank_is_named_in_a_warning",
+        ),
+        (
+            "a rank that waits for data for long counts as stalled",
+            "if not heartbeats or any(now - heartbeat.time < timeout_s for heartbeat in heartbeats):",
+            "if True:",
+            "tests/unit/train/test_ray_backend.py::test_rank_that_is_furthest_behind_is_the_stalled_one",
+        ),
+        (
+            "lost workers are told",
+            'logger.warning("%s: lost %s; resuming from the last checkpoint", stage, ", ".join(lost))',
+            "pass",
+            f"{RAY}::test_lost_workers_are_told_when_they_are_restarted",
+        ),
+        (
+            "a worker's own error ends the run",
+            "        if recorded:\n            raise RunError(recorded)\n",
+            "",
+            f"{RAY}::test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause",
+        ),
+        (
+            "failures without progress are limited",
+            "        self._failures += 1\n",
+            "",
+            f"{RAY}::test_run_that_loses_its_worker_again_and_again_without_a_checkpoint_ends",
+        ),
+        (
+            "a checkpoint resets the count of failures",
+            "        if checkpoint is not None:\n            self._failures = 0\n",
+            "        return\n",
+            f"{RAY}::test_run_that_saves_checkpoints_may_lose_workers_any_number_of_times",
+        ),
+        (
+            "a vanished peer is told from an error",
+            "return is_collective and any(message in text for message in _PEER_DISCONNECTED)",
+            "return False",
+            "tests/unit/train/test_ray_backend.py::test_collective_that_lost_its_peer_is_a_peer_failure",
+        ),
+    ),
+    *_in(
+        "raylava/train/torchrun_backend.py",
+        (
+            "the best checkpoints are kept",
+            "    if config.keep_best:\n",
+            "    if False:\n",
+            "tests/unit/train/test_torchrun_backend.py",
+        ),
+    ),
+    *_in(
+        "raylava/train/metrics.py",
+        (
+            "MFU is measured on known GPUs",
+            "mfu=self._peak and flops / duration / self._peak,",
+            "mfu=None,",
+            "tests/unit/train/test_metrics.py",
+        ),
+        (
+            "MLflow gets the metrics",
+            "        trackers.append(MLflow(tracking.mlflow, run, settings))\n",
+            "        pass\n",
+            f"{KEYS}[tracking.mlflow]",
+        ),
+    ),
+    *_in(
+        "raylava/train/sampled_steps.py",
+        (
+            "the cost of dense attention is counted",
+            "        if self.model.dense_attention:\n",
+            "        if False:\n",
+            "tests/unit/train/test_sampled_steps.py::test_dense_attention_executes_all_pairs_of_a_pack",
+        ),
+    ),
+    *_in(
+        "raylava/perf/memory.py",
+        (
+            "the masks of dense attention are counted",
+            "        return repeated + pairs * value\n",
+            "        return repeated\n",
+            "tests/unit/perf/test_memory.py",
+        ),
+        (
+            "the mask belongs to the peak",
+            "gathered_weights, retained_bucket, attention_mask, saved_activations, loss_logits)",
+            "gathered_weights, retained_bucket, loss_logits)",
+            "tests/unit/perf/test_memory.py",
+        ),
+    ),
+    *_in(
+        "raylava/perf/search.py",
+        (
+            "auto takes what fits",
+            "return fastest_feasible(candidates) or fastest or min(",
+            "return min(",
+            "tests/unit/perf/test_search.py",
+        ),
+    ),
+    *_in(
+        "raylava/models/llava.py",
+        (
+            "attention is set after assembly",
+            "    set_attn_implementation(llava, attn_implementation)\n    if model",
+            "    if model",
+            f"{LLAVA}::test_language_model_computes_attention_by_the_implementation_that_is_asked_for",
+        ),
+        (
+            "varlen knows the samples",
+            '**({"cu_seqlens": cu_seqlens} if self._varlen else {}),',
+            "",
+            f"{LLAVA}::test_packed_logits_equal_the_logits_of_each_sample_alone",
+        ),
+        (
+            "the connector's initialization depends on the seed",
+            "torch.manual_seed(seed)",
+            "torch.manual_seed(0)",
+            f"{LLAVA}::test_connector_initialization_depends_only_on_its_seed",
+        ),
+        (
+            "pretraining freezes the language model",
+            'trainable = stage == "finetune"',
+            "trainable = True",
+            f"{LLAVA}::test_pretraining_trains_the_connector_and_finetuning_also_the_language_model",
+        ),
+        (
+            "a given connector is loaded",
+            "        load_connector(llava, model.connector_weights)\n",
+            "        pass\n",
+            f"{LLAVA}::test_connector_of_the_right_widths_replaces_random_initialization",
+        ),
+        (
+            "a connector brings its vision tower",
+            "        if part or prefix == CONNECTOR:\n",
+            "        if prefix == CONNECTOR:\n",
+            f"{LLAVA}::test_connector_trained_together_with_the_vision_tower_brings_the_tower",
+        ),
+        (
+            "logits are computed at loss tokens",
+            "return self.llava.lm_head(hidden[0, target_positions])",
+            "return self.llava.lm_head(hidden[0])",
+            f"{LLAVA}::test_loss_from_logits_at_target_positions_equals_the_loss_of_transformers",
+        ),
+    ),
+    *_in(
+        "raylava/models/attention.py",
+        (
+            "varlen refuses what it does not compute",
+            "    if in_force:\n",
+            "    if False:\n",
+            "tests/unit/models/test_attention.py",
+        ),
+        ("varlen is causal", "is_causal=True, scale=scaling", "is_causal=False, scale=scaling", f"{LLAVA}"),
+    ),
+    *_in(
+        "raylava/pipeline/graph.py",
+        ("the recipe's seed is used", "            seed=recipe.seed,\n", "            seed=0,\n", f"{KEYS}[seed]"),
+        (
+            "the recipe's trackers are used",
+            "            tracking=recipe.tracking,\n",
+            "",
+            f"{KEYS}[tracking.wandb]",
+        ),
+        (
+            "pretraining can be left out",
+            "        if recipe.pretrain.enabled:\n",
+            "        if recipe.corpora.alignment is not None:\n",
+            f"{KEYS}[pretrain.enabled]",
+        ),
+        (
+            "each training stage has its settings",
+            'training=recipe.pretrain if stage == "pretrain" else recipe.finetune,',
+            "training=recipe.finetune,",
+            "tests/ray/config/test_every_key.py::test_each_stage_gets_its_own_section",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/stages.py",
+        (
+            "preparing runs on the nodes of its labels",
+            "node_labels = node_labels_for(PREPARE, self._resources)",
+            "node_labels: dict[str, str] = {}",
+            f"{KEYS}[resources.prepare_node_labels]",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/evaluation.py",
+        (
+            "answers have the benchmark's length",
+            "return self.benchmark.max_new_tokens or self.loaded.max_new_tokens",
+            "return 32",
+            f"{KEYS}[evaluate.max_new_tokens]",
+        ),
+        (
+            "the prompt's suffix is used",
+            "prompt_suffix=self.benchmark.prompt_suffix,",
+            'prompt_suffix="",',
+            f"{KEYS}[evaluate.prompt_suffix]",
+        ),
+    ),
+    *_in(
+        "raylava/evaluate/generation.py",
+        (
+            "questions are answered in batches",
+            "batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]",
+            "batches = [[question] for question in by_length]",
+            "tests/ray/evaluate/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
+        ),
+        (
+            "evaluation runs on the nodes of its labels",
+            "label_selector=dict(actors.node_labels) or None,",
+            "label_selector=None,",
+            "tests/ray/evaluate/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
+        ),
+        (
+            "stored answers are reused",
+            "unanswered = [question for question in questions if question.question_id not in answers]",
+            "unanswered = questions",
+            "tests/ray/evaluate/test_generation.py::test_interrupted_evaluation_answers_only_the_missing_questions",
+        ),
+    ),
+    *_in(
+        "raylava/evaluate/questions.py",
+        (
+            "rows are limited",
+            "questions = questions[: benchmark.max_rows]",
+            "pass",
+            f"{KEYS}[evaluate.max_rows]",
+        ),
+        (
+            "equal ids are refused",
+            "    _check_ids(questions, file)\n",
+            "",
+            "tests/unit/evaluate/test_questions.py",
+        ),
+    ),
+    *_in(
+        "raylava/evaluate/metrics/exact_match.py",
+        (
+            "answers are normalized",
+            'return text.strip().rstrip(".").strip().lower()',
+            "return text",
+            "tests/unit/evaluate/metrics",
+        ),
+    ),
+    *_in(
+        "raylava/evaluate/metrics/vqa_accuracy.py",
+        (
+            "VQA accuracy needs three matches",
+            "min(1.0, (sum(matches) - left_out) / 3)",
+            "min(1.0, (sum(matches) - left_out) / 1)",
+            "tests/unit/evaluate/metrics",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/prepare.py",
+        (
+            "too many quarantined rows end preparing",
+            "if quarantined > corpus.quarantine_limit * rows_in:",
+            "if False:",
+            f"{PREPARE}::test_more_quarantined_rows_than_the_limit_raise_user_error",
+        ),
+        (
+            "no row is lost in silence",
+            'assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"',
+            "rows_in -= 1",
+            f"{PREPARE}",
+        ),
+        (
+            "blocks are made on the nodes of the role",
+            "label_selector=node_labels or None)",
+            "label_selector=None)",
+            "tests/ray/corpus/test_prepare.py::test_blocks_are_made_on_the_nodes_of_the_role",
+        ),
+        (
+            "an empty selection is refused",
+            "    if not rows:\n",
+            "    if False:\n",
+            f"{PREPARE}::test_selecting_no_row_raises_user_error",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/images.py",
+        (
+            "images are padded or cropped as the recipe says",
+            '    if aspect == "pad":\n        return resize(_pad(',
+            "    if True:\n        return resize(_pad(",
+            f"{KEYS}[corpora.instruction.image_aspect]",
+        ),
+        (
+            "JPEG has the recipe's quality",
+            "quality=encoding.quality",
+            "quality=95",
+            f"{KEYS}[corpora.instruction.image_encoding.quality]",
+        ),
+        (
+            "extreme images are quarantined",
+            "    if intermediate > max_pixels:\n",
+            "    if False:\n",
+            "tests/unit/corpus/test_images.py::test_extreme_aspect_ratio_is_rejected",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/sources.py",
+        (
+            "image paths stay below their root",
+            'if name.startswith(("/", "~")) or "://" in name or ".." in parts or "\\0" in name:',
+            "if False:",
+            "tests/unit/corpus/test_sources.py::test_image_path_cannot_escape_its_root",
+        ),
+        (
+            "sources are limited",
+            "itertools.islice(self.matching_rows(), self.source.max_rows)",
+            "self.matching_rows()",
+            f"{KEYS}[corpora.instruction.sources.max_rows]",
+        ),
+        (
+            "sources are weighted",
+            "_copies(self.source.sampling_weight,",
+            "_copies(1.0,",
+            f"{KEYS}[corpora.instruction.sources.sampling_weight]",
+        ),
+        (
+            "rows are excluded",
+            "return included and not any(fnmatch(name, pattern) for name in names for pattern in exclude)",
+            "return included",
+            f"{KEYS}[corpora.instruction.sources.exclude]",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/conversation.py",
+        (
+            "the loss covers answers only",
+            "loss_spans.append((start, len(ids)))",
+            "loss_spans.append((1, len(ids)))",
+            "tests/unit/corpus/test_conversation.py",
+        ),
+        (
+            "control tokens in a text stay text",
+            "split_special_tokens=True",
+            "split_special_tokens=False",
+            "tests/unit/corpus/test_conversation.py",
+        ),
+    ),
+    *_in(
+        "raylava/tune/study.py",
+        (
+            "the search uses TPE",
+            '    if search.sampler == "random":\n',
+            "    if True:\n",
+            f"{STUDY}::test_search_uses_the_sampler_that_it_names",
+        ),
+        (
+            "successive halving stops trials",
+            "return self.search.asha is not None and rung < RUNGS and trial.should_prune()",
+            "return False",
+            f"{STUDY}::test_successive_halving_stops_the_worse_trial_and_uses_losses_of_earlier_drivers",
+        ),
+        (
+            "a search is not mixed with another",
+            "            self._check_owner(storage, name, variant)\n            studies.append",
+            "            studies.append",
+            f"{STUDY}::test_study_of_other_data_is_refused",
+        ),
+        (
+            "interrupted trials continue",
+            "        return [trial for trial in running if trial.params.keys() == self.search.space.keys()]\n",
+            "        return []\n",
+            f"{STUDY}::test_trial_interrupted_with_its_driver_resumes_with_the_same_settings",
+        ),
+    ),
+    *_in(
+        "raylava/tune/variants.py",
+        (
+            "combinations are excluded",
+            "        if not any(excluded.items() <= combination.items() for excluded in sweep.exclude):\n",
+            "        if True:\n",
+            "tests/unit/tune/test_variants.py",
+        ),
+        (
+            "variants have their seed",
+            '        settings["seed"] = seed\n',
+            "        pass\n",
+            "tests/unit/tune/test_variants.py",
+        ),
+    ),
+    *_in(
+        "raylava/storage.py",
+        (
+            "retries back off",
+            "wait = min(2 * wait, _MAX_BACKOFF_S)",
+            "pass",
+            "tests/unit/test_storage.py::test_retry_backs_off_exponentially_and_raises_the_last_error",
+        ),
+    ),
+    *_in(
+        "raylava/artifacts.py",
+        (
+            "the format version is part of fingerprints",
+            '"stage": stage, "format"',
+            '"format"',
+            "tests/unit/test_artifacts.py::test_stage_is_part_of_the_fingerprint",
+        ),
+        (
+            "locks of dead holders are taken over",
+            'return time.time() - holder["heartbeat"] > LOCK_TIMEOUT_S',
+            "return False",
+            "tests/unit/test_artifacts.py::test_lock_of_another_host_is_abandoned_once_its_heartbeat_is_too_old",
+        ),
+    ),
+    *_in(
+        "raylava/cluster/session.py",
+        (
+            "a command's cluster listens on the loopback interface",
+            'dashboard_host="127.0.0.1",',
+            'dashboard_host="0.0.0.0",',
+            "tests/ray/cluster/test_session.py::test_cluster_of_a_command_listens_on_the_loopback_interface",
+        ),
+        (
+            "a joined cluster's settings are left alone",
+            '        os.environ.setdefault(_TRACK_TRAINING, "1")\n        return\n',
+            '        os.environ.setdefault(_TRACK_TRAINING, "1")\n',
+            "tests/ray/cluster/test_session.py::test_settings_of_a_cluster_that_is_joined_are_left_alone",
+        ),
+    ),
+    *_in(
+        "raylava/cluster/jobs.py",
+        (
+            "jobs contain no secret",
+            "        check_no_secret(spec)\n",
+            "",
+            "tests/unit/cluster/test_jobs.py",
+        ),
+    ),
+    *_in(
+        "raylava/config/recipe.py",
+        (
+            "DeepSpeed settings that change a result are fingerprinted",
+            'optional = {"deepspeed": deepspeed, "keep_best"',
+            'optional = {"keep_best"',
+            "tests/unit/config/test_recipe.py::test_setting_that_determines_the_result_is_fingerprinted",
+        ),
+        (
+            "settings that raylava makes are refused",
+            "    if reserved:\n",
+            "    if False:\n",
+            "tests/unit/config/test_recipe.py::test_wrong_setting_is_reported_in_one_line_with_the_fix",
+        ),
+        (
+            "a quality without JPEG is refused",
+            '        if self.format != "jpeg" and self.quality',
+            "        if False and self.quality",
+            "tests/unit/config/test_recipe.py::test_wrong_setting_is_reported_in_one_line_with_the_fix",
+        ),
+    ),
+    *_in(
+        "raylava/cluster/preemption.py",
+        (
+            "a notice drains every node of its machine",
+            'return [node["NodeID"] for node in nodes if node["NodeManagerAddress"] == machine]',
+            "return [connected]",
+            "tests/ray/cluster/test_preemption.py",
+        ),
+    ),
+    *_in(
+        "raylava/compat/deepspeed.py",
+        (
+            "frozen weights are not in checkpoints",
+            "{name: value for name, value in weights if name in self._trained}",
+            "dict(weights)",
+            "tests/unit/compat/test_deepspeed.py::test_checkpoints_are_written_in_the_background_without_frozen_weights",
+        ),
+    ),
+]
