@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo ablation test test-unit test-ray test-chaos lint format clean
+.PHONY: install demo ablation test test-unit test-ray test-chaos mutants lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-ray: install
 
 test-chaos: install
 	$(PYTEST) tests/chaos
+
+# Breaks the lines that carry promises, and expects a named test to notice each; see tests/mutants/run.py.
+mutants: install
+	$(BIN)/python -m tests.mutants.run --jobs $(JOBS)
 
 lint: install
 	$(BIN)/ruff check .

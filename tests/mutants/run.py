@@ -17,9 +17,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
+
+import psutil
 
 from tests.mutants.catalog import MUTANTS, Mutant
 
@@ -97,13 +100,24 @@ def _run(mutant: Mutant) -> Outcome:
             return Outcome("invalid", 0.0)
         file.write_text(source.replace(mutant.line, mutant.replacement))
         started = time.monotonic()
+        process = _start_pytest(folder, ["-x", mutant.test])
         try:
-            status = _pytest(folder, [mutant.test], TIMEOUT_S).returncode
+            process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            _kill_tree(process.pid)
+            process.communicate()
             return Outcome("slow", TIMEOUT_S)
         # Status 1 is a failed test; others mean that the test could not run.
-        verdict = {0: "survived", 1: "killed"}.get(status, "invalid")
+        verdict = {0: "survived", 1: "killed"}.get(process.returncode, "invalid")
         return Outcome(verdict, round(time.monotonic() - started, 1))
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process and its children, such as a Ray cluster's."""
+    process = psutil.Process(pid)
+    for member in (*process.children(recursive=True), process):
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def _copy_tree(folder: Path) -> None:
@@ -116,22 +130,20 @@ def _copy_tree(folder: Path) -> None:
 
 def _failing_tests(tests: set[str]) -> set[str]:
     """Return the tests that fail on the sources as they are."""
-    report = _pytest(ROOT, [*sorted(tests), "-rf", "-n", "2"], None).stdout
+    process = _start_pytest(ROOT, ["-rfE", "-n", "2", "--dist", "loadfile", *sorted(tests)])
+    report, _ = process.communicate()
     return {test for test in tests if f"FAILED {test}" in report or f"ERROR {test}" in report}
 
 
-def _pytest(folder: Path, arguments: list[str], timeout_s: float | None) -> "subprocess.CompletedProcess[str]":
-    """Run pytest in the folder, whose sources come before those that are installed."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-        if timeout_s
-        else [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+def _start_pytest(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+    """Start pytest in the folder, whose sources come before those that are installed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=timeout_s,
     )
 
 

@@ -214,9 +214,10 @@ def locations(bench: Bench, recipe: Recipe) -> Any:
     return [stage._prepare_spec.source_paths for stage in bench.stages(recipe) if isinstance(stage, PrepareStage)]
 
 
-# By section: each key with another value than the probe's recipe has, and the probe that must notice.
+# By section: each key with another value than the probe's recipe has, and the probe that must notice. Settings before
+# an arrow are those under which the key matters.
 TRAINING: dict[str, tuple[str, Probe]] = {
-    "epochs": ("finetune.epochs=1; finetune.max_steps=null; finetune.global_batch_size=48", training),
+    "epochs": ("finetune.max_steps=null; finetune.global_batch_size=48 -> finetune.epochs=1", training),
     "max_steps": ("finetune.max_steps=3", training),
     "global_batch_size": ("finetune.global_batch_size=4", training),
     "lr": ("finetune.lr=0.002", training),
@@ -237,8 +238,8 @@ TRAINING: dict[str, tuple[str, Probe]] = {
     "deepspeed": ("finetune.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", engine),
     "max_consecutive_skips": ("finetune.max_consecutive_skips=2", skipped_steps),
     "zero.stage": ("finetune.zero.stage=1", engine),
-    "zero.offload_optimizer": ("finetune.zero.offload_optimizer=true", engine),
-    "zero.offload_parameters": ("finetune.zero={stage: 3,offload_parameters: true}", engine),
+    "zero.offload_optimizer": ("finetune.zero.stage=2 -> finetune.zero.offload_optimizer=true", engine),
+    "zero.offload_parameters": ("finetune.zero.stage=3 -> finetune.zero.offload_parameters=true", engine),
     "checkpoint.interval_minutes": ("finetune.checkpoint.interval_minutes=1e-9", training),
     "checkpoint.interval_steps": ("finetune.checkpoint.interval_steps=1", training),
     "checkpoint.keep_latest": ("finetune.checkpoint.keep_latest=3", checkpoint_retention),
@@ -248,12 +249,15 @@ TRAINING: dict[str, tuple[str, Probe]] = {
 CORPUS: dict[str, tuple[str, Probe]] = {
     "image_aspect": ("corpora.instruction.image_aspect=crop", blocks),
     "max_length": ("corpora.instruction.max_length=80", blocks),
-    "on_overlong": ("corpora.instruction={max_length: 80,on_overlong: truncate_exchanges}", blocks),
+    "on_overlong": ("corpora.instruction.max_length=80 -> corpora.instruction.on_overlong=truncate_exchanges", blocks),
     "max_pixels": ("corpora.instruction.max_pixels=2000", blocks),
     "samples_per_block": ("corpora.instruction.samples_per_block=7", blocks),
-    "quarantine_limit": ("corpora.instruction={max_length: 80,quarantine_limit: 1.0}", blocks),
+    "quarantine_limit": ("corpora.instruction.max_pixels=4000 -> corpora.instruction.quarantine_limit=1.0", blocks),
     "image_encoding.format": ("corpora.instruction.image_encoding.format=webp", blocks),
-    "image_encoding.quality": ("corpora.instruction.image_encoding={format: jpeg,quality: 20}", blocks),
+    "image_encoding.quality": (
+        "corpora.instruction.image_encoding.format=jpeg -> corpora.instruction.image_encoding.quality=20",
+        blocks,
+    ),
     "sources.annotations": ("corpora.instruction.sources.0.annotations=alignment.json", blocks),
     "sources.images": ("corpora.instruction.sources.0.images=other", blocks),
     "sources.format": ("corpora.instruction.sources.0.format=jsonl", blocks),
@@ -264,8 +268,11 @@ CORPUS: dict[str, tuple[str, Probe]] = {
 }
 BENCHMARK: dict[str, tuple[str, Probe]] = {
     "name": ("evaluate.0.name=other", evaluation),
-    "benchmark": ("evaluate.0={benchmark: pope,questions: pope,images: ''}", evaluation),
-    "protocol": ("evaluate.0={metric: yes_no,protocol: vlmevalkit}", evaluation),
+    "benchmark": ("evaluate.0.questions=pope; evaluate.0.images='' -> evaluate.0.benchmark=pope", evaluation),
+    "protocol": (
+        "evaluate.0.metric=yes_no; evaluate.0.questions=yes.jsonl -> evaluate.0.protocol=lmms-eval",
+        evaluation,
+    ),
     "questions": ("evaluate.0.questions=fewer.jsonl", evaluation),
     "images": ("evaluate.0.images=other", evaluation),
     "include": ("evaluate.0.include=['*1.png']", evaluation),
@@ -316,11 +323,16 @@ def bench(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ben
         Image.open(image).resize((96, 48)).save(image)
     questions = (corpus / "questions.jsonl").read_text().splitlines(keepends=True)
     (corpus / "fewer.jsonl").write_text("".join(questions[:4]))
+    (corpus / "yes.jsonl").write_text("".join(_with_answer(line, "yes") for line in questions))
     bench = Bench(toy_assets, corpus, folder / "blocks", folder / "work")
     recipe = bench.recipe("corpora.instruction.samples_per_block=8")
     (stage,) = (stage for stage in bench.stages(recipe) if isinstance(stage, PrepareStage))
     prepare_blocks(dataclasses.replace(stage._prepare_spec, output=str(bench.blocks)))
     return bench
+
+
+def _with_answer(question: str, answer: str) -> str:
+    return json.dumps(json.loads(question) | {"answer": answer}) + "\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -357,7 +369,7 @@ def places(bench: Bench) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unchanged(bench: Bench) -> dict[Probe, Any]:
+def unchanged(bench: Bench) -> dict[tuple[Probe, str], Any]:
     """What each probe returned for the unchanged recipe."""
     return {}
 
@@ -372,30 +384,17 @@ def observe(probe: Probe, bench: Bench, recipe: Recipe) -> Any:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_changing_a_key_changes_what_it_names(
-    key: str, bench: Bench, places: dict[str, str], unchanged: dict[Probe, Any]
+    key: str, bench: Bench, places: dict[str, str], unchanged: dict[tuple[Probe, str], Any]
 ) -> None:
-    overrides, probe = KEYS[key]
+    entry, probe = KEYS[key]
     for name, place in places.items():
-        overrides = overrides.replace(name, place)
-    if probe not in unchanged:
-        unchanged[probe] = observe(probe, bench, bench.recipe())
-        assert unchanged[probe] == observe(probe, bench, bench.recipe()), "the probe itself is deterministic"
-    section = {"zero.offload_optimizer": ["finetune.zero.stage=2"]}.get(key.removeprefix("finetune."), [])
-    assert observe(probe, bench, recipe_with(bench, [*section, *overrides.split("; ")])) != unchanged[probe]
-
-
-def recipe_with(bench: Bench, overrides: list[str]) -> Recipe:
-    """Return the probes' recipe with overrides; those that set a mapping are merged into the section."""
-    flat = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        inner = value.startswith("{") and key in ("corpora.instruction", "evaluate.0")
-        flat += [f"{key}.{item}" for item in _items(value)] if inner else [override]
-    return bench.recipe(*flat)
-
-
-def _items(mapping: str) -> list[str]:
-    return [item.replace(": ", "=", 1) for item in mapping.strip("{}").split(",")]
+        entry = entry.replace(name, place)
+    context, _, overrides = entry.rpartition(" -> ")
+    base = context.split("; ") if context else []
+    if (probe, context) not in unchanged:
+        unchanged[probe, context] = observe(probe, bench, bench.recipe(*base))
+        assert unchanged[probe, context] == observe(probe, bench, bench.recipe(*base)), "the probe is deterministic"
+    assert observe(probe, bench, bench.recipe(*base, *overrides.split("; "))) != unchanged[probe, context]
 
 
 def test_the_table_has_every_key_of_a_recipe() -> None:

@@ -59,6 +59,11 @@ def test_malformed_question_file_is_rejected(tmp_path: Path, name: str, content:
         read_questions(storage_path(tmp_path / name), BENCHMARK)
 
 
+def test_folder_in_place_of_a_question_file_is_reported_by_recipe_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.a\.questions: .*: a folder; name the file of questions"):
+        read_questions(storage_path(tmp_path), Benchmark(name="a", questions=str(tmp_path)))
+
+
 def test_missing_question_file_is_reported_by_recipe_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.b\.questions"):
         read_questions(storage_path(tmp_path / "none.jsonl"), BENCHMARK)
