@@ -62,8 +62,8 @@ def read_questions(file: StoragePath, benchmark: Benchmark) -> list[Question]:
         raise UserError(f"evaluate.{benchmark.name}.questions: {file}: no such file")
     if file.is_folder():
         raise UserError(
-            f"evaluate.{benchmark.name}.questions: {file}: a folder; name the file of questions, or set `benchmark` for "
-            "the official files of one"
+            f"evaluate.{benchmark.name}.questions: {file}: a folder; name the file of questions, or set `benchmark`, "
+            "which reads the official files of one"
         )
     read = _read_jsonl if file.name.endswith(".jsonl") else _read_llava
     questions = [_categorize(question, benchmark) for question in read(file, benchmark)]

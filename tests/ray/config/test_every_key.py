@@ -117,11 +117,6 @@ def kept_checkpoints(bench: Bench, recipe: Recipe) -> Any:
     return [checkpoint.name for checkpoint in expired_checkpoints(complete, recipe.finetune.checkpoint)]
 
 
-def checkpoint_retention(bench: Bench, recipe: Recipe) -> Any:
-    """Which checkpoints both backends keep."""
-    return [kept_checkpoints(bench, recipe), ray_train(bench, recipe)[-2:]]
-
-
 def upload_timeout(bench: Bench, recipe: Recipe) -> Any:
     """How long a checkpoint's upload is retried."""
     manager = CheckpointManager(bench.train_spec(recipe), 4, RecordingBackend())
@@ -214,9 +209,9 @@ def locations(bench: Bench, recipe: Recipe) -> Any:
     return [stage._prepare_spec.source_paths for stage in bench.stages(recipe) if isinstance(stage, PrepareStage)]
 
 
-# By section: each key with another value than the probe's recipe has, and the probe that must notice. Settings before
-# an arrow are those under which the key matters.
-TRAINING: dict[str, tuple[str, Probe]] = {
+# By section: each key with another value than the probes' recipe has, and the probes that must notice (of both backends,
+# where each does its own). Settings before an arrow are those under which the key matters.
+TRAINING: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "epochs": ("finetune.max_steps=null; finetune.global_batch_size=48 -> finetune.epochs=1", training),
     "max_steps": ("finetune.max_steps=3", training),
     "global_batch_size": ("finetune.global_batch_size=4", training),
@@ -242,11 +237,11 @@ TRAINING: dict[str, tuple[str, Probe]] = {
     "zero.offload_parameters": ("finetune.zero.stage=3 -> finetune.zero.offload_parameters=true", engine),
     "checkpoint.interval_minutes": ("finetune.checkpoint.interval_minutes=1e-9", training),
     "checkpoint.interval_steps": ("finetune.checkpoint.interval_steps=1", training),
-    "checkpoint.keep_latest": ("finetune.checkpoint.keep_latest=3", checkpoint_retention),
-    "checkpoint.keep_best": ("finetune.checkpoint.keep_best=true", checkpoint_retention),
+    "checkpoint.keep_latest": ("finetune.checkpoint.keep_latest=3", kept_checkpoints, ray_train),
+    "checkpoint.keep_best": ("finetune.checkpoint.keep_best=true", kept_checkpoints, ray_train),
     "checkpoint.upload_timeout_minutes": ("finetune.checkpoint.upload_timeout_minutes=7", upload_timeout),
 }
-CORPUS: dict[str, tuple[str, Probe]] = {
+CORPUS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "image_aspect": ("corpora.instruction.image_aspect=crop", blocks),
     "max_length": ("corpora.instruction.max_length=80", blocks),
     "on_overlong": ("corpora.instruction.max_length=80 -> corpora.instruction.on_overlong=truncate_exchanges", blocks),
@@ -266,7 +261,7 @@ CORPUS: dict[str, tuple[str, Probe]] = {
     "sources.max_rows": ("corpora.instruction.sources.0.max_rows=5", blocks),
     "sources.sampling_weight": ("corpora.instruction.sources.0.sampling_weight=0.5", blocks),
 }
-BENCHMARK: dict[str, tuple[str, Probe]] = {
+BENCHMARK: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "name": ("evaluate.0.name=other", evaluation),
     "benchmark": ("evaluate.0.questions=pope; evaluate.0.images='' -> evaluate.0.benchmark=pope", evaluation),
     "protocol": (
@@ -285,7 +280,7 @@ BENCHMARK: dict[str, tuple[str, Probe]] = {
     "batch_size": ("evaluate.0.batch_size=3", evaluation),
     "baselines": ("evaluate.0.baselines=[blank_images]", evaluation),
 }
-KEYS: dict[str, tuple[str, Probe]] = {
+KEYS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "data": ("data=ELSEWHERE", locations),
     "seed": ("seed=1", training),
     "model.language.name": ("model.language.name=SMALL", model),
@@ -386,15 +381,17 @@ def observe(probe: Probe, bench: Bench, recipe: Recipe) -> Any:
 def test_changing_a_key_changes_what_it_names(
     key: str, bench: Bench, places: dict[str, str], unchanged: dict[tuple[Probe, str], Any]
 ) -> None:
-    entry, probe = KEYS[key]
+    entry, *probes = KEYS[key]
     for name, place in places.items():
         entry = entry.replace(name, place)
     context, _, overrides = entry.rpartition(" -> ")
     base = context.split("; ") if context else []
-    if (probe, context) not in unchanged:
-        unchanged[probe, context] = observe(probe, bench, bench.recipe(*base))
-        assert unchanged[probe, context] == observe(probe, bench, bench.recipe(*base)), "the probe is deterministic"
-    assert observe(probe, bench, bench.recipe(*base, *overrides.split("; "))) != unchanged[probe, context]
+    changed = bench.recipe(*base, *overrides.split("; "))
+    for probe in probes:
+        if (probe, context) not in unchanged:
+            unchanged[probe, context] = observe(probe, bench, bench.recipe(*base))
+            assert unchanged[probe, context] == observe(probe, bench, bench.recipe(*base)), "it is deterministic"
+        assert observe(probe, bench, changed) != unchanged[probe, context]
 
 
 def test_the_table_has_every_key_of_a_recipe() -> None:

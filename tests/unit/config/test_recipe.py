@@ -12,7 +12,7 @@ from raylava.models.registry import validate_backbones
 from raylava.toy.demo import recipes_folder
 
 SHIPPED = sorted(
-    path.name for path in recipes_folder().glob("*.yaml") if "ablations" not in path.name
+    path.name for path in recipes_folder().glob("*.yaml") if "axes:" not in path.read_text()
 )  # those files are sweeps
 
 MINIMAL = {

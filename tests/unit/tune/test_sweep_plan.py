@@ -28,6 +28,21 @@ def test_plan_counts_shared_stages_before_anything_runs(toy_assets: Artifact, to
     }
 
 
+def test_shipped_learning_rates_share_the_connector_of_their_seed(
+    toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    run = SweepRun(load_sweep(str(recipes_folder() / "toy-learning-rates.yaml")), [], storage_path(tmp_path))
+    plan = plan_sweep(run.planned_variants(), storage_path(tmp_path))
+    assert Counter((stage.stage, stage.users) for stage in plan.planned_stages) == {
+        ("prepare", 6): 2,
+        ("pretrain", 3): 2,
+        ("finetune", 1): 6,
+        ("evaluate", 1): 6,
+    }
+
+
 def test_shipped_toy_ablations_share_every_stage_that_two_variants_have_in_common(
     toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
