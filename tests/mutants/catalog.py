@@ -308,7 +308,7 @@ MUTANTS = [
             "failures without progress are limited",
             "        self._failures += 1\n",
             "",
-            f"{RAY}::test_run_that_loses_its_worker_again_and_again_without_a_checkpoint_ends",
+            f"{RAY}::test_policy_ends_the_run_after_its_number_of_failures_and_does_not_count_preemptions",
         ),
         (
             "a checkpoint resets the count of failures",

@@ -209,8 +209,8 @@ def locations(bench: Bench, recipe: Recipe) -> Any:
     return [stage._prepare_spec.source_paths for stage in bench.stages(recipe) if isinstance(stage, PrepareStage)]
 
 
-# By section: each key with another value than the probes' recipe has, and the probes that must notice (of both backends,
-# where each does its own). Settings before an arrow are those under which the key matters.
+# By section: each key with another value than the probes' recipe has, and the probes that must notice, one per backend
+# where backends differ. Settings before an arrow are those under which the key matters.
 TRAINING: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "epochs": ("finetune.max_steps=null; finetune.global_batch_size=48 -> finetune.epochs=1", training),
     "max_steps": ("finetune.max_steps=3", training),

@@ -11,10 +11,12 @@ import ray
 import ray.train
 import torch
 import torch.distributed
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from raylava.cluster.gauges import Gauges
+from raylava.errors import RunError
 from raylava.progress import NullProgressBar
 from raylava.train.backend import COMPUTING, LOADING
 from raylava.train.ray_backend import RestartPolicy, RunMonitor, record_errors, report_progress
@@ -115,3 +117,13 @@ def test_lost_workers_are_told_when_they_are_restarted(caplog: pytest.LogCapture
     with report_progress(monitor, NullProgressBar(), "finetune", Gauges("run", "finetune")):
         pass
     assert "finetune: lost worker 2; resuming from the last checkpoint" in caplog.text
+
+
+def test_policy_ends_the_run_after_its_number_of_failures_and_does_not_count_preemptions() -> None:
+    policy = RestartPolicy(RunMonitor.remote(), max_failures=1)  # type: ignore[attr-defined]
+    preempted = RayActorError(preempted=True)
+    for _ in range(3):
+        policy.after_exception(None, {0: preempted})
+    policy.after_exception(None, {1: RayActorError()})
+    with pytest.raises(RunError, match="lost worker 1; 2 failures without a new checkpoint between them"):
+        policy.after_exception(None, {1: RayActorError()})
