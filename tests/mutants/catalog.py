@@ -366,9 +366,9 @@ MUTANTS = [
         ),
         (
             "the mask belongs to the peak",
-            "gathered_weights, retained_bucket, attention_mask, saved_activations, loss_logits)",
-            "gathered_weights, retained_bucket, loss_logits)",
-            "tests/unit/perf/test_memory.py",
+            "        attention_mask,\n        saved_activations,\n        backward_temporaries,\n",
+            "        saved_activations,\n        backward_temporaries,\n",
+            "tests/unit/perf/test_memory.py::test_peak_memory_includes_the_mask_of_dense_attention",
         ),
     ),
     *_in(

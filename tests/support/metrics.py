@@ -12,7 +12,7 @@ from raylava.storage import storage_path
 from raylava.train.batch_plan import Step
 from raylava.train.data_loader import StepBatch
 from raylava.train.engine import StepResult
-from raylava.train.metrics import MetricsLogger, ThroughputMeter
+from raylava.train.metrics import MetricsLogger, StepMetrics, ThroughputMeter
 from raylava.train.step_log import METRICS_LOG
 
 SHAPE = LlavaShape(LanguageShape(16, 32, 2, 2, 1, 8, 100), VisionShape(16, 32, 2, 14, 4, 5, True, False, 48))
@@ -26,11 +26,16 @@ def open_logger(output: str, first_step: int = 0, tracking: Tracking | None = No
 
 
 def log_step(logger: MetricsLogger, number: int, loss: float) -> None:
-    """Log a step of two samples that computed for 1.5 s, after 0.5 s for its data and 0.25 s for a checkpoint."""
-    meter = ThroughputMeter(SHAPE, LENGTHS, Training(), language=True, device=torch.device("cpu"), world_size=1)
+    """Log a step of `measure_step`."""
+    logger.add(measure_step(number, loss, torch.device("cpu")))
+
+
+def measure_step(number: int, loss: float, device: torch.device) -> StepMetrics:
+    """Measure a step of two samples that computed for 1.5 s, after 0.5 s for its data and 0.25 s for a checkpoint."""
+    meter = ThroughputMeter(SHAPE, LENGTHS, Training(), language=True, device=device, world_size=1)
     batch = StepBatch(Step(number, 0, np.array([0, 1])), [], loss_tokens=5, tokens=30)
     result = StepResult(loss, None, 1e-3, seconds=1.5, skipped=False, request=0)
-    logger.add(meter.measure(batch, result, data_wait_s=0.5, checkpoint_stall_s=0.25))
+    return meter.measure(batch, result, data_wait_s=0.5, checkpoint_stall_s=0.25)
 
 
 def read_metrics(output: str) -> list[dict[str, float]]:
