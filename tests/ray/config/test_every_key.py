@@ -19,8 +19,7 @@ from PIL import Image
 from raylava.artifacts import Artifact
 from raylava.config.load import _sections
 from raylava.config.recipe import Recipe
-from raylava.corpus.blocks import Manifest
-from raylava.corpus.prepare import PrepareSpec, check_quarantine, make_block, publish_corpus, stage_rows
+from raylava.corpus.prepare import check_quarantine
 from raylava.errors import UserError
 from raylava.pipeline import stages as stages_module
 from raylava.pipeline.evaluation import EvaluateStage
@@ -32,6 +31,7 @@ from raylava.toy.demo import toy_recipe
 from raylava.train.checkpoints import CheckpointManager
 from raylava.train.ray_backend import build_trainer as build_ray_trainer
 from raylava.train.torchrun_backend import expired_checkpoints
+from tests.support.corpora import prepare_serially
 from tests.support.recorded_training import RecordingBackend, build_trainer, record_training
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -137,22 +137,14 @@ def blocks(bench: Bench, recipe: Recipe) -> Any:
     stage = next(stage for stage in bench.stages(recipe) if stage.label == "prepare instruction")
     assert isinstance(stage, PrepareStage)
     shutil.rmtree(bench.folder / "blocks", ignore_errors=True)
-    rows, manifest = prepare_blocks(dataclasses.replace(stage._prepare_spec, output=str(bench.folder / "blocks")))
+    manifest = prepare_serially(dataclasses.replace(stage._prepare_spec, output=str(bench.folder / "blocks")))
     counts = manifest.counts()
     try:
         check_quarantine(counts, "instruction", recipe.corpora.instruction, storage_path(bench.folder))
         verdict = "accepted"
     except UserError as error:
         verdict = str(error)
-    return [rows, counts, [block.sha256 for block in manifest.blocks], verdict]
-
-
-def prepare_blocks(spec: PrepareSpec) -> tuple[int, Manifest]:
-    output = storage_path(spec.output)
-    rows, shards = stage_rows(spec, output)
-    for shard in range(shards):
-        make_block(spec, shard)
-    return rows, publish_corpus(spec, output, shards, rows, "tokenizer")
+    return [counts, [block.sha256 for block in manifest.blocks], verdict]
 
 
 def prepare_nodes(bench: Bench, recipe: Recipe) -> Any:
@@ -322,7 +314,7 @@ def bench(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ben
     bench = Bench(toy_assets, corpus, folder / "blocks", folder / "work")
     recipe = bench.recipe("corpora.instruction.samples_per_block=8")
     (stage,) = (stage for stage in bench.stages(recipe) if isinstance(stage, PrepareStage))
-    prepare_blocks(dataclasses.replace(stage._prepare_spec, output=str(bench.blocks)))
+    prepare_serially(dataclasses.replace(stage._prepare_spec, output=str(bench.blocks)))
     return bench
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,33 @@ def test_job_with_a_secret_is_rejected_without_repeating_the_secret(
         check_no_secret(job_spec_for(RECIPE, [DATA, *overrides], storage))
     assert "planted" not in str(error.value)
     check_no_secret(job_spec_for(RECIPE, [DATA, "name=name"], STORAGE))
+
+
+class JobServer:
+    """The job server's client: no job exists, and what is submitted is recorded."""
+
+    def __init__(self, address: str) -> None:
+        self.submitted: list[dict[str, Any]] = []
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+    def submit_job(self, **job: Any) -> str:
+        self.submitted.append(job)
+        return str(job["submission_id"])
+
+
+def test_job_with_a_secret_is_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[JobServer] = []
+    monkeypatch.setattr(
+        "raylava.cluster.jobs.JobSubmissionClient", lambda address: servers.append(JobServer(address)) or servers[-1]
+    )
+    client = JobClient("http://127.0.0.1:8265")
+    with pytest.raises(UserError, match="contains a password"):
+        client.submit(job_spec_for(RECIPE, [DATA, "tracking.mlflow=postgresql://me:planted@host/db"], STORAGE))
+    assert servers[0].submitted == []
+    client.submit(job_spec_for(RECIPE, [DATA], STORAGE))
+    assert len(servers[0].submitted) == 1
 
 
 def test_entrypoint_quotes_arguments_for_the_shell() -> None:

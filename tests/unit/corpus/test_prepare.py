@@ -18,7 +18,7 @@ from PIL import Image
 
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.corpus.images import decode_block_image, resize_exact
-from raylava.corpus.prepare import PrepareSpec, check_quarantine, stage_rows
+from raylava.corpus.prepare import PrepareSpec, check_quarantine, make_block, publish_corpus, stage_rows
 from raylava.errors import UserError
 from raylava.storage import storage_path
 from tests.support.corpora import file_tree, prepare_serially, read_rows, read_samples, with_settings
@@ -61,6 +61,16 @@ def test_malformed_rows_are_quarantined_with_their_reasons_and_no_row_is_lost(
     assert not in_blocks & set(quarantined)
     assert manifest.rows_in == len(in_blocks) + len(quarantined) == 40
     assert manifest.quarantine == dict(Counter(expected.values()))
+
+
+def test_corpus_that_lost_a_row_is_never_published(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(prepare_spec, output=str(tmp_path))
+    rows, shards = stage_rows(spec, storage_path(tmp_path))
+    for shard in range(shards):
+        make_block(spec, shard)
+    with pytest.raises(AssertionError, match="a source row was lost"):
+        publish_corpus(spec, storage_path(tmp_path), shards, rows + 1, "tokenizer")
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_more_quarantined_rows_than_the_limit_raise_user_error(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
