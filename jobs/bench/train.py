@@ -237,7 +237,7 @@ class TrainingBenchmark:
 
     def _train_padded(self, llava: Any) -> tuple[float, float, float]:
         """Return (seconds, 0, final loss) of the timed steps; the batches are built before."""
-        import deepspeed
+        from raylava.compat.deepspeed import BackgroundWriter, initialize
 
         stage = self._stage
         set_trainable(llava, stage)
@@ -252,12 +252,8 @@ class TrainingBenchmark:
             "gradient_accumulation_steps": batch_size // micro_batch_size,
             "managed_gradient_accumulation": True,
         }
-        engine, *_ = deepspeed.initialize(
-            model=ReferenceLoss(llava),
-            optimizer=torch.optim.AdamW(trainable, lr=self._training.lr),
-            config=settings,
-            dist_init_required=False,
-        )
+        optimizer = torch.optim.AdamW(trainable, lr=self._training.lr)
+        engine = initialize(ReferenceLoss(llava), optimizer, settings, BackgroundWriter(set()))
         first_step = next(self._plan.from_step(0)).samples
         warmup_batches, timed_batches = (
             [

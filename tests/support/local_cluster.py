@@ -30,8 +30,10 @@ CLUSTER_CONFIG = ROOT / "cluster" / "local-cluster.yaml"
 def running_cluster() -> Iterator[LocalCluster]:
     """Start a local cluster, and check at the end that none of its processes remains."""
     cluster = local_cluster.start(CLUSTER_CONFIG)
-    yield cluster
-    cluster.stop()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
     assert not list(cluster.processes())
 
 
