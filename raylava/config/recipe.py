@@ -158,8 +158,9 @@ class CheckpointConfig(ConfigModel):
     A checkpoint is saved after `interval_minutes` or `interval_steps`, whichever comes first, and once halfway through
     a run that would otherwise have none. While the stage runs, storage holds `keep_latest` of them; all are removed
     once its artifact is complete. The artifact holds the weights after the last step. With `keep_best`, it holds those
-    of the state with the lowest mean loss since the checkpoint before it, and storage keeps the checkpoints with the
-    lowest loss besides the latest. A failing upload is retried for `upload_timeout_minutes` while training continues.
+    of the state with the lowest mean loss since the checkpoint before it, and storage keeps `keep_latest` checkpoints
+    with the lowest loss besides the latest; this needs `interval_steps`, which then enters the fingerprint. A failing
+    upload is retried for `upload_timeout_minutes` while training continues.
     """
 
     interval_minutes: float = Field(15.0, gt=0)
@@ -167,6 +168,12 @@ class CheckpointConfig(ConfigModel):
     keep_latest: int = Field(2, ge=1)
     keep_best: bool = False  # enters the fingerprint of a stage that sets it
     upload_timeout_minutes: float = Field(30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _best_is_compared_at_known_steps(self) -> Self:
+        if self.keep_best and self.interval_steps is None:
+            raise ValueError("keep_best=true compares checkpoints at known steps; set interval_steps as well")
+        return self
 
 
 _RESERVED_DEEPSPEED_KEYS = (
@@ -185,7 +192,8 @@ _RESERVED_DEEPSPEED_KEYS = (
     "zero_force_ds_cpu_optimizer",
 )
 _RESERVED_ZERO_KEYS = ("stage", "offload_optimizer", "offload_param", "overlap_comm")
-# DeepSpeed settings that cannot change a result beyond rounding; all others enter the fingerprint.
+# DeepSpeed settings that cannot change a result beyond rounding; all others enter the fingerprint, and of
+# zero_optimization those that quantize.
 _HARMLESS_DEEPSPEED_KEYS = (
     "activation_checkpointing",
     "aio",
@@ -256,7 +264,10 @@ class Training(ConfigModel):
     def fingerprint_fields(self) -> dict[str, Any]:
         """See ConfigModel. Includes DeepSpeed's settings that may change the result, and `keep_best` if it is set."""
         deepspeed = {key: value for key, value in self.deepspeed.items() if key not in _HARMLESS_DEEPSPEED_KEYS}
-        optional = {"deepspeed": deepspeed, "keep_best": self.checkpoint.keep_best}
+        zero = self.deepspeed.get("zero_optimization", {})
+        quantized = {key: value for key, value in zero.items() if key.startswith("zero_quantized")}
+        keep_best = self.checkpoint.interval_steps if self.checkpoint.keep_best else None
+        optional = {"deepspeed": deepspeed | quantized, "keep_best": keep_best}
         return super().fingerprint_fields() | {key: value for key, value in optional.items() if value}
 
     @model_validator(mode="after")
@@ -298,7 +309,10 @@ class Benchmark(ConfigModel):
         if self.benchmark != "custom":
             for key in ("include", "exclude", "categories", "metric"):
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key} applies to benchmark: custom only; remove it beside {self.benchmark}")
+                    value = getattr(self, key)
+                    raise ValueError(
+                        f"{key}={value} applies to benchmark: custom only; remove it beside {self.benchmark}"
+                    )
         return self
 
 

@@ -140,7 +140,7 @@ def build_llava(
 
 
 def set_attn_implementation(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> None:
-    """Set how attention is computed, and check that all layers follow.
+    """Set how attention is computed. Raises UserError when transformers runs another implementation instead.
 
     A backbone's own setting does not survive the assembly: LlavaConfig resets it in the backbone's config, and
     transformers ignores a wrong key of the dictionary.
@@ -148,18 +148,24 @@ def set_attn_implementation(llava: "LlavaForConditionalGeneration", attn_impleme
     register_varlen()
     vision = vision_attn_implementation(attn_implementation)
     llava.set_attn_implementation({"text_config": attn_implementation, "vision_config": vision})
-    check_attn_implementation(llava, attn_implementation)
+    mismatch = attn_mismatch(llava, attn_implementation)
+    if mismatch:
+        raise UserError(
+            f"attn_implementation={attn_implementation}: {mismatch}; install its package, or choose another"
+        )
 
 
-def check_attn_implementation(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> None:
-    """Assert that every attention layer runs the implementation that was asked for."""
-    running = running_attn_implementations(llava.model.language_model)
-    assert running == {attn_implementation}, f"{attn_implementation} was asked for, {running} runs"
-    running, expected = (
-        running_attn_implementations(llava.model.vision_tower),
-        {vision_attn_implementation(attn_implementation)},
+def attn_mismatch(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> str:
+    """Return which implementations run instead of the one that was asked for; empty if every layer runs that one."""
+    parts = {
+        "the language model": (llava.model.language_model, attn_implementation),
+        "the vision tower": (llava.model.vision_tower, vision_attn_implementation(attn_implementation)),
+    }
+    return "; ".join(
+        f"{name} runs {', '.join(sorted(running))} instead of {expected}"
+        for name, (module, expected) in parts.items()
+        if (running := running_attn_implementations(module)) != {expected}
     )
-    assert running == expected, f"the vision tower runs {running} instead of {expected}"
 
 
 def vision_attn_implementation(attn_implementation: str) -> str:

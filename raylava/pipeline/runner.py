@@ -87,7 +87,8 @@ def _refuse_cluster_settings(resources: Resources) -> None:
         from torch.cuda import is_available
 
         if not is_available():
-            raise UserError("resources.gpus_per_worker=1: torch finds no GPU on this machine; set it to 0")
+            value = resources.gpus_per_worker
+            raise UserError(f"resources.gpus_per_worker={value}: torch finds no GPU on this machine; set it to 0")
 
 
 def _reuse_on_rank_0(stage: Stage, rank: int, reporter: ProgressReporter) -> Artifact | None:

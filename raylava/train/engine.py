@@ -4,7 +4,6 @@ The loss of a step is the sum over its packs divided by the loss tokens of all r
 ranks, so each rank scales its loss by the world size. Independent of Ray, of blocks and of the batch plan.
 """
 
-import logging
 import math
 import os
 import time
@@ -27,7 +26,7 @@ from raylava.models.llava import (
     VISION_TOWER,
     PackLoss,
     PackTensors,
-    check_attn_implementation,
+    attn_mismatch,
     set_trainable,
 )
 from raylava.perf.memory import REDUCE_BUCKET
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
     from raylava.compat.deepspeed import BackgroundWriter
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ class Engine:
         llava.train()
         llava.model.vision_tower.eval()
         self.llava = llava.to(device)
-        check_attn_implementation(llava, training.attn_implementation)
+        mismatch = attn_mismatch(llava, training.attn_implementation)
+        assert not mismatch, mismatch
         assert "auto" not in (training.zero.stage, training.activation_checkpointing), "auto.py resolves these first"
         if training.activation_checkpointing:
             enable_activation_checkpointing(llava)
@@ -107,7 +105,10 @@ class Engine:
             self._loss.compile(dynamic=True)  # in place: names stay those of the plain module
         meta = None if checkpoint is None else loadable_meta(checkpoint, training)
         convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
-        self._engine, self._optimizer, self._writer = _initialize(self._loss, training, device, load_universal=convert)
+        self._groups = list(parameter_groups(self._loss, training))
+        self._engine, self._optimizer, self._writer = _initialize(
+            self._loss, self._groups, training, device, load_universal=convert
+        )
         self.first_step = 0
         if checkpoint is not None and meta is not None:
             self._restore(checkpoint, convert)
@@ -142,7 +143,7 @@ class Engine:
         (vision,) = running_attn_implementations(llava.model.vision_tower)
         configs = {"optimizer states": engine.zero_offload_optimizer(), "parameters": engine.zero_offload_param()}
         offloads = [name for name, config in configs.items() if config and config.device == "cpu"]
-        groups = [_describe_group(group) for group in engine.optimizer.param_groups]
+        groups = map(_describe_group, self._groups, engine.optimizer.param_groups)
         return {
             "attention": f"{language}, vision tower {vision}",
             "logits": "at loss tokens" if type(self._loss) is PackLoss else type(self._loss).__name__,
@@ -283,14 +284,14 @@ def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) 
 
 
 def _initialize(
-    module: nn.Module, training: Training, device: torch.device, load_universal: bool
+    module: nn.Module, groups: list[dict[str, Any]], training: Training, device: torch.device, load_universal: bool
 ) -> "tuple[Any, torch.optim.Optimizer, BackgroundWriter]":
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     from raylava.compat.deepspeed import BackgroundWriter, initialize
 
-    groups = list(parameter_groups(module, training))
     # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
+    copies = [dict(group) for group in groups]  # DeepSpeed replaces their parameters
+    optimizer = torch.optim.AdamW(copies, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()), load_universal)
     writer = BackgroundWriter(set(trained))
@@ -325,9 +326,10 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
                 }
 
 
-def _describe_group(group: dict[str, Any]) -> str:
+def _describe_group(built: dict[str, Any], group: dict[str, Any]) -> str:
+    """Describe an optimizer group, given as it was built and as it is in the engine, where ranks hold a share of it."""
     decay = f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else ""
-    return f"{group['part']} {group['values']:,} values at {group['peak_lr']:g}{decay}"
+    return f"{built['part']} {built['values']:,} values at {group['peak_lr']:g}{decay}"
 
 
 def _part(name: str) -> str:

@@ -38,7 +38,7 @@ from raylava.progress import ProgressBar, poll_in_background
 from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, Upload
 from raylava.train.spec import TrainSpec
-from raylava.train.step_log import CHECKPOINTS, summarize_run
+from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, summarize_run
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _STALL_WARNING_S = 120.0  # without progress for this long, the stalled rank is reported
-_MAX_START_ATTEMPTS = 8
+_MAX_START_FAILURES = 8
 _REPORT_INTERVAL_S = 0.5  # between two reports of a worker to the monitor
 _PEER_DISCONNECTED = (  # messages of collectives whose peer process has exited
     "connection reset by peer",
@@ -70,7 +70,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
     output = storage_path(spec.output)
     monitor = RunMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
     with report_progress(monitor, progress, spec.stage, Gauges(output.name, spec.stage)):
-        _fit(build_trainer(spec, resources, monitor), spec.stage)
+        _fit(build_trainer(spec, resources, monitor), spec.stage, output / CHECKPOINTS / SNAPSHOT)
     (output / CHECKPOINTS).delete()
     return summarize_run(output)
 
@@ -123,17 +123,23 @@ def _run_config(spec: TrainSpec, output: StoragePath, monitor: Any) -> RunConfig
     )
 
 
-def _fit(trainer: "TorchTrainer", stage: str) -> None:
-    """Train, while Ray Train restarts lost workers. Raises RunError with the reason when RestartPolicy ends the run."""
-    for attempts_left in reversed(range(_MAX_START_ATTEMPTS)):
+def _fit(trainer: "TorchTrainer", stage: str, snapshot: StoragePath) -> None:
+    """Train, while Ray Train restarts lost workers. Raises RunError with the reason when RestartPolicy ends the run.
+
+    Ray Train 2.60 retries neither a worker's death while it starts the training function nor its controller's: then it
+    is started again here, up to eight times without a new checkpoint in its `snapshot`.
+    """
+    failures, last_snapshot = 0, b""
+    while True:
         try:
             trainer.fit()
             return
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayActorError) as error:
             reason = error.controller_failure if isinstance(error, ControllerError) else error
-            if not isinstance(reason, RayActorError) or not attempts_left:
+            content = snapshot.read_bytes() if snapshot.exists() else b""
+            failures, last_snapshot = (failures + 1 if content == last_snapshot else 1), content
+            if not isinstance(reason, RayActorError) or failures > _MAX_START_FAILURES:
                 raise RunError(f"{stage} failed: {first_line(reason)}") from error
-            # Ray Train 2.60 retries neither a worker's death while it starts the training function, nor its own.
             logger.warning("%s: lost a worker while the workers were starting; starting them again", stage)
 
 
@@ -146,6 +152,7 @@ class RestartPolicy(UserCallback):
 
     def __init__(self, monitor: Any, max_failures: int = 8) -> None:
         self._monitor, self._max_failures, self._failures = monitor, max_failures, 0
+        self._preempted: list[str] = []  # workers whose preemption has been reported
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Start counting anew: all workers have completed a checkpoint."""
@@ -155,16 +162,20 @@ class RestartPolicy(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Count the failure. Raises RunError with the first error that a worker recorded, or after the last attempt.
 
-        The death of a preempted worker is not counted; Ray Train reports it repeatedly until the node is gone.
+        A worker's error beside the death of another one is taken for a consequence of that; one of its own recurs. The
+        death of a preempted worker is not counted; Ray Train reports it repeatedly until the node is gone.
         """
-        recorded: str | None = ray.get(self._monitor.first_error.remote())
-        if recorded:
-            raise RunError(recorded)
         deaths = {rank: _death(error) for rank, error in worker_exceptions.items()}
-        if any(death and death.preempted for death in deaths.values()):
-            return
-        self._failures += 1
         lost = [f"worker {rank}" for rank, death in sorted(deaths.items()) if death]
+        recorded: str | None = ray.get(self._monitor.take_error.remote())
+        if recorded and not lost:
+            raise RunError(recorded)
+        if any(death and death.preempted for death in deaths.values()):
+            if lost != self._preempted:
+                ray.get(self._monitor.record_loss.remote(lost))
+            self._preempted = lost
+            return
+        self._failures, self._preempted = self._failures + 1, []
         lost = lost or [f"a worker that worker {min(worker_exceptions)} can no longer reach"]
         if self._failures > self._max_failures:
             rank = min(worker_exceptions)
@@ -279,14 +290,18 @@ class RunMonitor:
         """Record an error of a rank's own, before the rank raises it and the other ranks fail in turn."""
         self._first_error = self._first_error or f"worker {rank}: {message}"
 
-    def first_error(self) -> str | None:
-        """Return the first error that a rank recorded."""
-        return self._first_error
+    def take_error(self) -> str | None:
+        """Return the first error that a rank recorded since the last call."""
+        error, self._first_error = self._first_error, None
+        return error
+
+    def start_attempt(self) -> None:
+        """Forget the ranks of an earlier group of workers, whose number may have been another."""
+        self._heartbeats.clear()
 
     def record_loss(self, workers: list[str]) -> None:
-        """Record a failure after which Ray Train restarts the workers. All ranks report anew."""
+        """Record a failure after which Ray Train restarts the workers."""
         self._losses.append(workers)
-        self._heartbeats.clear()
 
     def poll(self, timeout_s: float) -> MonitorReport:
         """Return what happened since the last poll."""
@@ -333,6 +348,8 @@ class _RayBackend:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._checkpoints, self._monitor = storage_path(spec.output) / CHECKPOINTS, monitor
+        if self.rank == 0:
+            ray.get(monitor.start_attempt.remote())
         self._gauges = Gauges(storage_path(spec.output).name, spec.stage, self.rank)
         self._started_at = self._loading_since = time.monotonic()
         self._phase: tuple[int, str, float] | None = None  # step, phase, time of entering it

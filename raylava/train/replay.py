@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from raylava.config.recipe import Training
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.models.llava import PackLoss, build_llava, set_trainable
+from raylava.models.llava import PackLoss, build_llava, load_connector, set_trainable
 from raylava.models.registry import ResolvedModel
 from raylava.storage import StoragePath, storage_path
 from raylava.train.batch_plan import Step
@@ -74,6 +74,8 @@ def replay(folder: StoragePath) -> Iterator[ReplayedSample]:
     dump = json.loads((folder / _DUMP_FILE).read_bytes())
     spec = _read_spec(dump)
     llava = build_llava(spec.model, spec.seed, torch.float32)
+    if spec.connector:
+        load_connector(llava, spec.connector)  # may bring a vision tower, which is frozen and so not in the dump
     llava.load_state_dict(load_file((folder / _WEIGHTS_FILE).local_copy()), strict=False)
     set_trainable(llava, spec.stage, vision=spec.training.vision_lr is not None)
     loss_function, blocks, collator = PackLoss(llava), Blocks.open(storage_path(spec.blocks)), build_collator(spec)

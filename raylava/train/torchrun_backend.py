@@ -32,7 +32,7 @@ from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
 
-_DECISION = "raylava/decision"  # key of the rendezvous store
+_DECISION = "decision"  # key of the rendezvous store
 _NO_TIMEOUT = timedelta(days=365)
 _DONE_FILE = "done-rank-{}.json"  # written after all other files of a rank
 
@@ -57,10 +57,11 @@ class Rendezvous:
 
     def __init__(self) -> None:
         self.ranks = RankInfo.from_environment()
-        if dist.is_torchelastic_launched():
-            self.store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        else:
-            self.store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        if dist.is_torchelastic_launched() or self.ranks.world_size > 1:
+            store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun keeps its store when it restarts the processes.
+        self.store = dist.PrefixStore(f"raylava/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
     def agree(self, rank_0_decides: Callable[[], bool]) -> bool:
         """Return rank 0's decision on every rank.
@@ -221,10 +222,9 @@ def _is_complete(checkpoint: StoragePath) -> bool:
 def expired_checkpoints(complete: list[StoragePath], config: CheckpointConfig) -> list[StoragePath]:
     """Return the checkpoints to delete, given all complete ones, oldest first.
 
-    The newest is always kept, and the best or the newest of the others up to `config.keep_latest` in total.
+    The `config.keep_latest` newest are kept, or with `keep_best` as many of the best besides the newest, as Ray does.
     """
-    newest, older = complete[-1:], complete[:-1]
-    if config.keep_best:
-        older = sorted(older, key=lambda checkpoint: -_recorded_loss(checkpoint))
-    kept_older = config.keep_latest - len(newest)
-    return older[: max(0, len(older) - kept_older)]
+    if not config.keep_best:
+        return complete[: -config.keep_latest]
+    best = sorted(complete, key=_recorded_loss)[: config.keep_latest]
+    return [checkpoint for checkpoint in complete[:-1] if checkpoint not in best]

@@ -55,7 +55,7 @@ class Trainer:
             self._build_engine(checkpoint)
             self._resume(checkpoint)
         first_step = self._engine.first_step
-        dry_run = self._memory_dry_run() if first_step < self._plan.steps else "none, no step is left"
+        dry_run = self._memory_dry_run()
         loader = self._build_loader(first_step)
         if self._backend.rank == 0:
             self._announce_mechanisms(loader, dry_run)
@@ -115,7 +115,7 @@ class Trainer:
         )
 
     def _announce_mechanisms(self, loader: PackedDataLoader, dry_run: str) -> None:
-        """Write what is in force to the artifact's folder and report it, before the first step."""
+        """Report what is in force, before the first step; `_write_result` adds it to the artifact."""
         self._mechanisms = {
             **self._engine.mechanisms(),
             "packing": loader.packing(),
@@ -179,10 +179,11 @@ class Trainer:
         last_loss = self._checkpoints.mean_loss()
         with self._backend.best_checkpoint() as best:
             if weights is None or best is None or last_loss <= best[1]:
-                return f"after the last step, mean loss {last_loss:.4g}, the lowest"
+                return f"after the last step, mean loss {last_loss:.4g}" + (", the lowest" if best else "")
             checkpoint, loss = best
             for name, value in checkpoint_weights(checkpoint.folder).items():
-                weights[name] = value.to(weights[name].dtype)
+                if name in weights:  # at stage 3 tied weights come under both of their names
+                    weights[name] = value.to(weights[name].dtype)
             step = read_checkpoint_meta(storage_path(checkpoint.folder)).step
             return f"before step {step}, mean loss {loss:.4g}, the lowest"
 

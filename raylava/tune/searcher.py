@@ -2,7 +2,8 @@
 
 Results and studies are in storage. What the searcher itself knows is which source and which tracked trial belong to
 each of Ray Tune's running trials; `save` and `restore` keep that as JSON, and so does the copy that Ray Tune pickles,
-which must not contain connections (a database's URL may hold a password).
+which must not contain connections (a database's URL may hold a password). That copy is a record: `restore` gives the
+state to a searcher that was built for the same sweep.
 """
 
 import json

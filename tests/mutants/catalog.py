@@ -96,7 +96,7 @@ MUTANTS = [
         ),
         (
             "the engine checks which attention runs",
-            "        check_attn_implementation(llava, training.attn_implementation)\n",
+            "        assert not mismatch, mismatch\n",
             "",
             f"{MECHANISMS}::test_engine_refuses_a_model_that_runs_another_attention_than_the_recipe",
         ),
@@ -117,7 +117,7 @@ MUTANTS = [
         "raylava/train/trainer.py",
         (
             "memory is tried before the first step",
-            'dry_run = self._memory_dry_run() if first_step < self._plan.steps else "none, no step is left"',
+            "dry_run = self._memory_dry_run()",
             'dry_run = "none"',
             f"{MECHANISMS}::test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step",
         ),
@@ -300,14 +300,14 @@ MUTANTS = [
         ),
         (
             "a worker's own error ends the run",
-            "        if recorded:\n            raise RunError(recorded)\n",
+            "        if recorded and not lost:\n            raise RunError(recorded)\n",
             "",
             f"{RAY}::test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause",
         ),
         (
             "failures without progress are limited",
-            "        self._failures += 1\n",
-            "",
+            "self._failures, self._preempted = self._failures + 1, []",
+            "self._preempted = []",
             f"{RAY}::test_policy_ends_the_run_after_its_number_of_failures_and_does_not_count_preemptions",
         ),
         (

@@ -41,6 +41,7 @@ ALLOWED = {
 SHORT_MODULES = {
     "compat/environment.py": "one context manager, used by the package and by cluster",
     "compat/ray.py": "one library's private parts",
+    "compat/torch.py": "one library's private parts",
     "compat/transformers.py": "one library's private parts",
     "models/families/siglip.py": "one family",
     "evaluate/benchmarks/benchmark.py": "the type that every benchmark module fills in",

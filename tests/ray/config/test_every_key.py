@@ -230,7 +230,11 @@ TRAINING: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "checkpoint.interval_minutes": ("finetune.checkpoint.interval_minutes=1e-9", training),
     "checkpoint.interval_steps": ("finetune.checkpoint.interval_steps=1", training),
     "checkpoint.keep_latest": ("finetune.checkpoint.keep_latest=3", kept_checkpoints, ray_train),
-    "checkpoint.keep_best": ("finetune.checkpoint.keep_best=true", kept_checkpoints, ray_train),
+    "checkpoint.keep_best": (
+        "finetune.checkpoint.interval_steps=1 -> finetune.checkpoint.keep_best=true",
+        kept_checkpoints,
+        ray_train,
+    ),
     "checkpoint.upload_timeout_minutes": ("finetune.checkpoint.upload_timeout_minutes=7", upload_timeout),
 }
 CORPUS: dict[str, tuple[str, *tuple[Probe, ...]]] = {

@@ -72,7 +72,7 @@ def test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step(spec:
 def test_engine_refuses_a_model_that_runs_another_attention_than_the_recipe(spec: TrainSpec) -> None:
     trainer, _ = build_trainer(spec)
     trainer._llava.set_attn_implementation({"text_config": "sdpa"})
-    with pytest.raises(AssertionError, match="varlen was asked for"):
+    with pytest.raises(AssertionError, match="the language model runs sdpa instead of varlen"):
         trainer._build_engine(None)
 
 

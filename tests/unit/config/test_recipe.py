@@ -83,15 +83,22 @@ def test_override_sets_one_key(minimal: str, override: str, value: object) -> No
         ("finetune.deepspeed={zero_allow_untested_optimizer: false}", "zero_allow_untested_optimizer is set by"),
         ("finetune.deepspeed={zero_optimization: {stage: 1}}", "zero_optimization.stage is set by raylava"),
         ("finetune.deepspeed={zero_optimization: {overlap_comm: true}}", "zero_optimization.overlap_comm is set by"),
+        ("finetune.checkpoint.keep_best=true", "set interval_steps as well"),
         ("finetune.enabled=false", "a recipe always finetunes"),
         ("model.connector.weights=/connector", "replaces pretraining; set pretrain.enabled=false"),
         ("corpora.instruction.image_encoding={format: png, quality: 80}", "quality=80 applies to format jpeg only"),
         (
             "evaluate=[{name: a, questions: q, benchmark: pope, include: ['5/*']}]",
-            "include applies to benchmark: custom",
+            "only; remove it beside pope",
         ),
-        ("evaluate=[{name: a, questions: q, benchmark: pope, metric: yes_no}]", "metric applies to benchmark: custom"),
-        ("evaluate=[{name: a, questions: q, benchmark: pope, categories: {a: b}}]", "categories applies to benchmark:"),
+        (
+            "evaluate=[{name: a, questions: q, benchmark: pope, metric: yes_no}]",
+            "metric=yes_no applies to",
+        ),
+        (
+            "evaluate=[{name: a, questions: q, benchmark: pope, categories: {a: b}}]",
+            "only; remove it beside pope",
+        ),
         ("finetune={compile: true, zero: {stage: 3}}", "set zero.stage to 2 or less"),
         ("resources.min_workers=2", "more than workers=1"),
         ("finetune", "write key=value"),
@@ -158,7 +165,8 @@ def test_setting_that_cannot_change_the_result_is_not_fingerprinted(minimal: str
         "finetune.lr=1e-5",
         "corpora.instruction.image_aspect=crop",
         "finetune.deepspeed={data_types: {grad_accum_dtype: bf16}}",
-        "finetune.checkpoint.keep_best=true",
+        "finetune.checkpoint={interval_steps: 4, keep_best: true}",
+        "finetune.deepspeed={zero_optimization: {zero_quantized_weights: true}}",
     ],
 )
 def test_setting_that_determines_the_result_is_fingerprinted(minimal: str, override: str) -> None:
