@@ -327,7 +327,7 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
 
 
 def _describe_group(built: dict[str, Any], group: dict[str, Any]) -> str:
-    """Describe an optimizer group, given as it was built and as it is in the engine, where ranks hold a share of it."""
+    """Describe an optimizer group, before and after DeepSpeed divided its parameters among ranks."""
     decay = f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else ""
     return f"{built['part']} {built['values']:,} values at {group['peak_lr']:g}{decay}"
 

@@ -162,7 +162,7 @@ class RestartPolicy(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Count the failure. Raises RunError with the first error that a worker recorded, or after the last attempt.
 
-        A worker's error beside the death of another one is taken for a consequence of that; one of its own recurs. The
+        A worker's error beside the death of another one is considered a consequence; an independent error recurs. The
         death of a preempted worker is not counted; Ray Train reports it repeatedly until the node is gone.
         """
         deaths = {rank: _death(error) for rank, error in worker_exceptions.items()}

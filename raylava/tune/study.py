@@ -1,4 +1,4 @@
-"""The search of one variant: an Optuna study that outlives the driver, asked and told by tune/searcher.py.
+"""The search of one variant: an Optuna study that outlives the driver; tune/searcher.py runs its trials.
 
 The study is the only state of a search. It is stored in a database, or as Optuna's journal in the sweep's folder on any
 filesystem. A trial that was running when its driver was killed is started again with the same settings, so that its

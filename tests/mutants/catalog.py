@@ -44,7 +44,7 @@ MUTANTS = [
             f"{KEYS}[finetune.connector_lr]",
         ),
         (
-            "the vision tower trains with a rate of its own",
+            "the vision tower has its own rate",
             "vision=training.vision_lr is not None)",
             "vision=False)",
             f"{KEYS}[finetune.vision_lr]",
@@ -281,7 +281,7 @@ MUTANTS = [
             f"{KEYS}[finetune.checkpoint.keep_latest]",
         ),
         (
-            "a stalled rank is told",
+            "a stalled rank is reported",
             "if report.stall and not last_stall:",
             "if False:",
             f"{RAY}::test_stalled_rank_is_named_in_a_warning",
@@ -293,10 +293,10 @@ MUTANTS = [
             "tests/unit/train/test_ray_backend.py::test_rank_that_is_furthest_behind_is_the_stalled_one",
         ),
         (
-            "lost workers are told",
+            "lost workers are reported",
             'logger.warning("%s: lost %s; resuming from the last checkpoint", stage, ", ".join(lost))',
             "pass",
-            f"{RAY}::test_lost_workers_are_told_when_they_are_restarted",
+            f"{RAY}::test_lost_workers_are_reported_when_they_are_restarted",
         ),
         (
             "a worker's own error ends the run",
@@ -317,7 +317,7 @@ MUTANTS = [
             f"{RAY}::test_run_that_saves_checkpoints_may_lose_workers_any_number_of_times",
         ),
         (
-            "a vanished peer is told from an error",
+            "a vanished peer is distinguished from an error",
             "return is_collective and any(message in text for message in _PEER_DISCONNECTED)",
             "return False",
             "tests/unit/train/test_ray_backend.py::test_collective_that_lost_its_peer_is_a_peer_failure",

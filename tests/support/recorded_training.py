@@ -1,4 +1,4 @@
-"""A training stage in this process: the product's Trainer with a backend that records what it is told."""
+"""A training stage in this process: the product's Trainer with a backend that records its calls."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -197,7 +197,7 @@ def trackers(bench: Bench, recipe: Recipe) -> Any:
 
 
 def locations(bench: Bench, recipe: Recipe) -> Any:
-    """Where the corpora and questions are read."""
+    """The files from which corpora are read."""
     return [stage._prepare_spec.source_paths for stage in bench.stages(recipe) if isinstance(stage, PrepareStage)]
 
 

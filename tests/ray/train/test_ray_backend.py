@@ -1,4 +1,4 @@
-"""Ray Train restarts a worker group that lost a worker, and ends a run whose worker raised an error of its own."""
+"""Ray Train restarts a worker group that lost a worker, and ends a run whose worker raised an error."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def log_attempt(config: dict[str, Any]) -> None:
 
 
 def fail_while_the_peer_waits(config: dict[str, Any]) -> None:
-    """Rank 1 raises an error of its own; rank 0's collective then fails because its peer is gone."""
+    """Rank 1 raises an error; rank 0's collective then fails because its peer is gone."""
     log_attempt(config)
     with record_errors(config["monitor"]):
         torch.distributed.barrier()
@@ -111,7 +111,7 @@ def test_stalled_rank_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) ->
     assert "finetune is stalled: rank 1 has been waiting for data in step 6 for 7" in caplog.text
 
 
-def test_lost_workers_are_told_when_they_are_restarted(caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_workers_are_reported_when_they_are_restarted(caplog: pytest.LogCaptureFixture) -> None:
     monitor = RunMonitor.remote()  # type: ignore[attr-defined]
     ray.get(monitor.record_loss.remote(["worker 2"]))
     with report_progress(monitor, NullProgressBar(), "finetune", Gauges("run", "finetune")):

@@ -1,4 +1,4 @@
-"""The monitor names the stalled rank, and a collective's report of a vanished peer is told from a rank's own error."""
+"""The monitor names the stalled rank; a vanished peer is distinguished from an error of the rank itself."""
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
