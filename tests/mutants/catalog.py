@@ -327,8 +327,8 @@ MUTANTS = [
         "raylava/train/torchrun_backend.py",
         (
             "the best checkpoints are kept",
-            "    if config.keep_best:\n",
-            "    if False:\n",
+            "    if not config.keep_best:\n",
+            "    if True:\n",
             "tests/unit/train/test_torchrun_backend.py",
         ),
     ),
@@ -719,7 +719,7 @@ MUTANTS = [
         "raylava/config/recipe.py",
         (
             "DeepSpeed settings that change a result are fingerprinted",
-            'optional = {"deepspeed": deepspeed, "keep_best"',
+            'optional = {"deepspeed": deepspeed | quantized, "keep_best"',
             'optional = {"keep_best"',
             "tests/unit/config/test_recipe.py::test_setting_that_determines_the_result_is_fingerprinted",
         ),
