@@ -127,3 +127,14 @@ def test_policy_ends_the_run_after_its_number_of_failures_and_does_not_count_pre
     policy.after_exception(None, {1: RayActorError()})
     with pytest.raises(RunError, match="lost worker 1; 2 failures without a new checkpoint between them"):
         policy.after_exception(None, {1: RayActorError()})
+
+
+def test_error_beside_the_death_of_another_worker_restarts_and_ends_the_run_when_it_recurs_alone() -> None:
+    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    policy = RestartPolicy(monitor)
+    error = ValueError("no route to host")
+    ray.get(monitor.record_error.remote(0, "ValueError: no route to host"))
+    policy.after_exception(None, {0: error, 1: RayActorError()})
+    ray.get(monitor.record_error.remote(0, "ValueError: no route to host"))
+    with pytest.raises(RunError, match="worker 0: ValueError: no route to host"):
+        policy.after_exception(None, {0: error})
