@@ -111,6 +111,10 @@ def _format_metrics(rate: float, unit: str, metrics: dict[str, float]) -> str:
     return "  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()])
 
 
+def _print_detail(console: RichConsole, text: str) -> None:
+    console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
+
+
 class _LiveBar:
     """A rich progress bar on a terminal."""
 
@@ -122,7 +126,7 @@ class _LiveBar:
         self._progress.update(self._task, completed=done, total=total, metrics=text)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
+        _print_detail(self._progress.console, text)
 
 
 class _LineBar:
@@ -144,7 +148,7 @@ class _LineBar:
             self._print()
 
     def say(self, text: str) -> None:
-        self._console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
+        _print_detail(self._console, text)
 
     def finish(self) -> None:
         if self._pending:

@@ -1,4 +1,9 @@
-"""The exceptions whose message is shown to the user as one line, and the one-line form of any other exception."""
+"""The exceptions whose message is shown to the user as one line, and the one-line form of any other failure."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from subprocess import CompletedProcess
 
 
 class UserError(Exception):
@@ -16,3 +21,8 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, (UserError, RunError)):
         return text
     return f"{type(error).__name__}: {text}"[:300]
+
+
+def last_line(command: "CompletedProcess[str]") -> str:
+    """Return the last line of a failed command's standard error, or of its output if that is empty."""
+    return "".join((command.stderr.strip() or command.stdout.strip()).splitlines()[-1:])

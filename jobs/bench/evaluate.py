@@ -29,6 +29,7 @@ from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_an
 from raylava.evaluate.questions import Question, read_questions
 from raylava.models.export import export_untrained
 from raylava.models.registry import resolve_model
+from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from raylava.toy.demo import make_toy_assets, toy_recipe
 
@@ -36,7 +37,7 @@ MAX_NEW_TOKENS = 8
 PRECISION = "fp32"
 
 
-class FirstUpdateTimer:
+class FirstUpdateTimer(NullProgressBar):
     """A progress bar that records when the first answers arrived, and their number."""
 
     def __init__(self) -> None:
@@ -45,9 +46,6 @@ class FirstUpdateTimer:
     def update(self, done: float, total: float, **metrics: float) -> None:
         """See progress.ProgressBar."""
         self.first = self.first or (time.monotonic(), done)
-
-    def say(self, text: str) -> None:
-        """See progress.ProgressBar."""
 
 
 def main() -> None:

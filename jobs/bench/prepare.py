@@ -33,6 +33,7 @@ from raylava.corpus.images import decode_block_image, decode_image, normalize_pi
 from raylava.corpus.prepare import PrepareSpec, prepare
 from raylava.models.families import clip, gemma
 from raylava.models.registry import PixelRule, load_tokenizer, resolve_language, vision_spec
+from raylava.progress import NullProgressBar
 from raylava.toy.language import train_tokenizer
 
 WORKERS = 2
@@ -93,7 +94,7 @@ def prepare_spec(folder: Path) -> PrepareSpec:
     return PrepareSpec("bench", corpus, source_paths, language, VISION, str(folder / "blocks"))
 
 
-class ThroughputRecorder:
+class ThroughputRecorder(NullProgressBar):
     """A progress bar that records when images were done; the steady rate excludes the first and last tenth."""
 
     def __init__(self) -> None:
@@ -103,9 +104,6 @@ class ThroughputRecorder:
     def update(self, done: float, total: float, **metrics: float) -> None:
         """Record the number of images done; raylava's progress bars have this interface."""
         self._updates.append((time.monotonic(), done))
-
-    def say(self, text: str) -> None:
-        """Discard the line; raylava's progress bars have this interface."""
 
     def overall(self) -> float:
         """Return the images/s of the whole run."""

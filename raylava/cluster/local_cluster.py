@@ -24,11 +24,19 @@ import psutil
 import yaml
 from ray.util import get_node_ip_address
 
-from raylava.cluster.node_provider import CLUSTER_FOLDER, HEAD, NODE_ID, NODE_TYPE, LocalNodeProvider, cluster_processes
+from raylava.cluster.node_provider import (
+    CLUSTER_FOLDER,
+    HEAD,
+    NODE_ID,
+    NODE_TYPE,
+    LocalNodeProvider,
+    cluster_processes,
+    format_labels,
+)
 from raylava.cluster.roles import CLUSTER_FILE, NODE_ROLES
 from raylava.cluster.session import free_ports
 from raylava.compat.ray import InvalidClusterConfigError, validate_cluster_config
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import RunError, UserError, first_line, last_line
 from raylava.storage import cache_folder
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")  # set by LocalCluster.environment
@@ -106,8 +114,7 @@ def start(config: Path) -> LocalCluster:
         ray_start = subprocess.run(command, env=environment, capture_output=True, text=True)
         (folder / "start.log").write_text(ray_start.stdout + ray_start.stderr)
         if ray_start.returncode != 0:
-            last_line = (ray_start.stderr.strip() or ray_start.stdout.strip()).splitlines()[-1:]
-            raise RunError(f"the local cluster did not start: {' '.join(last_line)}")
+            raise RunError(f"the local cluster did not start: {last_line(ray_start)}")
         _wait_until_ready(cluster)
     except BaseException:  # also KeyboardInterrupt: the caller has no handle yet to stop the cluster
         cluster.stop()
@@ -168,7 +175,7 @@ def _provider(cluster: LocalCluster, head_node_type: str) -> dict[str, Any]:
 
 def _head_labels(cluster_config: dict[str, Any]) -> str:
     labels = cluster_config["available_node_types"][cluster_config["head_node_type"]].get("labels", {})
-    return ",".join(f"{key}={value}" for key, value in labels.items())
+    return format_labels(labels)
 
 
 def _wait_until_ready(cluster: LocalCluster) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -45,6 +45,11 @@ def node_processes(node_id: str, folder: str) -> Iterator[psutil.Process]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get(NODE_ID) == node_id:
                 yield process
+
+
+def format_labels(labels: Mapping[str, str]) -> str:
+    """Return node labels as `ray start --labels` expects them."""
+    return ",".join(f"{key}={value}" for key, value in labels.items())
 
 
 class LocalNodeProvider(NodeProvider):
@@ -129,7 +134,7 @@ class LocalNodeProvider(NodeProvider):
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.provider_config['gcs_address']}"),
             *(f"--num-cpus={resources.get('CPU', 0):.0f}", f"--num-gpus={resources.get('GPU', 0):.0f}"),
-            *(f"--resources={json.dumps(custom)}", f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}"),
+            *(f"--resources={json.dumps(custom)}", f"--labels={format_labels(labels)}"),
             *(f"--temp-dir={self._folder}/{node[-8:]}", "--dashboard-agent-listen-port=0", "--disable-usage-stats"),
             *("--min-worker-port=0", "--max-worker-port=0"),
         ]

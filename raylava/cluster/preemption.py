@@ -22,7 +22,7 @@ from typing import Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import RunError, UserError, first_line, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +190,7 @@ def drain_nodes(address: str, node_id: str | None, notice: Notice) -> None:
         ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            last_line = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-            raise RunError(f"Ray did not drain node {target}: {' '.join(last_line)}")
+            raise RunError(f"Ray did not drain node {target}: {last_line(result)}")
 
 
 def _nodes_of_this_machine(address: str) -> list[str]:

@@ -33,8 +33,9 @@ def ray_session(resources: Resources) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    configure_ray_libraries(joins_running_cluster())
-    if joins_running_cluster():
+    joined = joins_running_cluster()
+    configure_ray_libraries(joined)
+    if joined:
         ray.init(log_to_driver=False)
     else:
         _start_local_cluster(max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))

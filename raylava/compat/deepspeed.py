@@ -94,14 +94,14 @@ def initialize(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     engine.checkpoint_engine = writer
-    for state in optimizer_state(engine).values():
+    for state in inner_optimizer(engine).state.values():
         state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments
     return engine
 
 
-def optimizer_state(engine: Any) -> Any:
-    """Return the state of torch's optimizer by parameter; the optimizers of ZeRO stages 1 to 3 wrap it."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer).state
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return torch's optimizer of an engine, which the optimizers of ZeRO stages 1 to 3 wrap."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)  # type: ignore[no-any-return]
 
 
 def _copy_to_host(value: Any) -> Any:

@@ -244,7 +244,7 @@ def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:
 
 
 def load_connector(llava: "LlavaForConditionalGeneration", folder: str) -> None:
-    """Load a connector artifact's weights: the connector's, and the vision tower's if pretraining trained it as well.
+    """Put a connector artifact's weights into the model: the connector's, and the tower's if pretraining trained it.
 
     Raises RuntimeError when names or shapes differ.
     """

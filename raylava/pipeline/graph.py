@@ -85,6 +85,8 @@ class _StageBuilder:
         self._recipe, self._storage, self._model, self._benchmarks = recipe, storage, model, benchmarks
         self._tokenizer = tokenizer_sha256(load_tokenizer(model.language))
         self._backbones = _identify_backbones(model)
+        weights = model.connector_weights
+        self._given_connector = weights and _connector_sha256(weights)
 
     def build(self) -> list[Stage]:
         recipe = self._recipe
@@ -109,7 +111,6 @@ class _StageBuilder:
 
     def _train(self, stage: StageName, blocks: Stage, connector: Stage | None) -> TrainStage:
         recipe = self._recipe
-        weights = self._model.connector_weights
         spec = TrainSpec(
             stage=stage,
             model=self._model,
@@ -122,13 +123,11 @@ class _StageBuilder:
             tracking=recipe.tracking,
         )
         inputs = {"blocks": blocks.spec()} | ({"connector": connector.spec()} if connector else {})
-        given_connector = weights and _connector_sha256(weights)
-        return TrainStage(spec, self._backbones, recipe.resources, self._storage, inputs, given_connector)
+        return TrainStage(spec, self._backbones, recipe.resources, self._storage, inputs, self._given_connector)
 
     def _untrained(self) -> UntrainedStage:
         recipe = self._recipe
         image_aspect = recipe.corpora.instruction.image_aspect
-        weights = self._model.connector_weights
         return UntrainedStage(
             self._model,
             self._backbones,
@@ -136,7 +135,7 @@ class _StageBuilder:
             image_aspect,
             recipe.finetune.precision,
             self._storage,
-            weights and _connector_sha256(weights),
+            self._given_connector,
         )
 
     def _evaluations(self, model: Stage) -> list[Stage]:

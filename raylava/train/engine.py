@@ -105,10 +105,9 @@ class Engine:
             self._loss.compile(dynamic=True)  # in place: names stay those of the plain module
         meta = None if checkpoint is None else loadable_meta(checkpoint, training)
         convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
-        self._groups = list(parameter_groups(self._loss, training))
-        self._engine, self._optimizer, self._writer = _initialize(
-            self._loss, self._groups, training, device, load_universal=convert
-        )
+        groups = list(parameter_groups(self._loss, training))
+        self._group_labels = [_label(group) for group in groups]  # before DeepSpeed divides the parameters among ranks
+        self._engine, self._writer = _initialize(self._loss, groups, training, device, load_universal=convert)
         self.first_step = 0
         if checkpoint is not None and meta is not None:
             self._restore(checkpoint, convert)
@@ -138,16 +137,18 @@ class Engine:
 
     def mechanisms(self) -> dict[str, str]:
         """Describe what is in force, by mechanism; read from the initialized engine, not from the settings."""
+        from raylava.compat.deepspeed import inner_optimizer
+
         engine, llava = self._engine, self.llava
         (language,) = running_attn_implementations(llava.model.language_model)
         (vision,) = running_attn_implementations(llava.model.vision_tower)
         configs = {"optimizer states": engine.zero_offload_optimizer(), "parameters": engine.zero_offload_param()}
         offloads = [name for name, config in configs.items() if config and config.device == "cpu"]
-        groups = map(_describe_group, self._groups, engine.optimizer.param_groups)
+        groups = map(_describe_group, self._group_labels, engine.optimizer.param_groups)
         return {
             "attention": f"{language}, vision tower {vision}",
             "logits": "at loss tokens" if type(self._loss) is PackLoss else type(self._loss).__name__,
-            "optimizer": f"{type(self._optimizer).__name__}: {'; '.join(groups)}",
+            "optimizer": f"{type(inner_optimizer(engine)).__name__}: {'; '.join(groups)}",
             "gradient clipping": f"norm {engine.gradient_clipping():g}" if engine.gradient_clipping() else "off",
             "compile": "on" if is_compiled(self._loss) else "off",
             "activation checkpointing": "on" if llava.is_activation_checkpointing else "off",
@@ -221,7 +222,7 @@ class Engine:
         self._writer.wait()
 
     def _restore(self, folder: Path, convert: bool) -> None:
-        """Load weights and optimizer; a checkpoint of another world size is converted first."""
+        """Restore weights and optimizer; a checkpoint of another world size is converted first."""
         if not convert:
             self._load(folder)
             return
@@ -234,14 +235,14 @@ class Engine:
         At stage 3, DeepSpeed 0.19 restores all parameter groups with the first one's settings and one shared step
         counter, which each group then increments; both are corrected here.
         """
-        from raylava.compat.deepspeed import optimizer_state
+        from raylava.compat.deepspeed import inner_optimizer
 
         groups = self._engine.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self._load(folder)
         for group, group_settings in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(group_settings)
-        for state in optimizer_state(self._engine).values():
+        for state in inner_optimizer(self._engine).state.values():
             state["step"] = torch.as_tensor(state["step"]).clone()
 
     def _load(self, folder: Path) -> None:
@@ -285,24 +286,23 @@ def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) 
 
 def _initialize(
     module: nn.Module, groups: list[dict[str, Any]], training: Training, device: torch.device, load_universal: bool
-) -> "tuple[Any, torch.optim.Optimizer, BackgroundWriter]":
+) -> "tuple[Any, BackgroundWriter]":
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # before deepspeed is imported: it chooses once
     from raylava.compat.deepspeed import BackgroundWriter, initialize
 
     # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
-    copies = [dict(group) for group in groups]  # DeepSpeed replaces their parameters
-    optimizer = torch.optim.AdamW(copies, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()), load_universal)
     writer = BackgroundWriter(set(trained))
-    return initialize(module, optimizer, config, writer), optimizer, writer
+    return initialize(module, optimizer, config, writer), writer
 
 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:
     """Yield AdamW's parameter groups by part (language model, connector, vision tower) and weight decay.
 
-    Matrices decay; vectors (biases and norms) do not. Each group has its `peak_lr`, `part` and number of `values`; `lr`
-    is set at every step.
+    Matrices decay; vectors (biases and norms) do not. Each group has its `peak_lr` and `part`;
+    `lr` is set at every step.
     """
     rates = {
         "connector": training.connector_lr or training.lr,
@@ -315,21 +315,16 @@ def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str
             weights = [weight for name, weight in trained if _part(name) == part and (weight.ndim >= 2) == decays]
             if weights:
                 decay = training.weight_decay if decays else 0.0
-                values = sum(weight.numel() for weight in weights)
-                yield {
-                    "params": weights,
-                    "weight_decay": decay,
-                    "lr": 0.0,
-                    "peak_lr": rate,
-                    "part": part,
-                    "values": values,
-                }
+                yield {"params": weights, "weight_decay": decay, "lr": 0.0, "peak_lr": rate, "part": part}
 
 
-def _describe_group(built: dict[str, Any], group: dict[str, Any]) -> str:
-    """Describe an optimizer group, before and after DeepSpeed divided its parameters among ranks."""
+def _label(group: dict[str, Any]) -> str:
+    return f"{group['part']} {sum(weight.numel() for weight in group['params']):,} values"
+
+
+def _describe_group(label: str, group: dict[str, Any]) -> str:
     decay = f", weight decay {group['weight_decay']:g}" if group["weight_decay"] else ""
-    return f"{built['part']} {built['values']:,} values at {group['peak_lr']:g}{decay}"
+    return f"{label} at {group['peak_lr']:g}{decay}"
 
 
 def _part(name: str) -> str:

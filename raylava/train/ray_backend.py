@@ -89,7 +89,7 @@ def build_trainer(spec: TrainSpec, resources: Resources, monitor: Any) -> "Torch
         },
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=_scaling_config(resources),
-        run_config=_run_config(spec, storage_path(spec.output), monitor),
+        run_config=_run_config(spec, monitor),
     )
 
 
@@ -106,8 +106,8 @@ def _scaling_config(resources: Resources) -> ScalingConfig:
     )
 
 
-def _run_config(spec: TrainSpec, output: StoragePath, monitor: Any) -> RunConfig:
-    config = spec.training.checkpoint
+def _run_config(spec: TrainSpec, monitor: Any) -> RunConfig:
+    config, output = spec.training.checkpoint, storage_path(spec.output)
     root, stage, fingerprint = output.path.rsplit("/", 2)
     return RunConfig(
         name=f"{stage}/{fingerprint}/{CHECKPOINTS}",  # also the run's name in Ray's dashboard

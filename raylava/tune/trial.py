@@ -21,7 +21,7 @@ from raylava.errors import first_line
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.pipeline.stage import run_stage
-from raylava.progress import ProgressBar
+from raylava.progress import NullProgressBar, ProgressBar
 from raylava.storage import storage_path
 from raylava.train.step_log import training_seconds
 from raylava.tune.study import RUNGS
@@ -79,7 +79,7 @@ class _TrialReporter:
         yield _TrackerBar(self._tracker, self._trial, rungs)
 
 
-class _TrackerBar:
+class _TrackerBar(NullProgressBar):
     """Progress bar that reports to the tracker at most every half second, and to Ray Tune at each rung."""
 
     def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None") -> None:
@@ -94,9 +94,6 @@ class _TrackerBar:
         reached = self._rungs.record_loss(done, total, metrics["loss"]) if self._rungs else None
         if reached:
             tune.report({"rung": reached[0], "loss": reached[1]})
-
-    def say(self, text: str) -> None:
-        """Discard the line; it is in the artifact."""
 
 
 class Rungs:

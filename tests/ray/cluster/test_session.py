@@ -49,26 +49,32 @@ def test_session_starts_despite_the_address_file_of_a_killed_cluster() -> None:
     assert process.returncode == 0, process.stderr[-2000:]
 
 
-def test_cluster_of_a_command_listens_on_the_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The settings that ray.init is called with; no cluster is started."""
     settings: dict[str, Any] = {}
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda *_, **options: settings.update(options))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    return settings
+
+
+def test_cluster_of_a_command_listens_on_the_loopback_interface(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with ray_session(Resources(workers=3)):
         pass
     assert settings["dashboard_host"] == "127.0.0.1"
     assert settings["num_cpus"] >= 3
 
 
-def test_settings_of_a_cluster_that_is_joined_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {}
+def test_settings_of_a_cluster_that_is_joined_are_left_alone(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "")
     monkeypatch.delenv("RAY_TRAIN_ENABLE_STATE_TRACKING")
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda *_, **options: settings.update(options))
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
     context, level = ray.data.DataContext(), logging.getLogger("ray.data").level
     monkeypatch.setattr(ray.data.DataContext, "get_current", lambda: context)
     before = context.enable_progress_bars

@@ -114,6 +114,7 @@ MEMORY_SCRIPT = """
 import json, os, pickle, sys
 import psutil, ray
 from raylava.corpus.prepare import prepare
+from raylava.progress import NullProgressBar
 
 def unshared_memory():
     total = 0
@@ -126,15 +127,13 @@ def unshared_memory():
             pass
     return total
 
-class MemoryProbe:
+class MemoryProbe(NullProgressBar):
     "A progress bar that measures the memory of driver and workers after each block."
     def __init__(self):
         self.measurements = []
     def update(self, done, total, **metrics):
         if done:
             self.measurements.append(unshared_memory())
-    def say(self, text):
-        pass
 
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 probe = MemoryProbe()

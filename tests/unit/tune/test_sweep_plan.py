@@ -1,6 +1,7 @@
 """A plan counts the stages that variants share before anything runs."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from raylava.storage import storage_path
 from raylava.toy.demo import recipes_folder
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
-from raylava.tune.sweep_plan import plan_sweep
+from raylava.tune.sweep_plan import SweepPlan, plan_sweep
 from tests.support.sweeps import write_sweep_with_broken_model
 
 
@@ -28,13 +29,24 @@ def test_plan_counts_shared_stages_before_anything_runs(toy_assets: Artifact, to
     }
 
 
-def test_shipped_learning_rates_share_the_connector_of_their_seed(
-    toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+PlanShipped = Callable[[str], SweepPlan]
+
+
+@pytest.fixture
+def plan_shipped(toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanShipped:
+    """Return a function that plans a shipped sweep of toy models."""
     (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)
-    monkeypatch.chdir(tmp_path)
-    run = SweepRun(load_sweep(str(recipes_folder() / "toy-learning-rates.yaml")), [], storage_path(tmp_path))
-    plan = plan_sweep(run.planned_variants(), storage_path(tmp_path))
+    monkeypatch.chdir(tmp_path)  # the sweeps refer to ./toy, as created by `raylava toy toy`
+
+    def plan(name: str) -> SweepPlan:
+        run = SweepRun(load_sweep(str(recipes_folder() / name)), [], storage_path(tmp_path))
+        return plan_sweep(run.planned_variants(), storage_path(tmp_path))
+
+    return plan
+
+
+def test_shipped_learning_rates_share_the_connector_of_their_seed(plan_shipped: PlanShipped) -> None:
+    plan = plan_shipped("toy-learning-rates.yaml")
     assert Counter((stage.stage, stage.users) for stage in plan.planned_stages) == {
         ("prepare", 6): 2,
         ("pretrain", 3): 2,
@@ -43,13 +55,8 @@ def test_shipped_learning_rates_share_the_connector_of_their_seed(
     }
 
 
-def test_shipped_toy_ablations_share_every_stage_that_two_variants_have_in_common(
-    toy_assets: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "toy").symlink_to(toy_assets.path.path, target_is_directory=True)
-    monkeypatch.chdir(tmp_path)  # the sweep refers to ./toy, as created by `raylava toy toy`
-    run = SweepRun(load_sweep(str(recipes_folder() / "toy-ablations.yaml")), [], storage_path(tmp_path))
-    plan = plan_sweep(run.planned_variants(), storage_path(tmp_path))
+def test_shipped_toy_ablations_share_every_stage_that_two_variants_have_in_common(plan_shipped: PlanShipped) -> None:
+    plan = plan_shipped("toy-ablations.yaml")
     assert len(plan.variants) == 16
     assert Counter((stage.stage, stage.users) for stage in plan.planned_stages) == {
         ("prepare", 8): 1,  # the alignment corpus: half of the variants train no connector
