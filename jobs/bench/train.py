@@ -229,7 +229,7 @@ class TrainingBenchmark:
         data_wait_s = loss = 0.0
         for batch in loader:
             data_wait_s += time.monotonic() - wait_start
-            loss = engine.step(batch.step.number, batch.packs, batch.loss_tokens).loss
+            loss = engine.step(batch.step.number, batch.packs).loss
             wait_start = time.monotonic()
             if batch.step.number == 0:
                 start, data_wait_s = wait_start, 0.0

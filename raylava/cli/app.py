@@ -8,6 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from raylava.cli import (
+    batches,
     chat,
     check,
     compare,
@@ -45,6 +46,7 @@ _COMMANDS = {
     "inspect": inspect,
     "show": show,
     "status": status,
+    "batches": batches,
     "replay": replay,
     "submit": submit,
     "stop": stop,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from raylava.cli.command import CommandResult, execute
-from raylava.cli.options import DEFAULT_STORAGE, AsJson, BenchmarkData, Storage
+from raylava.cli.options import DEFAULT_STORAGE, AsJson, BenchmarkData, Storage, TransformersVersion
 from raylava.console import Console
 
 
@@ -28,6 +28,7 @@ class _Options:
     precision: str
     workers: int | None
     gpus_per_worker: int
+    transformers_version: str | None
     storage: str
 
 
@@ -56,13 +57,14 @@ def command(
         int | None, typer.Option("--workers", min=1, metavar="N", help="model replicas (default: all that fit)")
     ] = None,
     gpus_per_worker: Annotated[int, typer.Option("--gpus-per-worker", min=0, metavar="G", help="GPUs per replica")] = 0,
+    transformers_version: TransformersVersion = None,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> int:
     """Have a model answer a benchmark, and score it."""
     options = _Options(
         model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, engine, precision,
-        workers, gpus_per_worker, storage,
+        workers, gpus_per_worker, transformers_version, storage,
     )  # fmt: skip
     return execute("evaluate", as_json, lambda console: _evaluate(options, console))
 
@@ -95,7 +97,7 @@ def _evaluate(options: _Options, console: Console) -> CommandResult:
     actors = ActorPool(options.workers, gpus_per_actor=options.gpus_per_worker, node_labels=node_labels)
     storage = writable(options.storage)
     request = EvaluationRequest(
-        model_ref(options.model),
+        model_ref(options.model, options.transformers_version),
         benchmark,
         loaded,
         actors,

@@ -8,7 +8,7 @@ from raylava.cluster.jobs import JobSpec, is_uri, validate_shared_storage
 from raylava.config.load import load_recipe, read_mapping, read_recipe
 from raylava.config.recipe import Recipe
 from raylava.errors import UserError
-from raylava.models.registry import is_folder
+from raylava.models.hub import is_folder
 from raylava.pipeline.graph import make_absolute
 from raylava.storage import storage_path
 

@@ -12,6 +12,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings to change, such as finetune.lr=1e-5")
 ]
 Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="where artifacts are stored")]
+TransformersVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--transformers-version",
+        metavar="VERSION",
+        help="the version that saved the model, if its config.json is wrong about it",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 BenchmarkData = Annotated[
     str, typer.Option("--data", metavar="DIR", help="the official files; for custom, the questions")

@@ -53,29 +53,60 @@ class Language(ConfigModel):
 
 
 class Vision(ConfigModel):
-    """The vision backbone: a hub id or a local folder. `image_size`, in pixels, defaults to the backbone's own."""
+    """The vision backbone: a hub id or a local folder. `image_size`, in pixels, defaults to the backbone's own.
+
+    With `resize_size`, an image is resized to that many pixels (after padding, where the corpus pads), and its center
+    of `image_size` pixels is cropped, as DINOv2's stock processor does with 256 and 224. Without it nothing is cropped
+    from a padded image.
+    """
 
     name: str
     revision: str = "main"
     family: str | None = None
     image_size: int | None = Field(None, ge=8, le=4096)
+    resize_size: int | None = Field(None, ge=8, le=4096)
+
+    @model_validator(mode="after")
+    def _crop_within_resized_image(self) -> Self:
+        if self.resize_size and self.image_size and self.resize_size < self.image_size:
+            raise ValueError(
+                f"resize_size={self.resize_size} is less than image_size={self.image_size}; raise it or leave it out"
+            )
+        return self
 
 
 class Connector(ConfigModel):
     """The connector: Linear → GELU → Linear from vision width to language width.
 
-    `weights` names a connector artifact to start from instead of pretraining one.
+    `weights` names a connector artifact to start from instead of pretraining one. With `feature_scale: embedding`,
+    training multiplies the connector's output by the factor that the language model applies to its token embeddings
+    (√width for Gemma, 1 for a model without one), as LLaVA-Gemma's code did; the exported model has the factor folded
+    into the connector's last layer. With `none`, image features enter the language model as they are.
     """
 
     weights: str | None = None
+    feature_scale: Literal["embedding", "none"] = "embedding"
+
+
+class InitialWeights(ConfigModel):
+    """A LLaVA checkpoint, as hub id or folder, whose weights replace those of both backbones and of the connector.
+
+    transformers before 5.4 scaled image features together with token embeddings; a checkpoint that it saved is
+    converted. `transformers_version` is the version that saved it, if its config.json does not state it correctly.
+    """
+
+    name: str
+    revision: str = "main"
+    transformers_version: str | None = Field(None, pattern=r"^\d+\.\d+")
 
 
 class Model(ConfigModel):
-    """The parts of the LLaVA model."""
+    """The parts of the LLaVA model. `initial_weights` names a LLaVA checkpoint of these backbones to start from."""
 
     language: Language
     vision: Vision
     connector: Connector = Connector()
+    initial_weights: InitialWeights | None = None
 
 
 class ImageEncoding(ConfigModel):
@@ -111,15 +142,16 @@ class Corpus(ConfigModel):
     """A mixture of sources, and how their rows become training samples.
 
     `image_aspect` pads an image to a square or crops its center. A sample longer than `max_length` tokens (image tokens
-    included) is quarantined, or loses whole exchanges at its end with `on_overlong: truncate_exchanges`. An image of
-    more than `max_pixels` is quarantined before it is decoded. Preparing fails when more than the fraction
-    `quarantine_limit` of all rows is quarantined. An Arrow block holds `samples_per_block` samples.
+    included) is quarantined, loses whole exchanges at its end with `on_overlong: truncate_exchanges`, or is cut at the
+    token with `truncate_tokens`; it is quarantined if the loss covers nothing of what is left. An image of more than
+    `max_pixels` is quarantined before it is decoded. Preparing fails when more than the fraction `quarantine_limit` of
+    all rows is quarantined. An Arrow block holds `samples_per_block` samples.
     """
 
     sources: tuple[Source, ...] = Field(..., min_length=1)
     image_aspect: Literal["pad", "crop"] = "pad"
     max_length: int = Field(2048, ge=16, le=1 << 20)
-    on_overlong: Literal["quarantine", "truncate_exchanges"] = "quarantine"
+    on_overlong: Literal["quarantine", "truncate_exchanges", "truncate_tokens"] = "quarantine"
     image_encoding: ImageEncoding = ImageEncoding()
     max_pixels: int = Field(64_000_000, ge=1)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
@@ -222,10 +254,17 @@ def _refuse_reserved_keys(settings: dict[str, Any]) -> dict[str, Any]:
 class Training(ConfigModel):
     """One training stage. `global_batch_size` counts samples per step over all workers.
 
+    `batching: by_modality` forms each step of samples with images or of samples without, as LLaVA's sampler does;
+    `mixed` draws from all samples. The loss of a step is the mean over its loss tokens, over the means of its samples,
+    or over the means of groups of `loss_group_size` samples (`loss_weighting`). Groups have similar lengths, as in
+    LLaVA's length-grouped sampler, or are consecutive samples (`loss_grouping: as_drawn`). docs/numerics.md gives the
+    rules.
+
     `lr` is the peak learning rate, `connector_lr` the connector's if it differs, `vision_lr` the vision tower's, which
-    stays frozen without one. `warmup_ratio` is a fraction of the steps. `betas` and `eps` are those of AdamW. With
-    `precision: bf16` the optimizer keeps fp32 master weights. A corpus of up to `shuffle_window_gb` is shuffled as a
-    whole; of a larger one, blocks are shuffled, and samples within windows of that size.
+    stays frozen without one. `warmup_ratio` is a fraction of the steps; step k of w warm-up steps has k/w of the peak
+    rate with `warmup_start: zero`, as in transformers, and (k+1)/w with `first_step`. `betas` and `eps` are those of
+    AdamW. With `precision: bf16` the optimizer keeps fp32 master weights. A corpus of up to `shuffle_window_gb` is
+    shuffled as a whole; of a larger one, blocks are shuffled, and samples within windows of that size.
 
     `attn_implementation: varlen` attends within each sample of a pack; the other values name implementations of
     transformers. `compile` compiles the model and its loss by torch.compile. `activation_checkpointing`,
@@ -239,10 +278,15 @@ class Training(ConfigModel):
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     global_batch_size: int = Field(128, ge=1)
+    batching: Literal["mixed", "by_modality"] = "mixed"
+    loss_weighting: Literal["tokens", "samples", "groups"] = "tokens"
+    loss_group_size: int | None = Field(None, ge=1)
+    loss_grouping: Literal["by_length", "as_drawn"] = "by_length"
     lr: float = Field(2e-5, gt=0, le=1)
     connector_lr: float | None = Field(None, gt=0, le=1)
     vision_lr: float | None = Field(None, gt=0, le=1)
     warmup_ratio: _Fraction = 0.03
+    warmup_start: Literal["zero", "first_step"] = "first_step"
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
@@ -269,6 +313,21 @@ class Training(ConfigModel):
         keep_best = self.checkpoint.interval_steps if self.checkpoint.keep_best else None
         optional = {"deepspeed": deepspeed | quantized, "keep_best": keep_best}
         return super().fingerprint_fields() | {key: value for key, value in optional.items() if value}
+
+    @model_validator(mode="after")
+    def _groups_divide_the_batch(self) -> Self:
+        size = self.loss_group_size
+        if self.loss_weighting == "groups" and size is None:
+            raise ValueError("loss_weighting=groups needs loss_group_size; set it to the samples of a group")
+        if self.loss_weighting != "groups" and (size is not None or self.loss_grouping != "by_length"):
+            key = "loss_grouping" if size is None else "loss_group_size"
+            raise ValueError(f"{key} applies to loss_weighting: groups only; remove it or set loss_weighting=groups")
+        if size is not None and self.global_batch_size % size:
+            raise ValueError(
+                f"loss_group_size={size} does not divide global_batch_size={self.global_batch_size}; "
+                "choose a divisor of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compile_excludes_zero_3(self) -> Self:

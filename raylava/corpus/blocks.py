@@ -70,7 +70,7 @@ class Sample:
 class BlockRecord:
     """One block in the manifest. `path` is relative to the artifact; its source rows are `rows` + `quarantined`.
 
-    `truncated` counts samples that lost trailing exchanges to `max_length` (`on_overlong: truncate_exchanges`).
+    `truncated` counts samples that were cut to `max_length` tokens (see `on_overlong`).
     """
 
     path: str

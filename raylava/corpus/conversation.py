@@ -5,6 +5,7 @@ Spans follow from the chat template's pieces, never from string lengths. Pure: i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from raylava.corpus.quarantine import BadRow, Reason
@@ -37,6 +38,17 @@ class TokenizedChat:
         """Return the number of tokens with every image expanded to `image_tokens` tokens."""
         return len(self.input_ids) + self.image_count * (image_tokens - 1)
 
+    def truncate(self, max_length: int, image_id: int, image_tokens: int) -> "TokenizedChat":
+        """Return the conversation cut to `max_length` tokens with images expanded.
+
+        An image that would be cut is left out with everything after it. Loss spans are cut, too; none may be left.
+        """
+        expanded = accumulate(image_tokens if token == image_id else 1 for token in self.input_ids)
+        count = sum(1 for length in expanded if length <= max_length)
+        spans = [(start, min(stop, count)) for start, stop in self.loss_spans if start < count]
+        ids = self.input_ids[:count]
+        return TokenizedChat(ids, spans, ids.count(image_id))
+
 
 class ChatTokenizer:
     """Tokenizes conversations by a chat template.
@@ -54,6 +66,11 @@ class ChatTokenizer:
         self._newline, self._gap, self._user_header, self._model_header = self._text_ids(
             ["\n", template.gap, template.user_header, template.model_header]
         )
+
+    @property
+    def image_id(self) -> int:
+        """The id of `<image>`."""
+        return self._image
 
     def encode(self, turns: Sequence[Turn], image_count: int) -> TokenizedChat:
         """Tokenize alternating turns, human first, that refer to `image_count` images.

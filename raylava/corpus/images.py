@@ -84,8 +84,9 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 def resize_exact(pixels: Pixels, rule: PixelRule, aspect: str) -> Pixels:
     """Resize (height, width, 3) pixels to (size, size, 3), bit-equal to the exported processor.
 
-    `aspect` is "pad" (pad to a square with the mean color) or "crop" (crop the center square). Uses Pillow's bicubic
-    filter, as transformers' LlavaImageProcessorPil does.
+    `aspect` is "pad" (pad to a square with the mean color) or "crop" (crop the center square). The side, or the short
+    side, becomes `rule.resized` pixels, of which the center is kept. Uses Pillow's bicubic filter, as transformers'
+    LlavaImageProcessorPil does.
     """
     return _resize_square(pixels, rule, aspect, _bicubic_pillow)
 
@@ -103,12 +104,17 @@ def _resize_square(
     pixels: Pixels, rule: PixelRule, aspect: str, resize: Callable[[Pixels, int, int], Pixels]
 ) -> Pixels:
     if aspect == "pad":
-        return resize(_pad(pixels, rule), rule.size, rule.size)
+        return _center_crop(resize(_pad(pixels, rule), rule.resized, rule.resized), rule.size)
     height, width, _ = pixels.shape
     short = min(height, width)
-    width, height = int(rule.size * width / short), int(rule.size * height / short)
-    left, top = (width - rule.size) // 2, (height - rule.size) // 2
-    return resize(pixels, width, height)[top : top + rule.size, left : left + rule.size]
+    width, height = int(rule.resized * width / short), int(rule.resized * height / short)
+    return _center_crop(resize(pixels, width, height), rule.size)
+
+
+def _center_crop(pixels: Pixels, size: int) -> Pixels:
+    height, width, _ = pixels.shape
+    left, top = (width - size) // 2, (height - size) // 2
+    return pixels[top : top + size, left : left + size]
 
 
 def _pad(pixels: Pixels, rule: PixelRule) -> Pixels:
@@ -171,7 +177,7 @@ def _reject_extreme_aspect_ratio(pixels: Pixels, rule: PixelRule, aspect: str, m
     """
     height, width, _ = pixels.shape
     longest, shortest = max(height, width), min(height, width)
-    intermediate = longest**2 if aspect == "pad" else rule.size**2 * longest // shortest
+    intermediate = longest**2 if aspect == "pad" else rule.resized**2 * longest // shortest
     if intermediate > max_pixels:
         detail = f"{width}×{height} would become {intermediate} pixels while resizing, more than {max_pixels}"
         raise BadRow(Reason.IMAGE_TOO_LARGE, detail)

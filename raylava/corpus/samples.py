@@ -26,7 +26,7 @@ def make_sample(
     Cheap checks run first, so that no image is read for a row that fails them.
     """
     check_turns(row.turns, len(row.images))
-    chat = _tokenize_within_limit(row, chat_tokenizer, corpus, vision.image_tokens)
+    chat, truncated = _tokenize_within_limit(row, chat_tokenizer, corpus, vision.image_tokens)
     images = [
         prepare_image(
             image if isinstance(image, bytes) else _read_image(image_root, image),
@@ -37,26 +37,58 @@ def make_sample(
         )
         for image in row.images[: chat.image_count]
     ]
-    truncated = 2 * len(chat.loss_spans) < len(row.turns)
     return Sample(row.sample_id, chat.input_ids, chat.loss_spans, images, chat.length(vision.image_tokens)), truncated
 
 
 def _tokenize_within_limit(
     row: SourceRow, chat_tokenizer: ChatTokenizer, corpus: Corpus, image_tokens: int
-) -> TokenizedChat:
-    """Tokenize a row to at most `max_length` tokens, image tokens included.
+) -> tuple[TokenizedChat, bool]:
+    """Tokenize a row to at most `max_length` tokens, image tokens included; return also whether it was truncated.
 
-    With `on_overlong: truncate_exchanges`, whole exchanges are dropped from the end until the rest fits, together with
-    the images they refer to. Raises BadRow when even the shortest permitted conversation is too long.
+    Raises BadRow when it is too long and `on_overlong` leaves nothing of it that the loss covers.
     """
-    shortest = len(row.turns) if corpus.on_overlong == "quarantine" else 2
-    for turn_count in range(len(row.turns), shortest - 1, -2):
-        turns = row.turns[:turn_count]
-        chat = chat_tokenizer.encode(turns, sum(turn.text.count(IMAGE_TOKEN) for turn in turns))
+    chat = _tokenize(row, len(row.turns), chat_tokenizer)
+    length = chat.length(image_tokens)
+    if length <= corpus.max_length:
+        return chat, False
+    if corpus.on_overlong == "truncate_tokens":
+        return _truncate_tokens(chat, chat_tokenizer, corpus, image_tokens), True
+    if corpus.on_overlong == "truncate_exchanges":
+        return _truncate_exchanges(row, length, chat_tokenizer, corpus, image_tokens), True
+    raise _too_long(length, corpus)
+
+
+def _truncate_tokens(
+    chat: TokenizedChat, chat_tokenizer: ChatTokenizer, corpus: Corpus, image_tokens: int
+) -> TokenizedChat:
+    """Cut the conversation at the token, as LLaVA does."""
+    cut = chat.truncate(corpus.max_length, chat_tokenizer.image_id, image_tokens)
+    if not cut.loss_spans:
+        length = chat.length(image_tokens)
+        detail = f"{length} tokens, and no answer within the first {corpus.max_length} (max_length)"
+        raise BadRow(Reason.NOTHING_SUPERVISED, detail)
+    return cut
+
+
+def _truncate_exchanges(
+    row: SourceRow, length: int, chat_tokenizer: ChatTokenizer, corpus: Corpus, image_tokens: int
+) -> TokenizedChat:
+    """Drop whole exchanges from the end of `length` tokens until the rest fits, with the images they refer to."""
+    for turn_count in range(len(row.turns) - 2, 0, -2):
+        chat = _tokenize(row, turn_count, chat_tokenizer)
         length = chat.length(image_tokens)
         if length <= corpus.max_length:
             return chat
-    raise BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={corpus.max_length}")
+    raise _too_long(length, corpus)
+
+
+def _too_long(length: int, corpus: Corpus) -> BadRow:
+    return BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={corpus.max_length}")
+
+
+def _tokenize(row: SourceRow, turn_count: int, chat_tokenizer: ChatTokenizer) -> TokenizedChat:
+    turns = row.turns[:turn_count]
+    return chat_tokenizer.encode(turns, sum(turn.text.count(IMAGE_TOKEN) for turn in turns))
 
 
 def _read_image(root: StoragePath, name: str) -> bytes:

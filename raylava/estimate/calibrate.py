@@ -27,8 +27,8 @@ from raylava.errors import RunError, UserError
 from raylava.estimate.synthetic import synthetic_pack
 from raylava.estimate.workload import Workload
 from raylava.models.families.family import select_strategy
+from raylava.models.hub import is_folder
 from raylava.models.llava import PackTensors
-from raylava.models.registry import is_folder
 from raylava.models.shapes import backbone_configs
 from raylava.perf.shapes import LlavaShape
 from raylava.perf.step_time import DeviceSpeed
@@ -191,7 +191,7 @@ class _StageBenchmark:
 
     def _step_seconds(self, number: int, packs: list[PackTensors]) -> float:
         """Run one step and return its duration on the slowest rank, in seconds."""
-        seconds = torch.tensor(self._engine.step(number, packs, 1000).seconds, device=self._device)
+        seconds = torch.tensor(self._engine.step(number, packs).seconds, device=self._device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds)
 

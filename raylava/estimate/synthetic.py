@@ -35,6 +35,7 @@ def synthetic_pack(samples: Sequence[SampleSize], shape: LlavaShape, image_token
         pixel_values=torch.rand(sum(images for _, images, _ in samples), 3, side, side),
         target_positions=target_positions,
         labels=ids[target_positions + 1],
+        loss_weights=torch.full((len(target_positions),), 1e-3),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
     )
 

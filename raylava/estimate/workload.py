@@ -15,7 +15,7 @@ from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, Manifest, decode_l
 from raylava.errors import UserError
 from raylava.perf.memory import TrainableModel
 from raylava.storage import StoragePath
-from raylava.train.batch_plan import BatchPlan
+from raylava.train.batch_plan import BatchPlan, plan_batches
 from raylava.train.sampled_steps import SampledSteps, sample_steps
 
 CorpusName = Literal["alignment", "instruction"]
@@ -149,7 +149,7 @@ class Workload:
     @property
     def plan_of_known_lengths(self) -> BatchPlan:
         """The batch plan over the rows whose lengths are known, which may be fewer than all."""
-        return self._plan(len(self.corpus.lengths))
+        return plan_batches(self.training, self.seed, self.corpus.lengths)
 
     def _plan(self, samples: int) -> BatchPlan:
         training = self.training

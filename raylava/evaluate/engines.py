@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 
 from raylava.errors import UserError
-from raylava.models.registry import backbone_path
+from raylava.models.checkpoint import legacy_scale, load_converted
+from raylava.models.hub import is_folder, model_path
+from raylava.models.registry import CheckpointRef
 
 History = tuple[tuple[str, str], ...]
 ENGINES = ("transformers", "vllm")
@@ -48,7 +50,7 @@ def validate_precision(name: str) -> None:
         raise UserError(f"--precision {name}: unknown precision; choose one of: {', '.join(PRECISIONS)}")
 
 
-def load_engine(name: str, model: str, device: torch.device, precision: str) -> GenerationEngine:
+def load_engine(name: str, model: CheckpointRef, device: torch.device, precision: str) -> GenerationEngine:
     """Load a model with the engine of that name; vLLM chooses its device itself."""
     return VllmEngine(model, precision) if name == "vllm" else TransformersEngine(model, device, precision)
 
@@ -56,10 +58,10 @@ def load_engine(name: str, model: str, device: torch.device, precision: str) -> 
 class PromptBuilder:
     """Builds prompts with the processor and chat template of a model."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, model: CheckpointRef) -> None:
         from transformers import AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        self.processor = AutoProcessor.from_pretrained(model_path(model.name), revision=model.revision, backend="pil")
 
     def prompt(self, text: str, image: Image.Image | None, history: History) -> str:
         """Return the conversation in the chat template, up to the start of the next answer."""
@@ -84,14 +86,12 @@ class TransformersEngine:
     In fp32 an answer does not depend on the other questions in its batch; in half precision rounding may change a word.
     """
 
-    def __init__(self, model: str, device: torch.device, precision: str = "auto") -> None:
-        from transformers import LlavaForConditionalGeneration
-
-        folder = backbone_path(model)
-        self._prompt_builder = PromptBuilder(folder)
+    def __init__(self, model: CheckpointRef, device: torch.device, precision: str = "auto") -> None:
+        """Raises UserError for a checkpoint that is incomplete or does not state its transformers version."""
+        self._prompt_builder = PromptBuilder(model)
         self._processor = self._prompt_builder.processor
-        self._model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=PRECISIONS[precision])
-        self._model = self._model.to(device).eval()
+        llava = load_converted(model, PRECISIONS[precision])
+        self._model = llava.to(device).eval()
 
     @torch.inference_mode()
     def answer(
@@ -130,12 +130,19 @@ class VllmEngine:
     vLLM needs a GPU, so the test suite does not cover this class.
     """
 
-    def __init__(self, model: str, precision: str) -> None:
+    def __init__(self, model: CheckpointRef, precision: str) -> None:
+        """Raises UserError for a checkpoint of transformers before 5.4, which vLLM would load without converting it."""
         from vllm import LLM
 
-        folder = backbone_path(model)
-        self._prompt_builder = PromptBuilder(folder)
-        self._model: Any = LLM(folder, dtype=PRECISIONS[precision], limit_mm_per_prompt={"image": 1})
+        if legacy_scale(model) != 1.0:
+            raise UserError(f"--engine vllm: {model.name} was saved by an old transformers; omit --engine")
+        self._prompt_builder = PromptBuilder(model)
+        self._model: Any = LLM(
+            model_path(model.name),
+            revision=None if is_folder(model.name) else model.revision,
+            dtype=PRECISIONS[precision],
+            limit_mm_per_prompt={"image": 1},
+        )
 
     def answer(
         self,

@@ -23,6 +23,7 @@ from raylava.errors import RunError, UserError
 from raylava.evaluate.engines import GenerationEngine, TransformersEngine, load_engine
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, Question
+from raylava.models.registry import CheckpointRef
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 
@@ -38,7 +39,7 @@ class GenerationConfig:
     checkpoint), fp32, bf16 or fp16.
     """
 
-    model: str
+    model: CheckpointRef
     image_root: str
     prompt_suffix: str = ""
     max_new_tokens: int = 32
@@ -114,7 +115,7 @@ def _generate_batches(
     )
     for row in results.iter_rows():
         if row["problem"]:
-            raise RunError(f"generation with {config.model} failed: {row['problem']}")
+            raise RunError(f"generation with {config.model.name} failed: {row['problem']}")
         yield [GeneratedAnswer(**fields) for fields in json.loads(row["answers"])]
 
 
@@ -202,11 +203,8 @@ class _GenerationActor:
         return self._engine.blank_image(image) if self._config.blank_images else image
 
 
-def chat_once(model: str, image: str | None, question: str, max_new_tokens: int) -> str:
+def chat_once(model: CheckpointRef, image: str | None, question: str, max_new_tokens: int) -> str:
     """Answer one question on this machine, for `raylava chat`. Raises UserError if the model or image is unusable."""
-    folder = storage_path(model)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{model}: no model found (no config.json); give a finetune artifact or a Hugging Face folder")
     pixels = None
     if image is not None:
         try:

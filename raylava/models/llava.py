@@ -4,35 +4,32 @@ Weights are loaded from safetensors only, and never with remote code. Nothing he
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName
 from raylava.errors import UserError
 from raylava.models.attention import VARLEN, register_varlen
-from raylava.models.registry import (
-    LanguageSpec,
-    ResolvedModel,
-    VisionSpec,
-    backbone_path,
-    load_tokenizer,
-    padded_vocabulary,
+from raylava.models.checkpoint import load_checkpoint
+from raylava.models.connector import (
+    CONNECTOR,
+    VISION_TOWER,
+    feature_factor,
+    load_connector,
+    scale_last_layer,
 )
+from raylava.models.hub import weights_path
+from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, padded_vocabulary
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.storage import storage_path
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the recipe's `precision`
-CONNECTOR = "model.multi_modal_projector."  # prefix of the connector's weight names
-VISION_TOWER = "model.vision_tower."
-CONNECTOR_FILE = "connector.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,8 @@ class PackTensors:
 
     input_ids (1, T) int64, image tokens expanded; position_ids (1, T) int64, restarting at 0 with each sample;
     pixel_values (N, 3, size, size); target_positions (S,) int64, the positions whose next token is in the loss;
-    labels (S,) int64; cu_seqlens (samples + 1,) int32, the start of each sample and T, which stays on the host.
+    labels (S,) int64; loss_weights (S,) float32, the weight of each loss token in the step's loss;
+    cu_seqlens (samples + 1,) int32, the start of each sample and T, which stays on the host.
     """
 
     input_ids: Tensor
@@ -49,6 +47,7 @@ class PackTensors:
     pixel_values: Tensor
     target_positions: Tensor
     labels: Tensor
+    loss_weights: Tensor
     cu_seqlens: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
@@ -59,14 +58,16 @@ class PackTensors:
             self.pixel_values.to(device, dtype, non_blocking=True),
             self.target_positions.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            self.loss_weights.to(device, non_blocking=True),
             self.cu_seqlens,
         )
 
 
 class PackLoss(nn.Module):
-    """The training forward pass: maps a pack to the sum of its loss tokens' cross-entropies (a scalar, fp32).
+    """The training forward pass: maps a pack to the weighted sum of its loss tokens' cross-entropies (a scalar, fp32).
 
-    Logits are computed at the target positions only. Samples of a pack do not attend to each other: `varlen` attention
+    Logits are computed at the target positions only. Embedding rows that were added to the language model's own take no
+    part in the softmax: the reference model has none. Samples of a pack do not attend to each other: `varlen` attention
     computes each sample separately; for other implementations transformers builds a block-diagonal mask from the
     restarting positions, which requires that no attention mask is passed and no cache is used.
     """
@@ -74,6 +75,7 @@ class PackLoss(nn.Module):
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
         self.llava = llava
+        self._vocabulary = trained_vocabulary(llava)
         self._varlen = running_attn_implementations(llava.model.language_model) == {VARLEN}
 
     def forward(
@@ -83,11 +85,12 @@ class PackLoss(nn.Module):
         pixel_values: Tensor,
         target_positions: Tensor,
         labels: Tensor,
+        loss_weights: Tensor,
         cu_seqlens: Tensor,
     ) -> Tensor:
-        """Return the summed loss of a pack; the arguments are those of PackTensors."""
+        """Return the weighted loss of a pack; the arguments are those of PackTensors."""
         logits = self.logits(input_ids, position_ids, pixel_values, target_positions, cu_seqlens)
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        return (nn.functional.cross_entropy(logits.float(), labels, reduction="none") * loss_weights).sum()
 
     def logits(
         self,
@@ -97,7 +100,7 @@ class PackLoss(nn.Module):
         target_positions: Tensor,
         cu_seqlens: Tensor,
     ) -> Tensor:
-        """Return the (S, vocabulary) logits at the target positions."""
+        """Return the logits at the target positions: (S, vocabulary), without added embedding rows."""
         hidden = self.llava.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -105,7 +108,25 @@ class PackLoss(nn.Module):
             use_cache=False,
             **({"cu_seqlens": cu_seqlens} if self._varlen else {}),
         ).last_hidden_state
-        return self.llava.lm_head(hidden[0, target_positions])
+        return self.llava.lm_head(hidden[0, target_positions])[:, : self._vocabulary]
+
+
+def trained_vocabulary(llava: "LlavaForConditionalGeneration") -> int:
+    """Return the embedding rows that take part in training: those that the language model had by itself."""
+    return int(llava.config.trained_vocabulary)
+
+
+class ScaledConnector(LlavaMultiModalProjector):
+    """transformers' connector, whose output is multiplied by `feature_factor`."""
+
+    def __init__(self, config: "LlavaConfig", feature_factor: float) -> None:
+        super().__init__(config)
+        self.feature_factor = feature_factor
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Map (…, vision width) features to (…, language width)."""
+        output: Tensor = super().forward(image_features)
+        return output if self.feature_factor == 1.0 else output * self.feature_factor
 
 
 def build_llava(
@@ -116,27 +137,52 @@ def build_llava(
     `attn_implementation` is transformers' name of an implementation, or VARLEN.
     """
     from transformers import LlavaForConditionalGeneration
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tokenizer = load_tokenizer(model.language)
-    tower = load_vision_tower(model.vision, dtype)
-    language = _load_language_model(model.language, dtype)
-    _resize_embeddings(language, len(tokenizer))
-    config = _llava_config(tower, language, model.vision, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    tower, language, connector = _load_parts(model, dtype)
+    _resize_embeddings(language, len(tokenizer), model.language.shape.vocabulary)
+    config = _llava_config(tower, language, model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     with torch.device("meta"):  # the skeleton only: every part is replaced by a loaded one below
         llava = LlavaForConditionalGeneration(config)
+    factor = feature_factor(model, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llava.model.multi_modal_projector = LlavaMultiModalProjector(config).to(dtype)
+        llava.model.multi_modal_projector = ScaledConnector(config, factor).to(dtype)
     llava.model.vision_tower = tower
     llava.model.language_model = language.model
     llava.lm_head = language.lm_head
     llava.tie_weights()
     set_attn_implementation(llava, attn_implementation)
+    if connector:
+        llava.model.multi_modal_projector.load_state_dict(scale_last_layer(connector, 1.0 / factor))
     if model.connector_weights:
         load_connector(llava, model.connector_weights)
     assert not any(parameter.is_meta for parameter in llava.parameters())
     return llava
+
+
+def _load_parts(
+    model: ResolvedModel, dtype: torch.dtype
+) -> "tuple[PreTrainedModel, PreTrainedModel, dict[str, Tensor]]":
+    """Load the vision tower and the language model: from their own checkpoints, or from the LLaVA checkpoint.
+
+    The third value is the LLaVA checkpoint's connector in fp32, in the convention of transformers ≥ 5.4; empty without.
+    """
+    if model.initial_weights is None:
+        return load_vision_tower(model.vision, dtype), _load_language_model(model.language, dtype), {}
+    llava, factor = load_checkpoint(model.initial_weights, dtype)
+    connector = {name: value.float() for name, value in llava.model.multi_modal_projector.state_dict().items()}
+    return llava.model.vision_tower, _causal_language_model(llava), scale_last_layer(connector, factor)
+
+
+def _causal_language_model(llava: "LlavaForConditionalGeneration") -> "PreTrainedModel":
+    """Return a LLaVA model's language model and output layer as a model for causal language modeling."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(llava.config.text_config)
+    language.model, language.lm_head = llava.model.language_model, llava.lm_head
+    return language
 
 
 def set_attn_implementation(llava: "LlavaForConditionalGeneration", attn_implementation: str) -> None:
@@ -179,7 +225,7 @@ def load_vision_tower(vision: VisionSpec, dtype: torch.dtype) -> "PreTrainedMode
 
     model_class = getattr(transformers, vision.model_class)
     return model_class.from_pretrained(
-        backbone_path(vision.name),
+        weights_path(vision.name, vision.revision),
         revision=vision.revision,
         dtype=dtype,
         use_safetensors=True,
@@ -190,27 +236,30 @@ def _load_language_model(language: LanguageSpec, dtype: torch.dtype) -> "PreTrai
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        backbone_path(language.name),
+        weights_path(language.name, language.revision),
         revision=language.revision,
         dtype=dtype,
         use_safetensors=True,
     )
 
 
-def _resize_embeddings(language: "PreTrainedModel", tokens: int) -> None:
-    """Add embedding rows for new tokens, initialized to the mean of the old rows so that they are rarely generated."""
-    rows = language.get_input_embeddings().weight.shape[0]
-    if tokens <= rows:
+def _resize_embeddings(language: "PreTrainedModel", tokens: int, own_rows: int) -> None:
+    """Add embedding rows for new tokens to the model's `own_rows`, initialized to their mean.
+
+    They are never trained; as a mean, they are rarely generated. Rows that a LLaVA checkpoint has added are replaced.
+    """
+    rows = padded_vocabulary(tokens, own_rows)
+    if rows == language.get_input_embeddings().weight.shape[0] == own_rows:
         return
-    language.resize_token_embeddings(padded_vocabulary(tokens, rows), mean_resizing=False)
+    language.resize_token_embeddings(rows, mean_resizing=False)
     for embeddings in {language.get_input_embeddings(), language.get_output_embeddings()}:
         with torch.no_grad():
-            mean = embeddings.weight[:rows].float().mean(dim=0)
-            embeddings.weight[rows:] = mean.to(embeddings.weight.dtype)
+            mean = embeddings.weight[:own_rows].float().mean(dim=0)
+            embeddings.weight[own_rows:] = mean.to(embeddings.weight.dtype)
 
 
 def _llava_config(
-    tower: "PreTrainedModel", language: "PreTrainedModel", vision: VisionSpec, image_token_id: int
+    tower: "PreTrainedModel", language: "PreTrainedModel", model: ResolvedModel, image_token_id: int
 ) -> "LlavaConfig":
     from transformers import LlavaConfig
 
@@ -218,11 +267,12 @@ def _llava_config(
         vision_config=tower.config,
         text_config=language.config,
         image_token_index=image_token_id,
-        image_seq_length=vision.image_tokens,
-        vision_feature_layer=vision.feature_layer,
-        vision_feature_select_strategy=vision.select_strategy,
+        image_seq_length=model.vision.image_tokens,
+        vision_feature_layer=model.vision.feature_layer,
+        vision_feature_select_strategy=model.vision.select_strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=language.config.tie_word_embeddings,
+        trained_vocabulary=model.language.shape.vocabulary,
     )
 
 
@@ -241,40 +291,3 @@ def set_trainable(llava: "LlavaForConditionalGeneration", stage: StageName, visi
 def trainable_names(llava: "LlavaForConditionalGeneration") -> set[str]:
     """Return the names of the trainable weights."""
     return {name for name, parameter in llava.named_parameters() if parameter.requires_grad}
-
-
-def load_connector(llava: "LlavaForConditionalGeneration", folder: str) -> None:
-    """Put a connector artifact's weights into the model: the connector's, and the tower's if pretraining trained it.
-
-    Raises RuntimeError when names or shapes differ.
-    """
-    weights = load_file(_connector_file(folder))
-    tower = {name: value for name, value in weights.items() if name.startswith(VISION_TOWER)}
-    connector = {name: value for name, value in weights.items() if name not in tower}
-    for module, prefix, part in (
-        (llava.model.multi_modal_projector, CONNECTOR, connector),
-        (llava.model.vision_tower, VISION_TOWER, tower),
-    ):
-        if part or prefix == CONNECTOR:
-            module.load_state_dict({name.removeprefix(prefix): value for name, value in part.items()}, strict=True)
-
-
-def validate_connector(folder: str, vision: VisionSpec, language: LanguageSpec) -> None:
-    """Raise UserError unless the connector artifact's widths match both backbones."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(_connector_file(folder), framework="pt") as file:
-            first, second = (file.get_slice(f"{CONNECTOR}linear_{layer}.weight").get_shape() for layer in (1, 2))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.connector.weights={folder}: no raylava connector there ({error})") from error
-    vision_width, language_width = vision.shape.width, language.shape.width
-    if first[1] != vision_width or second[0] != language_width:
-        raise UserError(
-            f"model.connector.weights={folder}: it maps width {first[1]} to {second[0]}, but {vision.name} has width "
-            f"{vision_width} and {language.name} {language_width}; use a connector pretrained for this pair"
-        )
-
-
-def _connector_file(folder: str) -> Path:
-    return storage_path(folder).local_copy() / CONNECTOR_FILE

@@ -5,17 +5,15 @@ serializable and passed to every stage. Only configuration files are read here; 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from raylava.config.recipe import Language, Model, Vision
+from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.errors import UserError
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import Family, LanguageFamily, VisionFamily, select_strategy
+from raylava.models.hub import is_folder, model_path, pin_revision, read_json
 from raylava.models.templates import IMAGE_TOKEN, Template
 from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape
 from raylava.storage import storage_path
@@ -28,11 +26,21 @@ _VOCABULARY_MULTIPLE = 64  # added embedding rows are padded to a multiple of th
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How an image becomes the backbone's input: `size` in pixels per side; mean and std per RGB channel, in [0, 1]."""
+    """How an image becomes the backbone's input: `size` in pixels per side; mean and std per RGB channel, in [0, 1].
+
+    The image is resized to `resize_size` pixels per side (its short side, if it is not padded to a square), and its
+    center of `size` pixels is cropped; None stands for `size`.
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resize_size: int | None = None
+
+    @property
+    def resized(self) -> int:
+        """The side of the image in pixels before it is cropped."""
+        return self.resize_size or self.size
 
 
 @dataclass(frozen=True)
@@ -73,25 +81,41 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """A resolved language model. `shape` has the embedding rows of its config.json."""
+    """A resolved language model. `shape` has the embedding rows of its config.json.
+
+    `embedding_scale` is the factor that the model applies to its token embeddings.
+    """
 
     name: str
     revision: str
     family: str
     template: Template
     shape: LanguageShape
+    embedding_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A LLaVA checkpoint, and the transformers version that saved it if its config.json does not state it correctly."""
+
+    name: str
+    revision: str = "main"
+    transformers_version: str | None = None
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
     """The model of a recipe with its backbones resolved: all that stages need to know about it, serializable.
 
-    `connector_weights` is the location of a connector artifact that replaces random initialization.
+    `connector_weights` is the location of a connector artifact that replaces random initialization, `initial_weights`
+    a LLaVA checkpoint that replaces all of the backbones' weights. `feature_scale` is that of the recipe.
     """
 
     language: LanguageSpec
     vision: VisionSpec
     connector_weights: str | None = None
+    feature_scale: Literal["embedding", "none"] = "embedding"
+    initial_weights: CheckpointRef | None = None
 
     def shape(self, vocabulary: int) -> LlavaShape:
         """Return the dimensions of the model whose embedding has been resized to `vocabulary` rows."""
@@ -105,24 +129,43 @@ def validate_backbones(language: Language, vision: Vision) -> None:
 
 
 def resolve_model(model: Model) -> ResolvedModel:
-    """Resolve both backbones from their configuration files. Raises UserError when one is missing or unsupported."""
-    return ResolvedModel(resolve_language(model.language), resolve_vision(model.vision), model.connector.weights)
+    """Resolve both backbones from their configuration files, and hub revisions to commits.
+
+    Raises UserError when a backbone is missing or unsupported.
+    """
+    initial = model.initial_weights
+    return ResolvedModel(
+        resolve_language(model.language),
+        resolve_vision(model.vision),
+        model.connector.weights,
+        model.connector.feature_scale,
+        resolve_checkpoint(initial) if initial else None,
+    )
+
+
+def resolve_checkpoint(checkpoint: InitialWeights) -> CheckpointRef:
+    """Pin a LLaVA checkpoint's hub revision. Raises UserError when the hub cannot be reached."""
+    commit = pin_revision(checkpoint.name, checkpoint.revision)
+    return CheckpointRef(checkpoint.name, commit, checkpoint.transformers_version)
 
 
 def resolve_vision(vision: Vision) -> VisionSpec:
     """Resolve a vision backbone from its config and preprocessor files. Raises UserError when it is unsupported."""
+    vision = vision.model_copy(update={"revision": pin_revision(vision.name, vision.revision)})
     family, config = read_vision(vision)
     return vision_spec(vision, family, config, read_pixels(vision, family, config))
 
 
 def read_pixels(vision: Vision, family: VisionFamily, config: Mapping[str, Any]) -> PixelRule:
     """Return the pixel rule of a backbone's preprocessor, at the recipe's image size. Raises UserError."""
-    processor = _read_json(vision.name, vision.revision, "preprocessor_config.json")
+    processor = read_json(vision.name, vision.revision, "preprocessor_config.json")
     if processor is None:
         raise UserError(f"model.vision.name={vision.name}: has no preprocessor_config.json; give a folder that has one")
     size = vision.image_size or _processor_size(processor) or config["image_size"]
     _validate_image_size(vision, family, size, config)
-    return PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]))
+    if vision.resize_size and vision.resize_size < size:
+        raise UserError(f"model.vision.resize_size={vision.resize_size} is less than the image size, {size}; raise it")
+    return PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]), vision.resize_size)
 
 
 def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any], pixels: PixelRule) -> VisionSpec:
@@ -146,8 +189,10 @@ def _validate_image_size(vision: Vision, family: VisionFamily, size: int, config
 
 def resolve_language(language: Language) -> LanguageSpec:
     """Resolve a language model from its config.json. Raises UserError when it is missing or of an unknown family."""
-    family, config = read_language(language)
-    return LanguageSpec(language.name, language.revision, family.name, family.template, family.shape(config))
+    revision = pin_revision(language.name, language.revision)
+    family, config = read_language(language.model_copy(update={"revision": revision}))
+    scale = family.embedding_scale(config)
+    return LanguageSpec(language.name, revision, family.name, family.template, family.shape(config), scale)
 
 
 def read_vision(vision: Vision) -> tuple[VisionFamily, dict[str, Any]]:
@@ -169,7 +214,7 @@ def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone_path(language.name), revision=language.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(language.name), revision=language.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"model.language.name={language.name}: cannot load a tokenizer from there ({error})") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
@@ -186,77 +231,14 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def weights_identity(name: str, revision: str) -> dict[str, str]:
-    """Identify a backbone's weights: SHA-256 by file for a folder, id and commit for a hub id."""
-    folder = storage_path(backbone_path(name))
-    if not is_folder(name):
-        return {"hub": name, "commit": _hub_commit(name, revision)}
-    return {file: _file_sha256(str(folder / file)) for file, _ in folder.walk_files() if _is_weights_file(file)}
-
-
-def is_folder(name: str) -> bool:
-    """Return whether a backbone's name is a folder (a path or URI) rather than a hub id."""
-    return "://" in name or name.startswith((".", "/", "~")) or Path(name).is_dir()
-
-
-def absolute_name(name: str) -> str:
-    """Return a backbone's name that is valid on every node: folders as absolute path or URI, hub ids unchanged."""
-    return storage_path(name).uri if is_folder(name) else name
-
-
-def backbone_path(name: str) -> str:
-    """Return what `from_pretrained` takes: a local folder, downloaded if it is remote, or the hub id."""
-    return str(storage_path(name).local_copy()) if is_folder(name) else name
-
-
-def _is_weights_file(file: str) -> bool:
-    return "/" not in file and file.endswith((".safetensors", ".safetensors.index.json", "config.json"))
-
-
-@cache
-def _file_sha256(uri: str) -> str:
-    return storage_path(uri).sha256()
-
-
-@cache
-def _hub_commit(name: str, revision: str) -> str:
-    from huggingface_hub import model_info
-
-    try:
-        return str(model_info(name, revision=revision).sha)
-    except Exception:  # offline or gated: the folder name of the cached snapshot is its commit
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
-        except OSError as error:
-            raise UserError(
-                f"{name}@{revision}: the hub cannot be reached and no copy is cached; use a folder"
-            ) from error
-
-
 def read_config(name: str, revision: str, role: str) -> dict[str, Any]:
     """Read a backbone's config.json; `role` (language, vision) names the key in messages. Raises UserError."""
-    config = _read_json(name, revision, "config.json")
+    config = read_json(name, revision, "config.json")
     if config is None or "model_type" not in config:
         raise UserError(
             f"model.{role}.name={name}: no config.json with a model_type there; give a hub id or a Hugging Face folder"
         )
     return config
-
-
-def _read_json(name: str, revision: str, file: str) -> dict[str, Any] | None:
-    if is_folder(name):
-        path = storage_path(name) / file
-        return json.loads(path.read_bytes()) if path.exists() else None
-
-    from transformers.utils import cached_file
-
-    try:
-        cached = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise UserError(f"{name}: not a local folder, and the hub has no such model or cannot be reached") from error
-    return json.loads(Path(cached).read_text()) if cached else None
 
 
 def _processor_size(processor: dict[str, Any]) -> int | None:

@@ -20,7 +20,9 @@ from raylava.evaluate.metrics.score_table import BenchmarkResult
 from raylava.evaluate.metrics.scoring import SCORING_VERSION, score_answers, score_grades
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
-from raylava.models.registry import absolute_name, is_folder, weights_identity
+from raylava.models.checkpoint import find_checkpoint, legacy_scale
+from raylava.models.hub import is_folder, weights_identity
+from raylava.models.registry import CheckpointRef
 from raylava.pipeline.stage import Stage, run_stage
 from raylava.progress import ProgressBar, ProgressReporter
 from raylava.storage import StoragePath, storage_path
@@ -31,9 +33,9 @@ OFFICIAL_ANSWERS_FILE = "answers.json"  # the official mapping of question ids t
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The model to evaluate: its location (a folder or hub id), its identity, and the artifacts it depends on."""
+    """The model to evaluate: its checkpoint, its identity, and the artifacts it depends on."""
 
-    location: str
+    checkpoint: CheckpointRef
     identity: str
     inputs: Mapping[str, ArtifactSpec] = field(default_factory=dict)
 
@@ -63,7 +65,7 @@ class EvaluationRequest:
     def generation_config(self) -> GenerationConfig:
         """Return how answers are generated."""
         return GenerationConfig(
-            model=self.model.location,
+            model=self.model.checkpoint,
             image_root=self.loaded.image_root,
             prompt_suffix=self.benchmark.prompt_suffix,
             max_new_tokens=self.max_new_tokens,
@@ -171,12 +173,16 @@ def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: P
         return run_stage(stage, reporter)
 
 
-def model_ref(model: str) -> ModelRef:
-    """Identify a model by its artifact's fingerprint, else by its weights. Raises UserError when there is none."""
-    folder = storage_path(model)
-    if is_folder(model) and not (folder / "config.json").exists():
-        raise UserError(f"{model}: no model found (no config.json); give a finetune artifact or a Hugging Face folder")
-    if (folder / RECORD_FILE).exists():
-        return ModelRef(folder.uri, load_artifact(model).fingerprint)
-    location = absolute_name(model)
-    return ModelRef(location, fingerprint("model", {"weights": weights_identity(location, "main")}))
+def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
+    """Identify a model by its artifact's fingerprint, else by its weights. Raises UserError when there is none.
+
+    `transformers_version` is the version that saved a model of another program, if its config.json is wrong about it.
+    """
+    checkpoint = find_checkpoint(model, transformers_version)
+    folder = storage_path(checkpoint.name)
+    if is_folder(model) and (folder / RECORD_FILE).exists():
+        return ModelRef(checkpoint, load_artifact(model).fingerprint)
+    fields: dict[str, Any] = {"weights": weights_identity(checkpoint.name, checkpoint.revision)}
+    if (scale := legacy_scale(checkpoint)) != 1.0:
+        fields["legacy_scale"] = scale
+    return ModelRef(checkpoint, fingerprint("model", fields))

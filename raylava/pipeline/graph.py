@@ -15,15 +15,15 @@ from raylava.corpus.prepare import PrepareSpec
 from raylava.errors import UserError
 from raylava.evaluate.generation import ActorPool
 from raylava.evaluate.loading import BenchmarkCache
+from raylava.models.hub import absolute_name, weights_identity
 from raylava.models.registry import (
+    CheckpointRef,
     ResolvedModel,
     VisionSpec,
-    absolute_name,
     load_tokenizer,
     resolve_model,
     tokenizer_sha256,
     validate_backbones,
-    weights_identity,
 )
 from raylava.pipeline.evaluation import EvaluateStage, EvaluationRequest, ModelRef
 from raylava.pipeline.stage import Stage
@@ -50,9 +50,13 @@ def resolve(recipe: Recipe) -> ResolvedModel:
     validate_backbones(recipe.model.language, recipe.model.vision)
     model = resolve_model(recipe.model)
     if model.connector_weights:
-        from raylava.models.llava import validate_connector
+        from raylava.models.connector import validate_connector
 
         validate_connector(model.connector_weights, model.vision, model.language)
+    if model.initial_weights:
+        from raylava.models.checkpoint import validate_checkpoint
+
+        validate_checkpoint(model)
     _check_lengths(recipe, model.vision)
     return model
 
@@ -69,11 +73,12 @@ def _check_lengths(recipe: Recipe, vision: VisionSpec) -> None:
 def make_absolute(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute locations, since workers run in another directory."""
     model, data = recipe.model, storage_path(recipe.data or ".").uri
-    weights = model.connector.weights
+    weights, initial = model.connector.weights, model.initial_weights
     parts = {
         "language": model.language.model_copy(update={"name": absolute_name(model.language.name)}),
         "vision": model.vision.model_copy(update={"name": absolute_name(model.vision.name)}),
         "connector": model.connector.model_copy(update={"weights": weights and storage_path(weights).uri}),
+        "initial_weights": initial and initial.model_copy(update={"name": absolute_name(initial.name)}),
     }
     return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
 
@@ -155,7 +160,7 @@ class _StageBuilder:
 
     def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank_images: bool = False) -> EvaluateStage:
         request = EvaluationRequest(
-            model=ModelRef(model.spec().path.uri, model.spec().fingerprint, {"model": model.spec()}),
+            model=ModelRef(CheckpointRef(model.spec().path.uri), model.spec().fingerprint, {"model": model.spec()}),
             benchmark=benchmark,
             loaded=self._benchmarks.get(benchmark, self._recipe.data),
             actors=ActorPool.from_resources(self._recipe.resources),
@@ -165,8 +170,15 @@ class _StageBuilder:
 
 
 def _identify_backbones(model: ResolvedModel) -> dict[str, Any]:
-    """Return what identifies the backbones in the fingerprints of training stages."""
+    """Return what identifies the backbones, and how they are connected, in the fingerprints of training stages."""
+    initial = model.initial_weights
     return {
+        "feature_scale": model.feature_scale,
+        "initial_weights": initial
+        and {
+            "weights": weights_identity(initial.name, initial.revision),
+            "transformers_version": initial.transformers_version,
+        },
         "vision": weights_identity(model.vision.name, model.vision.revision),
         "image": model.vision.fingerprint_fields(),
         "language": weights_identity(model.language.name, model.language.revision),
@@ -175,6 +187,6 @@ def _identify_backbones(model: ResolvedModel) -> dict[str, Any]:
 
 
 def _connector_sha256(folder: str) -> str:
-    from raylava.models.llava import CONNECTOR_FILE
+    from raylava.models.connector import CONNECTOR_FILE
 
     return (storage_path(folder) / CONNECTOR_FILE).sha256()

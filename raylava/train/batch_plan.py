@@ -1,12 +1,14 @@
 """The batch plan: the samples of each step, and their packing for each rank. Pure functions of recipe and lengths.
 
-    step k      = samples permutation[k·B : (k+1)·B]          B = global batch size, in samples
-    pack_batch  : step → packs of at most `max_tokens_per_pack`, for each rank
+    step k        = samples order[k·B : (k+1)·B]              B = global batch size, in samples
+    loss_weights  : step → the weight of each sample's loss tokens
+    pack_batch    : step → packs of at most `max_tokens_per_pack`, for each rank
 
-The samples of a step depend on the seed, the epoch and B only; world size and pack size determine which rank computes
-them. Every rank gets the same number of packs, so that collectives match.
+The samples of a step, their loss groups and their weights depend on the settings that enter the fingerprint only; world
+size and pack size determine which rank computes them. Every rank gets the same number of packs: collectives match.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raylava.config.recipe import Training
 from raylava.corpus.blocks import Lengths
 from raylava.errors import UserError
 
@@ -25,7 +28,10 @@ _ATTENTION_EQUAL_TOKENS = 16_384  # length at which attention costs as much as t
 
 @dataclass(frozen=True)
 class Step:
-    """Step `number` of the run, counted from 0, and its sample numbers in plan order."""
+    """Step `number` of the run, counted from 0, and its sample numbers in plan order.
+
+    Where the loss is a mean over groups of N samples, group g is `samples[g·N : (g+1)·N]`.
+    """
 
     number: int
     epoch: int
@@ -49,10 +55,32 @@ class ShuffleWindows:
 
 
 @dataclass(frozen=True)
+class LossGroups:
+    """The groups of `size` samples over whose means a step's loss is the mean.
+
+    `lengths` are the expanded lengths of all samples where groups have similar lengths; without them a group's samples
+    are consecutive in the plan.
+    """
+
+    size: int
+    lengths: npt.NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True)
+class _EpochOrder:
+    """The samples of an epoch in plan order; from position `remainder` on, in the order of their numbers."""
+
+    samples: npt.NDArray[np.int64]
+    remainder: int
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """All steps of a run over `samples` samples. The last step of an epoch may be smaller; no sample is dropped.
 
-    A corpus that exceeds one shuffle window is visited in windows of randomly ordered blocks.
+    A corpus that exceeds one shuffle window is visited in windows of randomly ordered blocks. With `has_image`, which
+    tells samples with images from those without, a step has samples of one kind only (see `modality_order`). A step's
+    loss is the mean over the means of `groups`, or over its loss tokens without them.
     """
 
     samples: int
@@ -61,6 +89,8 @@ class BatchPlan:
     seed: int
     max_steps: int | None = None
     windows: ShuffleWindows | None = None
+    has_image: npt.NDArray[np.bool_] | None = None
+    groups: LossGroups | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,38 +104,130 @@ class BatchPlan:
 
     def from_step(self, first: int) -> Iterator[Step]:
         """Yield the steps from number `first` on. This integer is the whole data state of a checkpoint."""
-        order: npt.NDArray[np.int64] | None = None
+        order: _EpochOrder | None = None
         for number in range(first, self.steps):
             epoch, index = divmod(number, self.steps_per_epoch)
             if order is None or index == 0:
                 order = self._order(epoch)
-            batch = order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
-            yield Step(number, epoch, batch)
+            start = index * self.global_batch_size
+            batch = order.samples[start : start + self.global_batch_size]
+            yield Step(number, epoch, batch if start >= order.remainder else self._grouped(batch))
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+    def loss_weights(self, step: Step, loss_tokens: npt.NDArray[np.int32]) -> list[float]:
+        """Return the weight of each loss token in the step's loss, by sample in plan order.
+
+        Over all loss tokens of the step the weights sum up to 1. `loss_tokens` counts them by sample number.
+        """
+        tokens = loss_tokens[step.samples].astype(np.float64)
+        if self.groups is None:
+            return [1.0 / tokens.sum()] * len(tokens)
+        group = np.arange(len(tokens)) // self.groups.size
+        tokens_of_group = np.bincount(group, weights=tokens)
+        weights: list[float] = (1.0 / (len(tokens_of_group) * tokens_of_group[group])).tolist()
+        return weights
+
+    def description(self) -> str:
+        """Describe what a step's samples have in common, and how its loss is weighted."""
+        kind = "any samples" if self.has_image is None else "samples with images, or samples without"
+        if self.groups is None:
+            return f"{kind}; loss is the mean over loss tokens"
+        if self.groups.size == 1:
+            return f"{kind}; loss is the mean over samples"
+        similar = "" if self.groups.lengths is None else " of similar length"
+        return f"{kind}; loss is the mean over groups of {self.groups.size} samples{similar}"
+
+    def _grouped(self, batch: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if self.groups is None or self.groups.lengths is None:
+            return batch
+        return group_by_length(batch, self.groups.lengths, self.global_batch_size // self.groups.size)
+
+    def _order(self, epoch: int) -> _EpochOrder:
+        generator = _generator(self.seed, epoch)
         if self.windows is None or self.windows.fit_one_window():
-            return permutation(self.samples, self.seed, epoch)
-        return windowed_permutation(self.windows, self.seed, epoch)
+            windows = [generator.permutation(self.samples)]
+        else:
+            windows = list(shuffled_windows(self.windows, generator))
+        if self.has_image is None or self.has_image.all() or not self.has_image.any():
+            return _EpochOrder(np.concatenate(windows), remainder=self.samples)
+        return _EpochOrder(*modality_order(windows, self.has_image, self.global_batch_size, generator))
 
 
-def permutation(samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the sample order of an epoch, the same on every machine for the same seed and epoch."""
-    return _generator(seed, epoch).permutation(samples)
+def plan_batches(training: Training, seed: int, lengths: Lengths, windows: ShuffleWindows | None = None) -> BatchPlan:
+    """Return the batch plan of a training stage over samples of these lengths."""
+    groups = None
+    if training.loss_weighting != "tokens":
+        similar = training.loss_weighting == "groups" and training.loss_grouping == "by_length"
+        groups = LossGroups(training.loss_group_size or 1, lengths.length if similar else None)
+    return BatchPlan(
+        len(lengths),
+        training.global_batch_size,
+        training.epochs,
+        seed,
+        training.max_steps,
+        windows,
+        lengths.images > 0 if training.batching == "by_modality" else None,
+        groups,
+    )
 
 
-def windowed_permutation(windows: ShuffleWindows, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return an epoch's order that reads few blocks at a time: shuffled blocks, and samples within windows of them.
+def modality_order(
+    windows: Sequence[npt.NDArray[np.int64]],
+    has_image: npt.NDArray[np.bool_],
+    global_batch_size: int,
+    generator: np.random.Generator,
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Return an order in which each step has samples with images or samples without, and where its remainder starts.
+
+    The samples of each window, already shuffled, are divided by kind into batches, and the batches are shuffled. The
+    last batch of each kind, full or not, moves on to the next window; those of the last window form the end of the
+    epoch together, in the order of their numbers. This is LLaVA's `get_modality_length_grouped_indices`
+    (haotian-liu/LLaVA, llava/train/llava_trainer.py), in which the whole epoch is one window.
+    """
+    batches: list[npt.NDArray[np.int64]] = []
+    rest = {kind: np.empty(0, dtype=np.int64) for kind in (True, False)}
+    for window in windows:
+        full: list[npt.NDArray[np.int64]] = []
+        for kind in rest:
+            samples = np.concatenate([rest[kind], window[has_image[window] == kind]])
+            count = max(0, -(-len(samples) // global_batch_size) - 1)
+            full += np.split(samples[: count * global_batch_size], count) if count else []
+            rest[kind] = samples[count * global_batch_size :]
+        batches += [full[number] for number in generator.permutation(len(full))]
+    remainder = np.sort(np.concatenate(list(rest.values())))
+    return np.concatenate([*batches, remainder]), len(batches) * global_batch_size
+
+
+def group_by_length(
+    samples: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], groups: int
+) -> npt.NDArray[np.int64]:
+    """Return the samples in an order whose consecutive groups, `groups` of equal size, have similar total lengths.
+
+    Longest first, each sample joins the shortest group that is not full; if the groups cannot have equal sizes, they
+    take turns. This is LLaVA's `split_to_even_chunks`, with tokens where LLaVA counts words.
+    """
+    order = samples[np.argsort(-lengths[samples], kind="stable")]
+    if len(order) % groups:
+        return np.concatenate([order[start::groups] for start in range(groups)])
+    size = len(order) // groups
+    chunks: list[list[int]] = [[] for _ in range(groups)]
+    totals = [0.0] * groups
+    for sample in order.tolist():
+        shortest = totals.index(min(totals))
+        chunks[shortest].append(sample)
+        totals[shortest] = totals[shortest] + int(lengths[sample]) if len(chunks[shortest]) < size else math.inf
+    return np.concatenate([np.asarray(chunk, dtype=np.int64) for chunk in chunks])
+
+
+def shuffled_windows(windows: ShuffleWindows, generator: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield an epoch's samples so that few blocks are read at a time: windows of random blocks, shuffled within.
 
     A sample's position is uniform within its window, and windows are new random sets of blocks each epoch. Unlike in a
     full shuffle, two samples of one block are never further apart than one window.
     """
-    generator = _generator(seed, epoch)
     first = np.concatenate([[0], np.cumsum(windows.rows)])
-    order: list[npt.NDArray[np.int64]] = []
     for window in _windows(generator.permutation(len(windows.rows)), windows):
         samples = np.concatenate([np.arange(first[block], first[block + 1]) for block in window])
-        order.append(generator.permutation(samples))
-    return np.concatenate(order)
+        yield generator.permutation(samples)
 
 
 def _windows(blocks: npt.NDArray[np.int64], windows: ShuffleWindows) -> Iterator[list[int]]:

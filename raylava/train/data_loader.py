@@ -9,7 +9,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -119,15 +119,16 @@ class PackedDataLoader:
         """Return this rank's packs of one step, as tensors on the host."""
         lengths = self._blocks.lengths
         packs = pack_batch(step.samples, lengths.length, self._world_size, self._max_tokens_per_pack)[self._rank]
+        weights = dict(zip(step.samples.tolist(), self._plan.loss_weights(step, lengths.loss_tokens), strict=True))
         return StepBatch(
             step,
-            [self._load_pack(pack) for pack in packs],
+            [self._load_pack(pack, weights) for pack in packs],
             loss_tokens=int(lengths.loss_tokens[step.samples].sum()),
             tokens=int(lengths.length[step.samples].sum()),
         )
 
-    def _load_pack(self, pack: Pack) -> PackTensors:
-        return self._collator.collate([self._blocks[number] for number in pack])
+    def _load_pack(self, pack: Pack, weights: Mapping[int, float]) -> PackTensors:
+        return self._collator.collate([self._blocks[number] for number in pack], [weights[number] for number in pack])
 
 
 def _drain(batches: "queue.Queue[StepBatch | BaseException | None]") -> None:
@@ -146,14 +147,18 @@ class PackCollator:
     image_token_id: int
     begin_token_id: int
 
-    def collate(self, samples: list[Sample]) -> PackTensors:
+    def collate(self, samples: list[Sample], loss_weights: Sequence[float] | None = None) -> PackTensors:
         """Concatenate samples into one row, with positions that restart at each sample.
+
+        `loss_weights` holds the weight of each loss token by sample; without it every weight is 1.
 
         A pack without images gets a blank one, as an additional sample without loss tokens: every pack passes the
         vision tower, so that collectives match on all ranks, and the blank image contributes no gradient.
         """
         images: list[Pixels] = [decode_block_image(image) for sample in samples for image in sample.images]
         rows = [self._expand(sample) for sample in samples]
+        counts = [len(row.targets) for row in rows]
+        weights = np.repeat(np.asarray(loss_weights or [1.0] * len(samples), dtype=np.float32), counts)
         if not images:
             images = [blank_pixels(self.vision.pixels)]
             rows.append(_ExpandedSample(self._blank_ids(), np.empty(0, dtype=np.int64)))
@@ -166,6 +171,7 @@ class PackCollator:
             pixel_values=torch.from_numpy(normalize_pixels(np.stack(images), self.vision.pixels)),
             target_positions=torch.from_numpy(targets - 1),
             labels=torch.from_numpy(ids[targets]),
+            loss_weights=torch.from_numpy(weights),
             cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         )
 

@@ -1,7 +1,7 @@
 """The training engine: one optimizer step over any number of packs, checkpoints and weights, with DeepSpeed ZeRO.
 
-The loss of a step is the sum over its packs divided by the loss tokens of all ranks. DeepSpeed averages gradients over
-ranks, so each rank scales its loss by the world size. Independent of Ray, of blocks and of the batch plan.
+The loss of a step is the sum over the packs of all ranks, whose loss tokens carry their weights. DeepSpeed averages
+gradients over ranks, so each rank scales its loss by the world size. Independent of Ray, of blocks and of the plan.
 """
 
 import math
@@ -20,15 +20,8 @@ from raylava.compat.torch import is_compiled
 from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName, Training
 from raylava.errors import RunError, first_line
-from raylava.models.llava import (
-    CONNECTOR,
-    DTYPES,
-    VISION_TOWER,
-    PackLoss,
-    PackTensors,
-    attn_mismatch,
-    set_trainable,
-)
+from raylava.models.connector import CONNECTOR, VISION_TOWER, running_feature_factor
+from raylava.models.llava import DTYPES, PackLoss, PackTensors, attn_mismatch, set_trainable
 from raylava.perf.memory import REDUCE_BUCKET
 from raylava.train.checkpoints import CHECKPOINT_TAG, loadable_meta, universal_checkpoint, write_checkpoint_meta
 
@@ -42,8 +35,8 @@ if TYPE_CHECKING:
 class StepResult:
     """The result of one step over all ranks.
 
-    `loss` is the mean per loss token, `lr` the learning rate of the last part that trains (the language model, if it
-    does), `seconds` this rank's duration.
+    `loss` is the weighted mean over loss tokens, `lr` the learning rate of the last part that trains (the language
+    model, if it does), `seconds` this rank's duration.
     `grad_norm` is before clipping, and None where DeepSpeed does not report it (ZeRO stage 0 in fp32). `skipped` means
     that the loss or a gradient was not finite and nothing was updated. `request` is the sum of the ranks' requests.
     """
@@ -59,11 +52,12 @@ class StepResult:
 def lr_multiplier(step: int, steps: int, training: Training) -> float:
     """Return the fraction of the peak learning rate at `step` (counted from 0) of `steps`.
 
-    The rate rises linearly over the first `warmup_ratio` · steps, then follows `lr_schedule` down to zero.
+    The rate rises linearly over the first `warmup_ratio` · steps, from 0 or from the first step's share by
+    `warmup_start`, then follows `lr_schedule` down to zero.
     """
     warmup = math.ceil(training.warmup_ratio * steps)
     if step < warmup:
-        return (step + 1) / warmup
+        return (step if training.warmup_start == "zero" else step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     if training.lr_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -113,8 +107,8 @@ class Engine:
             self._restore(checkpoint, convert)
             self.first_step = meta.step
 
-    def step(self, number: int, packs: list[PackTensors], loss_tokens: int, request: int = 0) -> StepResult:
-        """Compute this rank's packs and update once. `loss_tokens` counts over all ranks.
+    def step(self, number: int, packs: list[PackTensors], request: int = 0) -> StepResult:
+        """Compute this rank's packs and update once. The loss weights of all ranks' packs sum up to 1.
 
         `request` is a small number that is summed over ranks together with the loss, so that rank 0 can tell the others
         something without another collective. When the loss or a gradient of any rank is not finite, no rank updates
@@ -122,12 +116,12 @@ class Engine:
         """
         started = time.monotonic()
         self._set_lr(number)
-        total = self._accumulate(packs, 1.0 / loss_tokens, request)
+        total = self._accumulate(packs, 1.0, request)
         finite = self._update(total[0])
         norm = self._engine.get_global_grad_norm()
         loss, summed_request = total.tolist()
         return StepResult(
-            loss=loss / loss_tokens,
+            loss=loss,
             grad_norm=None if norm is None else float(norm),
             lr=self._engine.optimizer.param_groups[-1]["lr"],
             seconds=time.monotonic() - started,
@@ -147,6 +141,7 @@ class Engine:
         groups = map(_describe_group, self._group_labels, engine.optimizer.param_groups)
         return {
             "attention": f"{language}, vision tower {vision}",
+            "image features": f"× {running_feature_factor(llava):g}",
             "logits": "at loss tokens" if type(self._loss) is PackLoss else type(self._loss).__name__,
             "optimizer": f"{type(inner_optimizer(engine)).__name__}: {'; '.join(groups)}",
             "gradient clipping": f"norm {engine.gradient_clipping():g}" if engine.gradient_clipping() else "off",
@@ -253,17 +248,28 @@ class Engine:
             raise RunError(f"{folder}: contains no checkpoint that this run can load")
 
     def weights(self, only_trained: bool) -> dict[str, Tensor] | None:
-        """Gather the weights on the host of rank 0, by LlavaForConditionalGeneration's names; return None elsewhere."""
-        import deepspeed
+        """Gather the weights on the host of rank 0, by LlavaForConditionalGeneration's names; return None elsewhere.
 
+        The connector, if it is trained, comes from the optimizer's fp32 weights: an export scales it.
+        """
         weights: dict[str, Tensor] = {}
         for name, parameter in self.llava.named_parameters():
             if only_trained and not parameter.requires_grad:
                 continue
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
+            value = self._full_value(parameter, in_fp32=name.startswith(CONNECTOR) and parameter.requires_grad)
+            if dist.get_rank() == 0:
+                weights[name] = value.detach().to("cpu", copy=True)
         return weights if dist.get_rank() == 0 else None
+
+    def _full_value(self, parameter: nn.Parameter, in_fp32: bool) -> Tensor:
+        """Return a parameter's whole value, on rank 0 at least. Called by all ranks."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if in_fp32 and parameter.dtype != torch.float32:
+            return safe_get_full_fp32_param(parameter)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone() if dist.get_rank() == 0 else parameter.detach()
 
 
 def enable_activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:

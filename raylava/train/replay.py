@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from raylava.config.recipe import Training
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.models.llava import PackLoss, build_llava, load_connector, set_trainable
+from raylava.models.connector import load_connector
+from raylava.models.llava import PackLoss, build_llava, set_trainable
 from raylava.models.registry import ResolvedModel
 from raylava.storage import StoragePath, storage_path
 from raylava.train.batch_plan import Step

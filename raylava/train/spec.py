@@ -10,7 +10,7 @@ from raylava.config.recipe import StageName, Tracking, Training
 from raylava.corpus.blocks import Blocks
 from raylava.models.registry import ResolvedModel, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.train.batch_plan import BatchPlan, ShuffleWindows
+from raylava.train.batch_plan import BatchPlan, ShuffleWindows, plan_batches
 
 if TYPE_CHECKING:
     from raylava.train.data_loader import PackCollator
@@ -34,15 +34,15 @@ class TrainSpec:
     tracking: Tracking = field(default_factory=Tracking)
 
 
-def build_batch_plan(spec: TrainSpec, blocks: Blocks) -> BatchPlan:
+def build_batch_plan(training: Training, seed: int, blocks: Blocks) -> BatchPlan:
     """Return the batch plan of a stage over a prepared corpus."""
-    training, records = spec.training, blocks.manifest.blocks
+    records = blocks.manifest.blocks
     windows = ShuffleWindows(
         tuple(record.rows for record in records),
         tuple(record.bytes for record in records),
         1e9 * training.shuffle_window_gb,
     )
-    return BatchPlan(len(blocks), training.global_batch_size, training.epochs, spec.seed, training.max_steps, windows)
+    return plan_batches(training, seed, blocks.lengths, windows)
 
 
 def build_collator(spec: TrainSpec) -> "PackCollator":

@@ -14,8 +14,16 @@ import torch
 
 from raylava.corpus.block_cache import open_blocks
 from raylava.errors import RunError
+from raylava.models.connector import (
+    CONNECTOR,
+    CONNECTOR_FILE,
+    TRAINED_CONNECTOR,
+    load_connector,
+    running_feature_factor,
+    save_connector,
+)
 from raylava.models.export import export_model
-from raylava.models.llava import CONNECTOR_FILE, DTYPES, build_llava, load_connector
+from raylava.models.llava import DTYPES, build_llava
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
 from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, TrainBackend
@@ -37,7 +45,7 @@ class Trainer:
     def __init__(self, spec: TrainSpec, backend: TrainBackend, cache_bytes: float) -> None:
         self._spec, self._backend = spec, backend
         self._blocks = open_blocks(storage_path(spec.blocks), cache_bytes)
-        self._plan = build_batch_plan(spec, self._blocks)
+        self._plan = build_batch_plan(spec.training, spec.seed, self._blocks)
         self._collator = build_collator(spec)
         training = spec.training
         self._llava = build_llava(spec.model, spec.seed, DTYPES[training.precision], training.attn_implementation)
@@ -118,6 +126,7 @@ class Trainer:
         """Report what is in force, before the first step; `_write_result` adds it to the artifact."""
         self._mechanisms = {
             **self._engine.mechanisms(),
+            "batches": self._plan.description(),
             "packing": loader.packing(),
             "data loader threads": loader.threads(),
             "memory dry run": dry_run,
@@ -139,7 +148,7 @@ class Trainer:
             data_wait_s = time.monotonic() - waiting_since
             backend.heartbeat(batch.step.number, COMPUTING)
             request = self._checkpoints.request(batch.step.number + 1)
-            result = self._engine.step(batch.step.number, batch.packs, batch.loss_tokens, request)
+            result = self._engine.step(batch.step.number, batch.packs, request)
             if metrics_logger is not None:
                 self._step_log.add(batch, result, backend.world_size)
                 metrics = self._meter.measure(batch, result, data_wait_s, checkpoint_stall_s)
@@ -161,15 +170,24 @@ class Trainer:
             return
         folder = Path(tempfile.mkdtemp(prefix="raylava-result-"))
         try:
-            if spec.stage == "pretrain":
-                _write_connector(weights, folder)
-            else:
-                export_model(self._engine.llava, weights, spec.model, spec.image_aspect, folder)
+            self._write_weights(weights, folder)
             (folder / STEP_LOG).write_text(self._step_log.text())
             (folder / MECHANISMS).write_text(json.dumps(self._mechanisms | {"exported weights": exported}, indent=2))
             storage_path(spec.output).upload_folder(folder)
         finally:
             shutil.rmtree(folder)
+
+    def _write_weights(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write the connector after pretraining; after finetuning the model, and the connector as it was trained."""
+        spec, llava = self._spec, self._engine.llava
+        factor = running_feature_factor(llava)
+        if spec.stage == "pretrain":
+            save_connector(weights, factor, folder / CONNECTOR_FILE)
+            return
+        export_model(llava, weights, spec.model, spec.image_aspect, folder)
+        connector = {name: value for name, value in weights.items() if name.startswith(CONNECTOR)}
+        (folder / TRAINED_CONNECTOR).mkdir()
+        save_connector(connector, factor, folder / TRAINED_CONNECTOR / CONNECTOR_FILE)
 
     def _select_best(self, weights: dict[str, torch.Tensor] | None) -> str:
         """Replace the weights by those of the best checkpoint if its loss is lower than that of the last steps.
@@ -208,9 +226,3 @@ class Trainer:
             f"{self._consecutive_skips} consecutive steps had a non-finite loss or gradient, the last is step "
             f"{batch.step.number}; inspect its samples with `raylava replay {folder}`, then lower lr or fix them"
         )
-
-
-def _write_connector(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / CONNECTOR_FILE)

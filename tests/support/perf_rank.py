@@ -69,15 +69,14 @@ def measure(spec: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     before -= sum(weight.numel() * weight.element_size() for weight in llava.parameters())
     engine = Engine(llava, run["stage"], training, 10, torch.device("cpu"))
     packs = [synthetic_pack(spec["samples"], shape, llava.config.image_token_index) for _ in range(2)]
-    loss_tokens = 2 * spec["world_size"] * len(packs[0].labels)
-    engine.step(0, packs, loss_tokens)
+    engine.step(0, packs)
     gc.collect()
     at_rest = live_bytes() - before
-    peak = peak_bytes(lambda: engine.step(1, packs, loss_tokens))
+    peak = peak_bytes(lambda: engine.step(1, packs))
     collective_bytes = []
     for pack_count in (1, 2):
         COLLECTIVE_BYTES.clear()
-        engine.step(1 + pack_count, packs[:pack_count], loss_tokens)
+        engine.step(1 + pack_count, packs[:pack_count])
         collective_bytes.append(dict(COLLECTIVE_BYTES))
     inputs = sum(tensor.numel() * tensor.element_size() for pack in packs for tensor in vars(pack).values())
     return {"at_rest": at_rest - inputs, "peak": at_rest - inputs + peak, "collective_bytes": collective_bytes}

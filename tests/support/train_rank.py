@@ -106,7 +106,7 @@ class Run:
         if step == options.get("poison") and dist.get_rank() == dist.get_world_size() - 1:
             batch.packs[0].pixel_values.fill_(torch.nan)
         with AttentionCalls() if options.get("count_attention") else nullcontext(AttentionCalls()) as calls:
-            result = engine.step(step, batch.packs, batch.loss_tokens)
+            result = engine.step(step, batch.packs)
         if step == CHECKPOINT_STEP and "checkpoint" in options:
             engine.save(Path(options["checkpoint"]), next_step=CHECKPOINT_STEP + 1)
             engine.wait_for_save()
@@ -154,8 +154,12 @@ class Run:
                 [[text[4], with_image[4]], [text[5], with_image[5]]],
             )
             groups_by_rank = [ranks[dist.get_rank()]] if dist.get_world_size() > 1 else ranks
-            packs = [self._collator.collate(group) for groups in groups_by_rank for group in groups]
             loss_tokens = sum(sample.loss_tokens for sample in [*text, *with_image])
+            packs = [
+                self._collator.collate(group, [1.0 / loss_tokens] * len(group))
+                for groups in groups_by_rank
+                for group in groups
+            ]
             yield StepBatch(step, packs, loss_tokens, tokens=0)
 
     def starve(self) -> str:

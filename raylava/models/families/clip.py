@@ -43,6 +43,7 @@ FAMILY = VisionFamily(
     },
     shape=_shape,
     only_own_image_size=True,
+    hub_prefix="vision_model.",
     published={
         "openai/clip-vit-large-patch14-336": _large(336),
         "openai/clip-vit-large-patch14": _large(224),

@@ -26,6 +26,8 @@ class VisionFamily:
     `model_class` is the name of a class in transformers. `defaults` are the fields that config.json may omit. `shape`
     maps a complete config and the side of the input images in pixels to dimensions. LLaVA reads `feature_layer` of the
     tower's hidden states. Of an `only_own_image_size` family, transformers accepts no other size than config.json's.
+    `hub_prefix` stands before the names of the tower's weights in LLaVA checkpoints on the hub, within
+    `vision_tower.`; `raylava.models.export` adds it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class VisionFamily:
     shape: Callable[[Config, int], VisionShape]
     feature_layer: int = -2
     only_own_image_size: bool = False
+    hub_prefix: str = ""
     published: Mapping[str, PublishedVision] = field(default_factory=dict)
 
     def complete(self, config: Config) -> dict[str, Any]:
@@ -44,13 +47,17 @@ class VisionFamily:
 
 @dataclass(frozen=True)
 class LanguageFamily:
-    """A kind of language model: see VisionFamily. `published` maps hub ids to configs."""
+    """A kind of language model: see VisionFamily. `published` maps hub ids to configs.
+
+    `embedding_scale` maps a complete config to the factor that the model applies to its token embeddings.
+    """
 
     name: str
     model_types: tuple[str, ...]
     template: Template
     defaults: Config
     shape: Callable[[Config], LanguageShape]
+    embedding_scale: Callable[[Config], float] = lambda config: 1.0
     published: Mapping[str, Config] = field(default_factory=dict)
 
     def complete(self, config: Config) -> dict[str, Any]:

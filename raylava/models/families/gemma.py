@@ -30,6 +30,11 @@ def decoder_shape(config: Config) -> LanguageShape:
     )
 
 
+def embedding_scale(config: Config) -> float:
+    """Return √width, by which Gemma multiplies its token embeddings."""
+    return float(config["hidden_size"]) ** 0.5
+
+
 _DEFAULTS: dict[str, Any] = {
     "model_type": "gemma",
     "hidden_size": 3072,
@@ -55,6 +60,7 @@ FAMILY = LanguageFamily(
     template=TEMPLATE,
     defaults=_DEFAULTS,
     shape=decoder_shape,
+    embedding_scale=embedding_scale,
     published={
         "google/gemma-2b-it": _2B,
         "google/gemma-1.1-2b-it": _2B,

@@ -338,7 +338,8 @@ def places(bench: Bench) -> dict[str, str]:
     """The values of keys that name files, made on demand."""
     from safetensors.torch import save_file
 
-    from raylava.models.llava import CONNECTOR, CONNECTOR_FILE, build_llava
+    from raylava.models.connector import CONNECTOR, CONNECTOR_FILE
+    from raylava.models.llava import build_llava
     from tests.support.official_files import write_pope
 
     connector = bench.folder / "connector"

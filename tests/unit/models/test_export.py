@@ -17,7 +17,14 @@ from raylava.corpus.images import normalize_pixels, resize_exact
 from raylava.evaluate.engines import PromptBuilder, TransformersEngine
 from raylava.models.export import export_model
 from raylava.models.llava import build_llava
-from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer, resolve_model
+from raylava.models.registry import (
+    CheckpointRef,
+    LanguageSpec,
+    ResolvedModel,
+    VisionSpec,
+    load_tokenizer,
+    resolve_model,
+)
 
 
 def load_processor(folder: Path) -> Any:
@@ -40,7 +47,8 @@ def test_each_vision_family_answers_through_an_exported_model(
     assert (vision.family, vision.image_tokens, vision.select_strategy) == (family, tokens, strategy)
     export_model(build_llava(model, 0, torch.float32), None, model, "pad", tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    assert isinstance(TransformersEngine(str(tmp_path), torch.device("cpu")).answer(["What?"], [image], 3)[0], str)
+    engine = TransformersEngine(CheckpointRef(str(tmp_path)), torch.device("cpu"))
+    assert isinstance(engine.answer(["What?"], [image], 3)[0], str)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (90, 41), (33, 127), (48, 48), (300, 20)])
@@ -83,7 +91,7 @@ def test_generation_stops_at_both_end_tokens_and_answers_do_not_depend_on_the_ba
     config = json.loads((exported / "generation_config.json").read_text())
     tokenizer = load_processor(exported).tokenizer
     assert config["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    engine = TransformersEngine(str(exported), torch.device("cpu"))
+    engine = TransformersEngine(CheckpointRef(str(exported)), torch.device("cpu"))
     rng = np.random.default_rng(0)
     images: list[Image.Image | None] = [
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(5)
@@ -96,7 +104,8 @@ def test_generation_stops_at_both_end_tokens_and_answers_do_not_depend_on_the_ba
 
 
 def test_prompt_of_a_later_turn_equals_the_text_of_training(exported: Path, language: LanguageSpec) -> None:
-    prompt = PromptBuilder(str(exported)).prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
+    builder = PromptBuilder(CheckpointRef(str(exported)))
+    prompt = builder.prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
     tokenizer = load_tokenizer(language)
     turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
     tokenized = ChatTokenizer(tokenizer, language.template).encode(turns, image_count=1)
@@ -104,4 +113,16 @@ def test_prompt_of_a_later_turn_equals_the_text_of_training(exported: Path, lang
 
 
 def test_exported_folder_contains_no_pickled_weights(exported: Path) -> None:
-    assert {path.suffix for path in exported.iterdir()} <= {".json", ".jinja", ".safetensors"}
+    assert {path.suffix for path in exported.iterdir()} <= {".json", ".jinja", ".md", ".safetensors"}
+
+
+def test_no_exported_file_holds_a_path_of_this_machine(exported: Path, resolved_model: ResolvedModel) -> None:
+    folders = {Path(resolved_model.language.name).parent, exported, Path.cwd(), Path.home()}
+    for file in exported.iterdir():
+        content = file.read_bytes()
+        assert not [folder for folder in folders if str(folder).encode() in content], file.name
+
+
+def test_exported_folder_names_the_least_version_of_transformers(exported: Path) -> None:
+    assert json.loads((exported / "config.json").read_text())["min_transformers_version"] == "5.4"
+    assert "transformers 5.4 or newer" in (exported / "README.md").read_text()

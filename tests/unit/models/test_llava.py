@@ -6,22 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
-from raylava.config.recipe import Connector, Model
+from raylava.config.recipe import Connector, Language, Model
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.models.llava import (
+from raylava.models.connector import (
     CONNECTOR,
     CONNECTOR_FILE,
     VISION_TOWER,
+    load_connector,
+    running_feature_factor,
+    save_connector,
+    validate_connector,
+)
+from raylava.models.llava import (
     PackLoss,
     attn_mismatch,
     build_llava,
-    load_connector,
     set_trainable,
     trainable_names,
-    validate_connector,
+    trained_vocabulary,
 )
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
 from raylava.train.data_loader import PackCollator
@@ -54,7 +59,8 @@ def test_packed_logits_equal_the_logits_of_each_sample_alone(
             plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
             for pack in collate_groups(prepared_blocks, pack_collator, [[number] for number in numbers])
         ]
-    torch.testing.assert_close(packed_logits, torch.cat(single_logits), rtol=1e-4, atol=1e-5)
+    expected = torch.cat(single_logits)[:, : trained_vocabulary(plain_llava)]
+    torch.testing.assert_close(packed_logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +89,51 @@ def test_model_that_runs_another_implementation_than_asked_for_is_refused(resolv
     assert attn_mismatch(llava, "varlen") == "the language model runs sdpa instead of varlen"
 
 
-def test_loss_from_logits_at_target_positions_equals_the_loss_of_transformers(
+def test_loss_from_logits_at_target_positions_equals_the_loss_from_the_logits_of_transformers(
     model: PackLoss, plain_llava: LlavaForConditionalGeneration, prepared_blocks: Blocks, pack_collator: PackCollator
 ) -> None:
-    """transformers computes logits at all positions and masks by label."""
+    """transformers computes logits at all positions, and of all embedding rows."""
     (pack,) = collate_groups(prepared_blocks, pack_collator, [[5]])
-    labels = torch.full_like(pack.input_ids, -100)
-    labels[0, pack.target_positions + 1] = pack.labels
     with torch.inference_mode():
         loss = model(**vars(pack)) / len(pack.labels)
-        expected = plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values, labels=labels).loss
+        logits = plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
+    expected = torch.nn.functional.cross_entropy(logits[:, : trained_vocabulary(plain_llava)], pack.labels)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_added_embedding_rows_take_no_part_in_the_softmax(
+    toy_model: Model, tmp_path: Path, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    """The reference model has no such rows. Gemma has a row for each of its tokens, and none for `<image>`."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_model.language.name)
+    gemma = AutoModelForCausalLM.from_pretrained(toy_model.language.name)
+    rows = tokenizer.convert_tokens_to_ids("<image>")  # the last token
+    gemma.resize_token_embeddings(rows, mean_resizing=False)
+    gemma.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    recipe = toy_model.model_copy(update={"language": Language(name=str(tmp_path))})
+    model = PackLoss(build_llava(resolve_model(recipe), seed=0, dtype=torch.float32))
+    (pack,) = collate_groups(prepared_blocks, pack_collator, [[5]])
+    embeddings = model.llava.lm_head.weight
+    assert (trained_vocabulary(model.llava), len(embeddings)) == (rows, -(-(rows + 1) // 64) * 64)
+    with torch.no_grad():
+        before = model(**vars(pack))
+        embeddings[rows:] = 100.0
+    loss = model(**vars(pack))
+    loss.backward()
+    assert torch.equal(before, loss.detach())
+    assert embeddings.grad is not None
+    assert not embeddings.grad[rows:].any()
+
+
+def test_each_loss_token_counts_by_its_weight(
+    model: PackLoss, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    samples = [prepared_blocks[0], prepared_blocks[1]]
+    with torch.inference_mode():
+        alone = [model(**vars(pack_collator.collate([sample]))) for sample in samples]
+        weighted = model(**vars(pack_collator.collate(samples, [0.25, 0.5])))
+    torch.testing.assert_close(weighted, 0.25 * alone[0] + 0.5 * alone[1], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_do_not_depend_on_packing(
@@ -141,7 +181,8 @@ def test_connector_of_the_right_widths_replaces_random_initialization(
     tmp_path: Path, toy_model: Model, resolved_model: ResolvedModel
 ) -> None:
     trained = build_llava(resolved_model, seed=7, dtype=torch.float32).model.multi_modal_projector
-    save_file({CONNECTOR + name: value for name, value in trained.state_dict().items()}, tmp_path / CONNECTOR_FILE)
+    weights = {CONNECTOR + name: value for name, value in trained.state_dict().items()}
+    save_connector(weights, trained.feature_factor, tmp_path / CONNECTOR_FILE)
     validate_connector(str(tmp_path), resolved_model.vision, resolved_model.language)
     with_connector = resolve_model(toy_model.model_copy(update={"connector": Connector(weights=str(tmp_path))}))
     loaded = build_llava(with_connector, seed=1, dtype=torch.float32).model.multi_modal_projector
@@ -159,7 +200,7 @@ def test_connector_trained_together_with_the_vision_tower_brings_the_tower(
         for parameter in trained.model.vision_tower.parameters():
             parameter.add_(0.5)
     weights = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
-    save_file(weights, tmp_path / CONNECTOR_FILE)
+    save_connector(weights, running_feature_factor(trained), tmp_path / CONNECTOR_FILE)
     loaded = build_llava(resolved_model, seed=1, dtype=torch.float32)
     load_connector(loaded, str(tmp_path))
     for name, value in loaded.named_parameters():

@@ -9,7 +9,8 @@ import pytest
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Language, Vision
 from raylava.errors import UserError
-from raylava.models.registry import resolve_language, resolve_vision, validate_backbones, weights_identity
+from raylava.models.hub import weights_identity
+from raylava.models.registry import resolve_language, resolve_vision, validate_backbones
 
 
 def test_dinov2_accepts_another_image_size_and_clip_does_not(toy_assets: Artifact) -> None:

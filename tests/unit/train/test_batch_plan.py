@@ -15,9 +15,7 @@ from raylava.train.batch_plan import (
     Pack,
     ShuffleWindows,
     pack_batch,
-    permutation,
     sample_cost,
-    windowed_permutation,
     worst_case_packs,
 )
 
@@ -34,6 +32,14 @@ def llava_mix(count: int, seed: int = 0) -> np.ndarray:
     with_image = 576 + np.clip(rng.lognormal(5.0, 0.7, count), 20, 1400).astype(int)
     text_only = np.clip(rng.lognormal(6.0, 0.8, count), 20, 2048).astype(int)
     return np.where(rng.random(count) < 0.94, with_image, text_only).astype(np.int32)
+
+
+def epoch_orders(plan: BatchPlan) -> list[list[int]]:
+    """Return the samples of each epoch in plan order."""
+    orders: list[list[int]] = [[] for _ in range(plan.epochs)]
+    for step in plan.from_step(0):
+        orders[step.epoch] += step.samples.tolist()
+    return orders
 
 
 LENGTHS = {
@@ -123,8 +129,8 @@ def test_max_steps_limits_the_plan() -> None:
 
 
 def test_permutation_is_determined_by_seed_and_epoch() -> None:
-    assert permutation(5, seed=0, epoch=0).tolist() == permutation(5, seed=0, epoch=0).tolist()
-    orders = {tuple(permutation(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert epoch_orders(BatchPlan(5, 2, 1, 0)) == epoch_orders(BatchPlan(5, 2, 1, 0))
+    orders = {tuple(order) for seed in range(3) for order in epoch_orders(BatchPlan(50, 7, epochs=3, seed=seed))}
     assert len(orders) == 9
 
 
@@ -138,8 +144,7 @@ WINDOWS = ShuffleWindows(rows=(7, 3, 9, 1, 5, 5, 8, 2), bytes=(70, 30, 90, 10, 5
 
 def test_windowed_epoch_visits_every_sample_once_and_keeps_open_blocks_within_the_window() -> None:
     first = np.concatenate([[0], np.cumsum(WINDOWS.rows)])
-    for epoch in range(5):
-        order = windowed_permutation(WINDOWS, seed=1, epoch=epoch)
+    for order in epoch_orders(BatchPlan(40, 8, epochs=5, seed=1, windows=WINDOWS)):
         assert sorted(order) == list(range(40))
         blocks = np.searchsorted(first, order, side="right") - 1
         spans = [(np.flatnonzero(blocks == block).min(), np.flatnonzero(blocks == block).max()) for block in range(8)]
@@ -149,7 +154,7 @@ def test_windowed_epoch_visits_every_sample_once_and_keeps_open_blocks_within_th
 
 
 def test_windowed_epochs_differ_and_a_corpus_within_one_window_is_shuffled_as_a_whole() -> None:
-    orders = {tuple(windowed_permutation(WINDOWS, seed=1, epoch=epoch)) for epoch in range(5)}
+    orders = {tuple(order) for order in epoch_orders(BatchPlan(40, 8, epochs=5, seed=1, windows=WINDOWS))}
     assert len(orders) == 5
     one_window = ShuffleWindows(WINDOWS.rows, WINDOWS.bytes, window_bytes=400)
     windowed, unwindowed = (

@@ -1,0 +1,124 @@
+"""LLaVA checkpoints that other programs saved: loading them, and the scale of image features that they assume.
+
+transformers before 5.4 multiplied image features by Gemma's embedding scale, since 5.4 it multiplies token embeddings
+only. Nothing warns of it: a checkpoint that the older version saved answers as if its images were √width times fainter,
+unless its connector's last layer is multiplied by the scale.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from raylava.errors import UserError
+from raylava.models.connector import scale_last_layer
+from raylava.models.families import language_families, vision_families
+from raylava.models.hub import absolute_name, is_folder, pin_revision, read_json, weights_path
+from raylava.models.registry import CheckpointRef, ResolvedModel
+from raylava.perf.shapes import LanguageShape, VisionShape
+from raylava.storage import storage_path
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+MIN_TRANSFORMERS = "5.4"  # the least version that scales token embeddings only
+
+
+def find_checkpoint(name: str, transformers_version: str | None = None) -> CheckpointRef:
+    """Return the checkpoint in a folder or on the hub, at its current commit. Raises UserError when there is none."""
+    if is_folder(name) and not (storage_path(name) / "config.json").exists():
+        raise UserError(f"{name}: no model found (no config.json); give a finetune artifact or a Hugging Face folder")
+    location = absolute_name(name)
+    return CheckpointRef(location, pin_revision(location, "main"), transformers_version)
+
+
+def load_checkpoint(
+    checkpoint: CheckpointRef, dtype: "torch.dtype | str"
+) -> "tuple[LlavaForConditionalGeneration, float]":
+    """Load a LLaVA checkpoint; return it, and the factor that its connector's last layer is to be multiplied by.
+
+    `dtype` is that of the weights; "auto" is the checkpoint's own. Raises UserError when the checkpoint cannot be read,
+    lacks weights of its class (transformers would initialize them randomly), or does not say which version saved it.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    scale = legacy_scale(checkpoint)
+    llava, loading = LlavaForConditionalGeneration.from_pretrained(
+        weights_path(checkpoint.name, checkpoint.revision),
+        revision=checkpoint.revision,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{checkpoint.name}: lacks {len(missing)} weights of a LlavaForConditionalGeneration, "
+            f"{', '.join(missing[:3])} among them; give a complete checkpoint"
+        )
+    return llava, float(torch.tensor(scale).to(llava.dtype))
+
+
+def load_converted(checkpoint: CheckpointRef, dtype: "torch.dtype | str") -> "LlavaForConditionalGeneration":
+    """Load a LLaVA checkpoint so that today's transformers computes what it was trained to. See `load_checkpoint`."""
+    llava, factor = load_checkpoint(checkpoint, dtype)
+    connector = llava.model.multi_modal_projector
+    connector.load_state_dict(scale_last_layer(connector.state_dict(), factor))
+    return llava
+
+
+def legacy_scale(checkpoint: CheckpointRef) -> float:
+    """Return the scale that the checkpoint's transformers version applied to image features, beyond today's: 1 if none.
+
+    Raises UserError when there is no config.json, or none that states a version where the version matters.
+    """
+    config = _read_config(checkpoint)
+    text_config = config["text_config"]
+    families = language_families()
+    known = [family for family in families.values() if text_config.get("model_type") in family.model_types]
+    scale = known[0].embedding_scale(known[0].complete(text_config)) if known else 1.0
+    if scale == 1.0:
+        return 1.0
+    version = checkpoint.transformers_version or config.get("transformers_version")
+    try:
+        is_legacy = Version(str(version)) < Version(MIN_TRANSFORMERS)
+    except InvalidVersion:
+        raise UserError(
+            f"{checkpoint.name}: its config.json does not say which transformers version saved it, and versions before "
+            f"{MIN_TRANSFORMERS} scaled image features; give the version as transformers_version"
+        ) from None
+    return scale if is_legacy else 1.0
+
+
+def validate_checkpoint(model: ResolvedModel) -> None:
+    """Raise UserError unless the model's initial weights are a LLaVA of the shapes of its two backbones."""
+    checkpoint = model.initial_weights
+    assert checkpoint is not None
+    legacy_scale(checkpoint)
+    config = _read_config(checkpoint)
+    shapes = {
+        f"model.language.name={model.language.name}": (_language_shape(config, model), model.language.shape),
+        f"model.vision.name={model.vision.name}": (_vision_shape(config, model), model.vision.shape),
+    }
+    for key, (found, expected) in shapes.items():
+        if found != expected:
+            name = checkpoint.name
+            raise UserError(f"model.initial_weights.name={name}: has other dimensions than {key}; change one of them")
+
+
+def _language_shape(config: dict[str, Any], model: ResolvedModel) -> LanguageShape:
+    """Return the dimensions of the checkpoint's language model, without the embedding rows that it has added."""
+    family = language_families()[model.language.family]
+    return replace(family.shape(family.complete(config["text_config"])), vocabulary=model.language.shape.vocabulary)
+
+
+def _vision_shape(config: dict[str, Any], model: ResolvedModel) -> VisionShape:
+    family = vision_families()[model.vision.family]
+    return family.shape(family.complete(config["vision_config"]), model.vision.pixels.size)
+
+
+def _read_config(checkpoint: CheckpointRef) -> dict[str, Any]:
+    config = read_json(checkpoint.name, checkpoint.revision, "config.json")
+    if config is None or not isinstance(config.get("text_config"), dict) or "vision_config" not in config:
+        raise UserError(f"{checkpoint.name}: no config.json of a LLaVA model there; give a Hugging Face LLaVA folder")
+    return config

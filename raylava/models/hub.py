@@ -1,0 +1,183 @@
+"""Where a model's files are: in a folder, or on the Hugging Face hub at one commit; and which weights it has.
+
+A hub revision such as `main` is pinned to its commit once, when a recipe is resolved, and every worker reads that
+commit. Weights are read from safetensors. A model that only has PyTorch's pickle files (*.bin) is read once, without
+unpickling code, and kept as safetensors in the cache folder.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from raylava.errors import UserError, first_line
+from raylava.storage import cache_folder, storage_path
+
+logger = logging.getLogger(__name__)
+
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_HASHES_FILE = "sha256.json"  # of converted weights, by file
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_folder(name: str) -> bool:
+    """Return whether a model's name is a folder (a path or URI) rather than a hub id."""
+    return "://" in name or name.startswith((".", "/", "~")) or Path(name).is_dir()
+
+
+def absolute_name(name: str) -> str:
+    """Return a model's name that is valid on every node: folders as absolute path or URI, hub ids unchanged."""
+    return storage_path(name).uri if is_folder(name) else name
+
+
+def model_path(name: str) -> str:
+    """Return what `from_pretrained` takes: a local folder, downloaded if it is remote, or the hub id."""
+    return str(storage_path(name).local_copy()) if is_folder(name) else name
+
+
+def weights_path(name: str, revision: str) -> str:
+    """Return what `from_pretrained` takes to load weights from safetensors, which are converted first if need be.
+
+    Raises UserError when the model has no weights, or only some that cannot be read safely.
+    """
+    folder = Path(model_path(name)) if is_folder(name) else _download_pickles(name, revision)
+    if folder is None or any((folder / file).exists() for file in _SAFETENSORS):
+        return name if folder is None else str(folder)
+    return str(_convert_pickles(folder, name))
+
+
+def read_json(name: str, revision: str, file: str) -> dict[str, Any] | None:
+    """Return the content of one of the model's JSON files, or None if it has no such file.
+
+    Raises UserError when the model does not exist or the hub cannot be reached.
+    """
+    if is_folder(name):
+        path = storage_path(name) / file
+        return json.loads(path.read_bytes()) if path.exists() else None
+    cached = _hub_file(name, file, revision)
+    return json.loads(Path(cached).read_text()) if cached else None
+
+
+def pin_revision(name: str, revision: str) -> str:
+    """Return the commit of a hub id's revision; the revision of a folder is returned unchanged.
+
+    Raises UserError when the hub cannot be reached and no snapshot is cached.
+    """
+    return revision if is_folder(name) else _hub_commit(name, revision)
+
+
+def weights_identity(name: str, revision: str) -> dict[str, str]:
+    """Identify a model's weights: SHA-256 by file for a folder, id and commit for a hub id."""
+    if not is_folder(name):
+        return {"hub": name, "commit": pin_revision(name, revision)}
+    folder = storage_path(name)
+    files = [file for file, _ in folder.walk_files() if "/" not in file]
+    suffixes = (".safetensors", ".safetensors.index.json")
+    if not any(file.endswith(suffixes) for file in files):
+        suffixes = (".bin", ".bin.index.json")
+    return {file: _file_sha256(str(folder / file)) for file in files if file.endswith((*suffixes, "config.json"))}
+
+
+@cache
+def _file_sha256(uri: str) -> str:
+    return storage_path(uri).sha256()
+
+
+@cache
+def _hub_commit(name: str, revision: str) -> str:
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import model_info
+
+    try:
+        return str(model_info(name, revision=revision).sha)
+    except Exception:  # offline or gated: the folder name of the cached snapshot is its commit
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
+        except OSError as error:
+            raise UserError(
+                f"{name}@{revision}: the hub cannot be reached and no copy is cached; use a folder"
+            ) from error
+
+
+def _hub_file(name: str, file: str, revision: str) -> str | None:
+    """Return the local path of one file of a hub id, or None if there is no such file."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"{name}: not a local folder, and the hub has no such model or cannot be reached") from error
+
+
+def _download_pickles(name: str, revision: str) -> Path | None:
+    """Return a local copy of a hub id that has only pickle files, None if it has safetensors at this commit."""
+    if any(_hub_file(name, file, revision) for file in _SAFETENSORS):
+        return None
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "pytorch_model*.bin"]))
+
+
+def _convert_pickles(folder: Path, name: str) -> Path:
+    """Return a folder of the cache with the model's JSON files and its weights as safetensors. Raises UserError."""
+    files = _pickle_files(folder, name)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {storage_path(file).sha256()}\n".encode())
+    target = cache_folder() / "safetensors" / digest.hexdigest()[:32]
+    if not target.exists():
+        _write_safetensors(folder, files, target, name)
+        logger.info("%s: converted %s to safetensors in %s", name, ", ".join(file.name for file in files), target)
+    for file, expected in json.loads((target / _HASHES_FILE).read_text()).items():
+        if storage_path(target / file).sha256() != expected:
+            raise UserError(f"{target / file}: changed since it was converted from {name}; delete {target}")
+    return target
+
+
+def _pickle_files(folder: Path, name: str) -> list[Path]:
+    single, index = (folder / file for file in _PICKLES)
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / Path(shard).name for shard in sorted(shards)]
+    raise UserError(f"{name}: has neither {_SAFETENSORS[0]} nor {_PICKLES[0]}; give a folder with weights")
+
+
+def _write_safetensors(folder: Path, files: list[Path], target: Path, name: str) -> None:
+    """Write the converted model to a temporary folder, and rename it: a reader sees a complete folder or none."""
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            weights |= torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the pickle module raises exceptions of any kind for foreign bytes
+            raise UserError(
+                f"{name}: {file.name} holds more than tensors or is damaged, and is not unpickled "
+                f"({first_line(error)[:120]}); give a folder with safetensors"
+            ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix="partial-"))
+    save_torch_state_dict({name: value.contiguous() for name, value in weights.items()}, partial)
+    hashes = {file.name: storage_path(file).sha256() for file in partial.iterdir()}
+    (partial / _HASHES_FILE).write_text(json.dumps(hashes))
+    for file in folder.glob("*.json"):
+        if file.name not in _PICKLES:
+            shutil.copy(file, partial)
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial)
+        if not target.exists():  # else another process converted the same files meanwhile
+            raise

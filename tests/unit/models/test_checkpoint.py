@@ -1,0 +1,122 @@
+"""LLaVA checkpoints of transformers before 5.4 are converted when they are loaded, to answer as they were trained."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from raylava.config.recipe import InitialWeights, Language, Model, Vision
+from raylava.corpus.blocks import Blocks
+from raylava.errors import UserError
+from raylava.models.checkpoint import find_checkpoint, load_converted, validate_checkpoint
+from raylava.models.export import export_model
+from raylava.models.llava import build_llava
+from raylava.models.registry import CheckpointRef, ResolvedModel, resolve_model
+from raylava.train.data_loader import PackCollator
+
+
+@pytest.fixture(scope="module")
+def legacy_checkpoint(resolved_model: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as transformers 4.39 wrote it: its connector's output awaits the embedding scale."""
+    folder = tmp_path_factory.mktemp("legacy")
+    model = dataclasses.replace(resolved_model, feature_scale="none")
+    export_model(build_llava(model, 3, torch.float32), None, model, "pad", folder)
+    write_version(folder, "4.39.0.dev0")
+    return folder
+
+
+def write_version(folder: Path, version: str | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)
+    (folder / "config.json").write_text(json.dumps(config | ({"transformers_version": version} if version else {})))
+
+
+def legacy_logits(folder: Path, pack: Any) -> torch.Tensor:
+    """Compute the logits by the rule of transformers 4.39: embeddings and image features are scaled together."""
+    llava = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    language = llava.model.language_model
+    with torch.inference_mode():
+        rows = torch.nn.functional.embedding(pack.input_ids, language.embed_tokens.weight)
+        features = llava.model.multi_modal_projector(
+            llava.model.vision_tower(pack.pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
+        )
+        rows[0, pack.input_ids[0] == llava.config.image_token_id] = features.flatten(0, 1)
+        scaled = rows * llava.config.text_config.hidden_size**0.5
+        return llava.lm_head(language(inputs_embeds=scaled).last_hidden_state)
+
+
+def logits(llava: LlavaForConditionalGeneration, pack: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return llava.eval()(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits
+
+
+def test_legacy_checkpoint_computes_what_it_was_trained_to(
+    legacy_checkpoint: Path, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    pack = pack_collator.collate([prepared_blocks[0]])
+    expected = legacy_logits(legacy_checkpoint, pack)
+    converted = load_converted(find_checkpoint(str(legacy_checkpoint)), torch.float32)
+    torch.testing.assert_close(logits(converted, pack), expected, rtol=1e-4, atol=1e-5)
+    unconverted = LlavaForConditionalGeneration.from_pretrained(legacy_checkpoint)
+    assert not torch.allclose(logits(unconverted, pack), expected, atol=1e-2), "the fixture must need the conversion"
+
+
+def test_version_that_the_user_states_overrides_that_of_the_config(
+    legacy_checkpoint: Path, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    pack = pack_collator.collate([prepared_blocks[0]])
+    as_it_is = load_converted(find_checkpoint(str(legacy_checkpoint), "5.4"), torch.float32)
+    unconverted = LlavaForConditionalGeneration.from_pretrained(legacy_checkpoint)
+    torch.testing.assert_close(logits(as_it_is, pack), logits(unconverted, pack))
+
+
+def test_training_starts_from_a_legacy_checkpoint_as_it_was_trained(
+    legacy_checkpoint: Path, toy_model: Model, prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    pack = pack_collator.collate([prepared_blocks[0]])
+    recipe = toy_model.model_copy(update={"initial_weights": InitialWeights(name=str(legacy_checkpoint))})
+    model = resolve_model(recipe)
+    validate_checkpoint(model)
+    llava = build_llava(model, seed=0, dtype=torch.float32)
+    own = llava.model.multi_modal_projector.linear_2.weight
+    unfolded = load_file(legacy_checkpoint / "model.safetensors")["multi_modal_projector.linear_2.weight"]
+    torch.testing.assert_close(own, unfolded)  # training applies the scale
+    torch.testing.assert_close(logits(llava, pack), legacy_logits(legacy_checkpoint, pack), rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoint_without_a_version_is_refused_with_the_remedy(legacy_checkpoint: Path, tmp_path: Path) -> None:
+    for file in legacy_checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text((legacy_checkpoint / "config.json").read_text())
+    write_version(tmp_path, None)
+    with pytest.raises(UserError, match="give the version as transformers_version"):
+        load_converted(CheckpointRef(str(tmp_path)), torch.float32)
+
+
+def test_checkpoint_that_lacks_weights_is_refused(legacy_checkpoint: Path, tmp_path: Path) -> None:
+    """transformers initializes them randomly, and says so in a warning only."""
+    for file in legacy_checkpoint.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    weights = load_file(legacy_checkpoint / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("vision_tower.")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks .* weights of a LlavaForConditionalGeneration"):
+        load_converted(CheckpointRef(str(tmp_path)), torch.float32)
+
+
+def test_checkpoint_of_other_dimensions_is_refused_before_training(
+    legacy_checkpoint: Path, toy_model: Model, siglip: Path
+) -> None:
+    recipe = Model(
+        language=Language(name=toy_model.language.name),
+        vision=Vision(name=str(siglip)),
+        initial_weights=InitialWeights(name=str(legacy_checkpoint)),
+    )
+    with pytest.raises(UserError, match=r"has other dimensions than model\.vision\.name"):
+        validate_checkpoint(resolve_model(recipe))
