@@ -104,6 +104,22 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)  # type: ignore[no-any-return]
 
 
+def full_fp32_weight(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the optimizer's fp32 value of a trained half-precision weight, whole. Called by all ranks.
+
+    DeepSpeed's own function knows the optimizers of ZeRO stages 1 to 3 only.
+    """
+    groups, master_groups = (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32"))
+    if engine.zero_optimization_stage() == 0:
+        for group, master_group in zip(groups, master_groups, strict=True):
+            for weight, master in zip(group, master_group, strict=True):
+                if weight is parameter:
+                    return master.detach()
+    value = deepspeed.utils.safe_get_full_fp32_param(parameter)
+    assert value is not None, "the optimizer has no fp32 value of a trained weight"
+    return value
+
+
 def _copy_to_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)

@@ -173,9 +173,9 @@ def upload_checkpoint(folder: Path, target: StoragePath, timeout_s: float, last_
 def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read the trained weights of a complete checkpoint to the host, by LlavaForConditionalGeneration's names.
 
-    At stage 3, where no rank has whole weights, they are put together from all ranks' fp32 partitions.
+    At stages 1 to 3 they are put together from the fp32 partitions of all ranks.
     """
-    if read_checkpoint_meta(storage_path(folder)).zero_stage == 3:
+    if read_checkpoint_meta(storage_path(folder)).zero_stage >= 1:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         weights = get_fp32_state_dict_from_zero_checkpoint(folder, tag=CHECKPOINT_TAG, exclude_frozen_parameters=True)

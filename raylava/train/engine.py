@@ -264,10 +264,11 @@ class Engine:
     def _full_value(self, parameter: nn.Parameter, in_fp32: bool) -> Tensor:
         """Return a parameter's whole value, on rank 0 at least. Called by all ranks."""
         import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
+
+        from raylava.compat.deepspeed import full_fp32_weight
 
         if in_fp32 and parameter.dtype != torch.float32:
-            return safe_get_full_fp32_param(parameter)
+            return full_fp32_weight(self._engine, parameter)
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone() if dist.get_rank() == 0 else parameter.detach()
 

@@ -26,7 +26,7 @@ from raylava.models.registry import ResolvedModel
 from raylava.train.data_loader import PackCollator
 
 SCALE = 32**0.5  # of the toy language model
-BF16_TOLERANCE = 0.06  # of logits of about 1; both roundings, of the folded weights and of activations, are bf16's
+FP32_TOLERANCE, BF16_TOLERANCE = 1e-6, 1e-2  # of the logits' norm; docs/numerics.md states 4e-7 and 6e-3
 
 
 def of_convention(model: ResolvedModel, feature_scale: str) -> ResolvedModel:
@@ -84,7 +84,7 @@ def test_factor_is_rounded_to_the_compute_dtype(
 
 @pytest.mark.parametrize("feature_scale", ["embedding", "none"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, BF16_TOLERANCE)], ids=["fp32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, FP32_TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)], ids=["fp32", "bf16"]
 )
 def test_exported_model_computes_the_logits_of_training(
     feature_scale: str,
@@ -105,8 +105,8 @@ def test_exported_model_computes_the_logits_of_training(
             pack.input_ids, pack.position_ids, pack.pixel_values, pack.target_positions, pack.cu_seqlens
         )
         logits = exported(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
-    logits = logits[:, : trained_vocabulary(llava)]
-    torch.testing.assert_close(logits, trained, rtol=tolerance, atol=tolerance)
+    difference = (logits[:, : trained_vocabulary(llava)] - trained).float()
+    assert float(difference.norm() / trained.float().norm()) < tolerance
 
 
 def test_weights_are_folded_from_fp32_values(resolved_model: ResolvedModel, tmp_path: Path) -> None:
