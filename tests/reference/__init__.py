@@ -1,0 +1,1 @@
+"""LLaVA-Gemma's training, written from its published recipe without raylava: the numbers that raylava reproduces."""
