@@ -9,6 +9,8 @@ PLAN = "tests/unit/train/test_batch_plan.py"
 LOADER = "tests/unit/train/test_data_loader.py"
 RAY = "tests/ray/train/test_ray_backend.py"
 PREPARE = "tests/unit/corpus/test_prepare.py"
+GROUPS = "tests/unit/train/test_loss_groups.py"
+CONNECTOR = "tests/unit/models/test_connector.py"
 STUDY = "tests/unit/tune/test_study.py"
 
 
@@ -90,7 +92,7 @@ MUTANTS = [
         ),
         (
             "the rate warms up",
-            "return (step + 1) / warmup",
+            'return (step if training.warmup_start == "zero" else step + 1) / warmup',
             "return 1.0",
             "tests/unit/train/test_engine.py::test_learning_rate_warms_up_linearly_and_decays_as_a_cosine_to_zero",
         ),
@@ -177,8 +179,8 @@ MUTANTS = [
         "raylava/train/spec.py",
         (
             "the plan depends on the seed",
-            "training.epochs, spec.seed, training.max_steps",
-            "training.epochs, 0, training.max_steps",
+            "return plan_batches(training, seed, blocks.lengths, windows)",
+            "return plan_batches(training, 0, blocks.lengths, windows)",
             f"{MECHANISMS}::test_samples_of_a_step_depend_on_the_seed",
         ),
         (
@@ -190,6 +192,30 @@ MUTANTS = [
     ),
     *_in(
         "raylava/train/batch_plan.py",
+        (
+            "steps hold one modality",
+            'lengths.images > 0 if training.batching == "by_modality" else None,',
+            "None,",
+            f"{GROUPS}::test_steps_by_modality_are_those_of_llavas_sampler",
+        ),
+        (
+            "groups have similar lengths",
+            "batch if start >= order.remainder else self._grouped(batch)",
+            "batch",
+            f"{GROUPS}::test_groups_of_a_mixed_batch_have_similar_lengths_or_are_consecutive",
+        ),
+        (
+            "the remainder keeps its order",
+            "remainder = np.sort(np.concatenate(list(rest.values())))",
+            "remainder = np.concatenate(list(rest.values()))",
+            f"{GROUPS}::test_steps_by_modality_are_those_of_llavas_sampler",
+        ),
+        (
+            "groups have equal shares of the loss",
+            "(1.0 / (len(tokens_of_group) * tokens_of_group[group])).tolist()",
+            "(np.ones(len(tokens)) / tokens.sum()).tolist()",
+            f"{GROUPS}::test_each_weighting_gives_tokens_samples_or_groups_equal_shares",
+        ),
         (
             "packs hold several samples",
             "fitting = next((number for number, space in enumerate(free) if space >= length), None)",
@@ -384,8 +410,8 @@ MUTANTS = [
         "raylava/models/llava.py",
         (
             "attention is set after assembly",
-            "    set_attn_implementation(llava, attn_implementation)\n    if model",
-            "    if model",
+            "    set_attn_implementation(llava, attn_implementation)\n    if connector",
+            "    if connector",
             f"{LLAVA}::test_language_model_computes_attention_by_the_implementation_that_is_asked_for",
         ),
         (
@@ -413,16 +439,112 @@ MUTANTS = [
             f"{LLAVA}::test_connector_of_the_right_widths_replaces_random_initialization",
         ),
         (
+            "logits are computed at loss tokens",
+            "return self.llava.lm_head(hidden[0, target_positions])",
+            "return self.llava.lm_head(hidden[0])",
+            f"{LLAVA}::test_loss_from_logits_at_target_positions_equals_the_loss_from_the_logits_of_transformers",
+        ),
+        (
+            "added embedding rows are left out of the softmax",
+            "[:, : self._vocabulary]",
+            "",
+            f"{LLAVA}::test_added_embedding_rows_take_no_part_in_the_softmax",
+        ),
+        (
+            "loss tokens carry their weights",
+            'reduction="none") * loss_weights).sum()',
+            'reduction="none")).sum()',
+            f"{LLAVA}::test_each_loss_token_counts_by_its_weight",
+        ),
+        (
+            "image features have the scale of embeddings",
+            "else output * self.feature_factor",
+            "else output",
+            f"{CONNECTOR}::test_first_layer_receives_scaled_image_features_beside_scaled_token_embeddings",
+        ),
+        (
+            "training starts from a checkpoint in its own convention",
+            "scale_last_layer(connector, 1.0 / factor)",
+            "scale_last_layer(connector, 1.0)",
+            "tests/unit/models/test_checkpoint.py::test_training_starts_from_a_legacy_checkpoint_as_it_was_trained",
+        ),
+    ),
+    *_in(
+        "raylava/models/connector.py",
+        (
             "a connector brings its vision tower",
             "        if part or prefix == CONNECTOR:\n",
             "        if prefix == CONNECTOR:\n",
             f"{LLAVA}::test_connector_trained_together_with_the_vision_tower_brings_the_tower",
         ),
         (
-            "logits are computed at loss tokens",
-            "return self.llava.lm_head(hidden[0, target_positions])",
-            "return self.llava.lm_head(hidden[0])",
-            f"{LLAVA}::test_loss_from_logits_at_target_positions_equals_the_loss_of_transformers",
+            "the scale is rounded to the compute dtype",
+            "return float(torch.tensor(scale).to(dtype))",
+            "return scale",
+            f"{CONNECTOR}::test_factor_is_rounded_to_the_compute_dtype",
+        ),
+        (
+            "a connector of the other convention is converted",
+            "connector_factor(file) / running_feature_factor(llava)",
+            "1.0",
+            f"{CONNECTOR}::test_connector_trained_in_one_convention_gives_the_same_features_in_the_other",
+        ),
+    ),
+    *_in(
+        "raylava/models/export.py",
+        (
+            "the scale is folded into the exported connector",
+            "scaled = scale_last_layer(own if weights is None else weights, running_feature_factor(llava))",
+            "scaled = scale_last_layer(own if weights is None else weights, 1.0)",
+            f"{CONNECTOR}::test_exported_model_computes_the_logits_of_training",
+        ),
+        (
+            "exported weights have published names",
+            "prefix = VISION_TOWER + vision_families()[model.vision.family].hub_prefix",
+            "prefix = VISION_TOWER",
+            "tests/unit/models/test_export_names.py",
+        ),
+        (
+            "exported files hold no paths",
+            '        part.name_or_path = ""\n',
+            "        pass\n",
+            "tests/unit/models/test_export.py::test_no_exported_file_holds_a_path_of_this_machine",
+        ),
+    ),
+    *_in(
+        "raylava/models/checkpoint.py",
+        (
+            "legacy checkpoints are converted",
+            "return scale if is_legacy else 1.0",
+            "return 1.0",
+            "tests/unit/models/test_checkpoint.py::test_legacy_checkpoint_computes_what_it_was_trained_to",
+        ),
+        (
+            "checkpoints that lack weights are refused",
+            'if missing := sorted(loading["missing_keys"]):',
+            "if missing := []:",
+            "tests/unit/models/test_checkpoint.py::test_checkpoint_that_lacks_weights_is_refused",
+        ),
+    ),
+    *_in(
+        "raylava/models/hub.py",
+        (
+            "workers load the commit of the fingerprint",
+            "return revision if is_folder(name) else _hub_commit(name, revision)",
+            "return revision",
+            "tests/unit/models/test_hub.py::test_workers_load_the_commit_that_entered_the_fingerprint",
+        ),
+        (
+            "pickle files are not unpickled",
+            "weights_only=True",
+            "weights_only=False",
+            "tests/unit/models/test_hub.py::test_pickle_that_holds_code_is_refused_and_not_run",
+        ),
+        (
+            "converted weights are verified",
+            "        if storage_path(target / file).sha256() != expected:\n",
+            "        if False:\n",
+            "tests/unit/models/test_hub.py::test_converted_weights_that_changed_are_refused",
         ),
     ),
     *_in(
@@ -566,8 +688,8 @@ MUTANTS = [
         "raylava/corpus/images.py",
         (
             "images are padded or cropped as the recipe says",
-            '    if aspect == "pad":\n        return resize(_pad(',
-            "    if True:\n        return resize(_pad(",
+            '    if aspect == "pad":\n        return _center_crop(resize(_pad(',
+            "    if True:\n        return _center_crop(resize(_pad(",
             f"{KEYS}[corpora.instruction.image_aspect]",
         ),
         (

@@ -53,6 +53,7 @@ SHORT_MODULES = {
     "cli/demo.py": "one command",
     "cli/chat.py": "one command",
     "cli/show.py": "one command",
+    "cli/batches.py": "one command",
     "cli/run.py": "one command",
     "cli/toy.py": "one command",
     "cli/train.py": "one command",

@@ -207,10 +207,21 @@ TRAINING: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "epochs": ("finetune.max_steps=null; finetune.global_batch_size=48 -> finetune.epochs=1", training),
     "max_steps": ("finetune.max_steps=3", training),
     "global_batch_size": ("finetune.global_batch_size=4", training),
+    "batching": ("finetune.batching=by_modality", training),
+    "loss_weighting": ("finetune.loss_weighting=samples", training),
+    "loss_group_size": (
+        "finetune.loss_weighting=groups; finetune.loss_group_size=2 -> finetune.loss_group_size=4",
+        training,
+    ),
+    "loss_grouping": (
+        "finetune.loss_weighting=groups; finetune.loss_group_size=2 -> finetune.loss_grouping=as_drawn",
+        training,
+    ),
     "lr": ("finetune.lr=0.002", training),
     "connector_lr": ("finetune.connector_lr=0.01", training),
     "vision_lr": ("finetune.vision_lr=0.001", training),
     "warmup_ratio": ("finetune.warmup_ratio=0.9", training),
+    "warmup_start": ("finetune.warmup_ratio=0.5 -> finetune.warmup_start=zero", training),
     "lr_schedule": ("finetune.lr_schedule=constant", training),
     "weight_decay": ("finetune.weight_decay=0.5", training),
     "betas": ("finetune.betas=[0.5,0.9]", training),
@@ -286,6 +297,17 @@ KEYS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "model.vision.revision": ("model.vision.revision=other", model),
     "model.vision.family": ("model.vision.family=dinov2", model),
     "model.vision.image_size": ("model.vision.image_size=56", model),
+    "model.vision.resize_size": ("model.vision.resize_size=60", blocks, model),
+    "model.connector.feature_scale": ("model.connector.feature_scale=none", training),
+    "model.initial_weights.name": ("model.initial_weights={name: INITIAL}", training),
+    "model.initial_weights.revision": (
+        "model.initial_weights={name: INITIAL} -> model.initial_weights.revision=other",
+        model,
+    ),
+    "model.initial_weights.transformers_version": (
+        "model.initial_weights={name: INITIAL} -> model.initial_weights.transformers_version='4.39'",
+        training,
+    ),
     "model.connector.weights": ("model.connector.weights=CONNECTOR", training),
     "pretrain.enabled": ("pretrain.enabled=true", stage_labels),
     "resources.workers": ("resources.workers=3", ray_train),
@@ -310,6 +332,7 @@ def bench(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ben
     folder = tmp_path_factory.mktemp("keys")
     corpus = Path(shutil.copytree((toy_assets.path / "corpus").path, folder / "corpus"))
     shutil.copytree(corpus / "images", corpus / "other")
+    _remove_images(corpus / "instruction.json")
     for image in sorted((corpus / "images").rglob("*.png"))[::3]:
         Image.open(image).resize((96, 48)).save(image)
     questions = (corpus / "questions.jsonl").read_text().splitlines(keepends=True)
@@ -320,6 +343,15 @@ def bench(toy_assets: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ben
     (stage,) = (stage for stage in bench.stages(recipe) if isinstance(stage, PrepareStage))
     prepare_serially(dataclasses.replace(stage._prepare_spec, output=str(bench.blocks)))
     return bench
+
+
+def _remove_images(annotations: Path) -> None:
+    """Make every fourth conversation text-only."""
+    rows = json.loads(annotations.read_text())
+    for row in rows[3::4]:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>\n", "")
+    annotations.write_text(json.dumps(rows))
 
 
 def _with_answer(question: str, answer: str) -> str:
@@ -339,6 +371,7 @@ def places(bench: Bench) -> dict[str, str]:
     from safetensors.torch import save_file
 
     from raylava.models.connector import CONNECTOR, CONNECTOR_FILE
+    from raylava.models.export import export_untrained
     from raylava.models.llava import build_llava
     from tests.support.official_files import write_pope
 
@@ -346,6 +379,7 @@ def places(bench: Bench) -> dict[str, str]:
     connector.mkdir(parents=True)
     trained = build_llava(resolve(bench.recipe()), seed=9, dtype=torch.float32).model.multi_modal_projector
     save_file({CONNECTOR + name: value for name, value in trained.state_dict().items()}, connector / CONNECTOR_FILE)
+    export_untrained(resolve(bench.recipe()), 5, "pad", "fp32", str(bench.folder / "initial"))
     elsewhere = Path(shutil.copytree(bench.corpus, bench.folder / "elsewhere"))
     (bench.corpus / "pope" / "val2014").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(bench.corpus / "pope" / "val2014" / "a.jpg")
@@ -354,6 +388,7 @@ def places(bench: Bench) -> dict[str, str]:
     return {
         "CONNECTOR": str(connector),
         "ELSEWHERE": str(elsewhere),
+        "INITIAL": str(bench.folder / "initial"),
         "SMALL": str(backbones / "gemma-small"),
         "DINOV2": str(backbones / "dinov2"),
         "MLFLOW": f"sqlite:///{bench.folder}/mlflow.db",

@@ -152,7 +152,7 @@ def test_losses_of_both_stages_equal_those_of_the_reference_trainer(
         losses = logged_losses(artifact)
         assert len(losses) == STEPS
         assert losses[-1] < losses[0] - 0.1, "the run must learn"
-        print("MAXREL", case, name, max(abs(a / b - 1) for a, b in zip(losses, expected)), losses[:3], losses[-1]); np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)
+        np.testing.assert_allclose(losses, expected, rtol=TOLERANCE)
     assert artifacts["finetune"].metrics["mechanisms"]["ZeRO"] == f"stage 2, {case[1]} ranks"
 
 

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import BitImageProcessorPil
 
 from raylava.config.recipe import ImageEncoding
 from raylava.corpus.images import (
@@ -128,6 +129,32 @@ def test_fast_resize_is_within_one_level_of_the_exact_one(aspect: str, size: tup
     fast, exact = (resize(np.asarray(image), RULE, aspect).astype(int) for resize in (resize_fast, resize_exact))
     assert fast.shape == exact.shape == (32, 32, 3)
     assert np.abs(fast - exact).max() <= 1
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(640, 480), (33, 127), (32, 32), (20, 11)])
+def test_resize_size_above_the_image_size_gives_the_pixels_of_the_stock_processor(
+    aspect: str, size: tuple[int, int]
+) -> None:
+    """DINOv2's stock processor: short side to 256, center crop of 224; LLaVA pads to a square before it."""
+    rule = PixelRule(28, RULE.mean, RULE.std, resize_size=32)
+    image = photo(*size)
+    source = image
+    if aspect == "pad":
+        side = max(size)
+        source = Image.new("RGB", (side, side), mean_color(rule))
+        source.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(rule.mean),
+        image_std=list(rule.std),
+    )
+    expected = processor(source, return_tensors="np")["pixel_values"][0]
+    pixels = resize_exact(np.asarray(image), rule, aspect)
+    assert pixels.shape == (28, 28, 3)
+    np.testing.assert_allclose(normalize_pixels(pixels, rule), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoding", [ImageEncoding(format="png"), ImageEncoding(format="webp")])

@@ -160,6 +160,26 @@ def test_truncation_drops_whole_exchanges_from_the_end(prepare_spec: PrepareSpec
     assert blocks.lengths.length.max() <= prepare_spec.corpus.max_length
 
 
+def test_truncation_at_the_token_cuts_answers_and_sets_rows_without_any_aside(
+    prepare_spec: PrepareSpec, tmp_path: Path
+) -> None:
+    rows, images = read_rows(prepare_spec)
+    rows[0]["conversations"] += [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes " * 200}]
+    rows[1]["conversations"] += [{"from": "human", "value": "word " * 200}, {"from": "gpt", "value": "yes"}]
+    rows[2]["conversations"][0]["value"] += " word" * 200
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    corpus = prepare_spec.corpus.model_copy(update={"on_overlong": "truncate_tokens", "quarantine_limit": 0.1})
+    paths = ((str(tmp_path / "rows.json"), str(images)),)
+    blocks = prepare_to(dataclasses.replace(prepare_spec, corpus=corpus, source_paths=paths), tmp_path / "out")
+    assert blocks.manifest.truncated == 2
+    assert blocks.manifest.quarantine == {"nothing supervised": 1}
+    cut_answer, cut_question = blocks[0], blocks[1]
+    assert cut_answer.length == cut_question.length == prepare_spec.corpus.max_length
+    assert cut_answer.loss_spans[-1][1] == len(cut_answer.input_ids)
+    assert len(cut_answer.loss_spans) == 2
+    assert len(cut_question.loss_spans) == 1
+
+
 def test_blocks_open_in_pyarrow_and_datasets_without_raylava(reference: Blocks) -> None:
     import datasets
 

@@ -15,7 +15,7 @@ from raylava.config.recipe import Language, Model, Vision
 from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import normalize_pixels, resize_exact
 from raylava.evaluate.engines import PromptBuilder, TransformersEngine
-from raylava.models.export import export_model
+from raylava.models.export import build_processor, export_model
 from raylava.models.llava import build_llava
 from raylava.models.registry import (
     CheckpointRef,
@@ -24,6 +24,7 @@ from raylava.models.registry import (
     VisionSpec,
     load_tokenizer,
     resolve_model,
+    resolve_vision,
 )
 
 
@@ -60,6 +61,18 @@ def test_exported_processor_computes_the_pixels_of_preparation(
     prepared = normalize_pixels(resize_exact(noise, vision.pixels, image_aspect), vision.pixels)
     processed = load_processor(exported)(text="<image>", images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(processed, torch.from_numpy(prepared), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_exported_processor_crops_as_preparation_does(
+    aspect: str, toy_assets: Artifact, language: LanguageSpec, tmp_path: Path
+) -> None:
+    vision = resolve_vision(Vision(name=str(toy_assets.path / "backbones" / "dinov2"), resize_size=60))
+    build_processor(load_tokenizer(language), vision, language, aspect).save_pretrained(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (41, 90, 3), dtype=np.uint8)
+    prepared = normalize_pixels(resize_exact(noise, vision.pixels, aspect), vision.pixels)
+    processed = load_processor(tmp_path)(text="<image>", images=Image.fromarray(noise), return_tensors="pt")
+    torch.testing.assert_close(processed["pixel_values"][0], torch.from_numpy(prepared), rtol=0, atol=1e-5)
 
 
 def test_prompt_of_the_exported_processor_has_the_token_ids_of_training(

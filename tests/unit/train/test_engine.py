@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from raylava.config.recipe import Training
 from raylava.models.llava import PackLoss, build_llava, set_trainable
@@ -18,6 +19,17 @@ def test_learning_rate_warms_up_linearly_and_decays_as_a_cosine_to_zero() -> Non
     assert multipliers[55] == pytest.approx(0.5)
     assert multipliers[10:] == sorted(multipliers[10:], reverse=True)
     assert 0 < multipliers[99] < 1e-3
+
+
+def test_warmup_from_zero_has_the_rates_of_transformers() -> None:
+    """The paper's mode: step k of w warm-up steps has k/w of the peak rate, so that the first step has none."""
+    training = COSINE.model_copy(update={"warmup_start": "zero"})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    for step in range(100):
+        assert lr_multiplier(step, 100, training) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize(("lr_schedule", "middle", "end"), [("linear", 0.5, 1 / 90), ("constant", 1.0, 1.0)])

@@ -57,11 +57,11 @@ def test_shipped_learning_rates_share_the_connector_of_their_seed(plan_shipped: 
 
 def test_shipped_toy_ablations_share_every_stage_that_two_variants_have_in_common(plan_shipped: PlanShipped) -> None:
     plan = plan_shipped("toy-ablations.yaml")
-    assert len(plan.variants) == 16
+    assert len(plan.variants) == 24
     assert Counter((stage.stage, stage.users) for stage in plan.planned_stages) == {
-        ("prepare", 8): 1,  # the alignment corpus: half of the variants train no connector
-        ("prepare", 16): 1,
-        ("pretrain", 1): 8,
-        ("finetune", 1): 16,
-        ("evaluate", 1): 16,
+        ("prepare", 12): 1,  # the alignment corpus: half of the variants train no connector
+        ("prepare", 24): 1,
+        ("pretrain", 1): 12,
+        ("finetune", 1): 24,
+        ("evaluate", 1): 24,
     }
