@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo ablation test test-unit test-ray test-chaos mutants lint format clean
+.PHONY: install demo ablation test test-unit test-ray test-chaos mutants check-vllm lint format clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ test-chaos: install
 mutants: install
 	$(BIN)/python -m tests.mutants.run --jobs $(JOBS)
 
+# Compares answers of vLLM, in an environment of its own, with those of the demo's model; see tests/vllm/check.py.
+check-vllm: demo
+	$(BIN)/python -m tests.vllm.check raylava-storage
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +53,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) raylava-storage
+	rm -rf $(VENV) .venv-vllm raylava-storage

@@ -7,7 +7,7 @@ storage locations) and never enter a fingerprint. Nothing here reads weights, th
 import importlib.util
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 StageName = Literal["pretrain", "finetune"]  # the two training stages
@@ -88,6 +88,12 @@ class Connector(ConfigModel):
     feature_scale: Literal["embedding", "none"] = "embedding"
 
 
+def _refuse_unquoted_version(value: Any) -> Any:
+    if isinstance(value, int | float):  # YAML's 5.10 is the number 5.1
+        raise ValueError(f'{value} is a number; put the version in quotes: "{value}"')
+    return value
+
+
 class InitialWeights(ConfigModel):
     """A LLaVA checkpoint, as hub id or folder, whose weights replace those of both backbones and of the connector.
 
@@ -97,7 +103,9 @@ class InitialWeights(ConfigModel):
 
     name: str
     revision: str = "main"
-    transformers_version: str | None = Field(None, pattern=r"^\d+\.\d+")
+    transformers_version: Annotated[str | None, BeforeValidator(_refuse_unquoted_version)] = Field(
+        None, pattern=r"^\d+\.\d+"
+    )
 
 
 class Model(ConfigModel):

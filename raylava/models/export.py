@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylava.models.checkpoint import MIN_TRANSFORMERS
-from raylava.models.families import vision_families
 from raylava.models.hub import is_folder
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
@@ -72,7 +71,7 @@ def export_weights(
 
     own = {name: value.detach() for name, value in llava.named_parameters()}  # tied weights come once
     scaled = scale_last_layer(own if weights is None else weights, running_feature_factor(llava))
-    prefix = VISION_TOWER + vision_families()[model.vision.family].hub_prefix
+    prefix = VISION_TOWER + model.vision.hub_prefix
     return {name.replace(VISION_TOWER, prefix): scaled[name].to(value.dtype) for name, value in own.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: in a folder, or on the Hugging Face hub at one commit; and which weights it has.
+"""Locates the files of a model, in a folder or on the Hugging Face hub at one commit, and its weights.
 
 A hub revision such as `main` is pinned to its commit once, when a recipe is resolved, and every worker reads that
 commit. Weights are read from safetensors. A model that only has PyTorch's pickle files (*.bin) is read once, without

@@ -3,6 +3,7 @@
 Weights are loaded from safetensors only, and never with remote code. Nothing here depends on DeepSpeed or Ray.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,8 +113,11 @@ class PackLoss(nn.Module):
 
 
 def trained_vocabulary(llava: "LlavaForConditionalGeneration") -> int:
-    """Return the embedding rows that take part in training: those that the language model had by itself."""
-    return int(llava.config.trained_vocabulary)
+    """Return the embedding rows that take part in training: those that the language model had by itself.
+
+    Of a model that `build_llava` has not built, all rows do.
+    """
+    return int(getattr(llava.config, "trained_vocabulary", llava.config.text_config.vocab_size))
 
 
 class ScaledConnector(LlavaMultiModalProjector):
@@ -140,6 +144,10 @@ def build_llava(
 
     tokenizer = load_tokenizer(model.language)
     tower, language, connector = _load_parts(model, dtype)
+    scale = float(getattr(language.get_input_embeddings(), "embed_scale", 1.0))
+    assert math.isclose(scale, model.language.embedding_scale, rel_tol=1e-2), (
+        f"family {model.language.family}: embedding_scale={model.language.embedding_scale}, the model has {scale}"
+    )
     _resize_embeddings(language, len(tokenizer), model.language.shape.vocabulary)
     config = _llava_config(tower, language, model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     with torch.device("meta"):  # the skeleton only: every part is replaced by a loaded one below

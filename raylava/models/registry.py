@@ -48,7 +48,7 @@ class VisionSpec:
     """A resolved vision backbone: what its family says of it, for images of the recipe's size.
 
     `model_class` is the name of a class in transformers, `feature_layer` the index of the hidden states that LLaVA
-    reads.
+    reads, `hub_prefix` stands before the names of its weights in checkpoints on the hub.
     """
 
     name: str
@@ -58,6 +58,7 @@ class VisionSpec:
     shape: VisionShape
     model_class: str
     feature_layer: int
+    hub_prefix: str = ""
 
     @property
     def has_cls(self) -> bool:
@@ -172,7 +173,14 @@ def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any],
     """Return the spec of a backbone whose complete config and pixel rule are known."""
     shape = family.shape(config, pixels.size)
     return VisionSpec(
-        vision.name, vision.revision, family.name, pixels, shape, family.model_class, family.feature_layer
+        vision.name,
+        vision.revision,
+        family.name,
+        pixels,
+        shape,
+        family.model_class,
+        family.feature_layer,
+        family.hub_prefix,
     )
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from raylava.artifacts import Artifact, lock
 from raylava.cli import main
 from raylava.config.recipe import Benchmark, Recipe
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
+from raylava.models.connector import CONNECTOR, CONNECTOR_FILE, TRAINED_CONNECTOR, connector_factor
 from raylava.pipeline.report import show_results
 from raylava.pipeline.results import summarize
 from raylava.pipeline.runner import run
@@ -79,6 +82,23 @@ def test_artifact_and_console_state_the_mechanisms_in_force(artifacts: dict[str,
     for stage in ("pretrain", "finetune"):
         for name, description in artifacts[stage].metrics["mechanisms"].items():
             assert name == "exported weights" or f"{name}: {description}" in output
+
+
+def test_finetune_artifact_keeps_the_connector_whose_folded_form_it_exports(
+    artifacts: dict[str, Artifact], recipe: Recipe
+) -> None:
+    folder = artifacts["finetune"].path.local_copy()
+    file = folder / TRAINED_CONNECTOR / CONNECTOR_FILE
+    factor, trained = connector_factor(file), load_file(file)
+    width = json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"]
+    assert factor == pytest.approx(width**0.5)
+    exported = load_file(folder / "model.safetensors")
+    for name, value in trained.items():
+        expected = value * factor if "linear_2" in name else value
+        torch.testing.assert_close(exported[name.removeprefix("model.")], expected)
+    pretrained = artifacts["pretrain"].path.local_copy() / CONNECTOR_FILE
+    assert connector_factor(pretrained) == factor
+    assert not torch.equal(load_file(pretrained)[f"{CONNECTOR}linear_2.weight"], trained[f"{CONNECTOR}linear_2.weight"])
 
 
 def test_step_log_records_the_samples_of_each_step(artifacts: dict[str, Artifact], recipe: Recipe) -> None:

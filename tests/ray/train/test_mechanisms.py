@@ -53,6 +53,7 @@ def test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step(spec:
     assert result["lines"] == [f"{name}: {text}" for name, text in mechanisms.items() if name != "exported weights"]
     assert set(mechanisms) == {
         "attention",
+        "image features",
         "logits",
         "optimizer",
         "gradient clipping",
@@ -61,6 +62,7 @@ def test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step(spec:
         "ZeRO",
         "offload",
         "overlap of communication",
+        "batches",
         "packing",
         "data loader threads",
         "memory dry run",

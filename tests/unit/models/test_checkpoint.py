@@ -83,9 +83,9 @@ def test_training_starts_from_a_legacy_checkpoint_as_it_was_trained(
     model = resolve_model(recipe)
     validate_checkpoint(model)
     llava = build_llava(model, seed=0, dtype=torch.float32)
-    own = llava.model.multi_modal_projector.linear_2.weight
+    weight = llava.model.multi_modal_projector.linear_2.weight
     unfolded = load_file(legacy_checkpoint / "model.safetensors")["multi_modal_projector.linear_2.weight"]
-    torch.testing.assert_close(own, unfolded)  # training applies the scale
+    torch.testing.assert_close(weight, unfolded)  # training applies the scale
     torch.testing.assert_close(logits(llava, pack), legacy_logits(legacy_checkpoint, pack), rtol=1e-4, atol=1e-5)
 
 
