@@ -4,6 +4,7 @@ Every mistake is reported as a UserError of one line that names the key, the val
 """
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from raylava.config.recipe import ConfigModel, Recipe
 from raylava.errors import UserError
 
+_EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number in YAML 1.2, a string in YAML 1.1
 # Keys of recipes written before the keys were standardized (old → new), by their last part.
 RENAMED_KEYS = {
     "global_batch": "global_batch_size",
@@ -134,12 +136,7 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _parse_number(value: Any) -> Any:
     """Convert numbers such as 1e-5, which YAML 1.1 reads as strings."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and _EXPONENT_WITHOUT_POINT.fullmatch(value) else value
 
 
 def _descend(target: Any, part: str, key: str) -> Any:

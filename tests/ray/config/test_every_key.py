@@ -305,7 +305,7 @@ KEYS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
         model,
     ),
     "model.initial_weights.transformers_version": (
-        "model.initial_weights={name: INITIAL} -> model.initial_weights.transformers_version='\"4.39\"'",
+        "model.initial_weights={name: INITIAL} -> model.initial_weights.transformers_version='4.39'",
         training,
     ),
     "model.connector.weights": ("model.connector.weights=CONNECTOR", training),

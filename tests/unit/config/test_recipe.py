@@ -40,9 +40,25 @@ def test_recipes_of_the_paper_have_its_backbones_and_settings(name: str) -> None
     validate_backbones(recipe.model.language, recipe.model.vision)
     assert (recipe.pretrain.global_batch_size, recipe.pretrain.lr) == (256, 1e-3)
     assert (recipe.finetune.global_batch_size, recipe.finetune.lr, recipe.finetune.warmup_ratio) == (128, 2e-5, 0.03)
+    assert recipe.model.connector.feature_scale == "embedding"
+    assert {stage.warmup_start for stage in (recipe.pretrain, recipe.finetune)} == {"zero"}
     assert recipe.pretrain.enabled != name.endswith("-no-pretrain.yaml")
     assert recipe.corpora.alignment is not None
     assert (recipe.corpora.alignment.image_aspect, recipe.corpora.instruction.image_aspect) == ("crop", "pad")
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("llava-gemma")])
+def test_recipes_of_the_paper_weight_the_loss_as_the_published_scripts(name: str) -> None:
+    """DEVICE_BATCHSIZE of Intel's pretrain_gaudi.sh and finetune_gaudi.sh, by the size of the language model."""
+    recipe = load_recipe(str(recipes_folder() / name))
+    groups = [(stage.loss_weighting, stage.loss_group_size) for stage in (recipe.pretrain, recipe.finetune)]
+    if name == "llava-gemma-2b-token-mean.yaml":
+        assert groups == [("tokens", None)] * 2
+        return
+    assert groups == ([("groups", 8), ("groups", 1)] if "7b" in name else [("groups", 16), ("groups", 2)])
+    assert (recipe.pretrain.batching, recipe.finetune.batching) == ("mixed", "by_modality")
+    assert recipe.corpora.instruction.on_overlong == "truncate_tokens"
+    assert recipe.model.vision.resize_size == (256 if "dinov2" in name else None)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +69,7 @@ def test_recipes_of_the_paper_have_its_backbones_and_settings(name: str) -> None
         ("pretrain.enabled=false", False),
         ("corpora.instruction.max_length=512", 512),
         ("data=s3://bucket/corpus/", "s3://bucket/corpus"),
+        ("model.language.name='123'", "123"),
     ],
 )
 def test_override_sets_one_key(minimal: str, override: str, value: object) -> None:
