@@ -4,6 +4,7 @@ Writes are atomic: a reader sees a complete file or none.
 """
 
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
@@ -22,6 +23,7 @@ from raylava.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
+READ_BYTES = 8 << 20  # bytes of one request for a remote file that is read in parts
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 
@@ -134,11 +136,18 @@ class StoragePath:
         files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
         yield from sorted((info.path.removeprefix(base), info.size) for info in files)
 
+    def open_random(self) -> "io.RawIOBase":
+        """Open the file for random access; a remote one is read in requests of READ_BYTES, whatever a caller asks for.
+
+        Raises FileNotFoundError when it does not exist.
+        """
+        return Path(self.path).open("rb", buffering=0) if self.is_local else _RangeReader(self)
+
     def sha256(self) -> str:
         """Return the hexadecimal SHA-256 of the file, read as a stream."""
         digest = hashlib.sha256()
         with self.filesystem.open_input_stream(self.path) as stream:
-            while chunk := stream.read(1 << 20):
+            while chunk := stream.read(READ_BYTES):  # pyarrow sends one request per read
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -170,6 +179,55 @@ class StoragePath:
                 (part / self.name).rename(cached)
             shutil.rmtree(part, ignore_errors=True)
         return cached
+
+
+class _RangeReader(io.RawIOBase):
+    """A remote file for random access, of which one range of READ_BYTES is in memory.
+
+    The number of requests depends on the bytes that are read, not on the number of reads: the headers and members of a
+    tar with small members share requests.
+    """
+
+    def __init__(self, file: StoragePath) -> None:
+        super().__init__()
+        self._stream = file.filesystem.open_input_file(file.path)
+        self._size: int = self._stream.size()
+        self._position = 0
+        self._start, self._buffer = 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return `size` bytes from the position on, fewer only at the end of the file."""
+        end = self._size if size is None or size < 0 else min(self._position + size, self._size)
+        if not self._start <= self._position <= end <= self._start + len(self._buffer):
+            self._start = self._position
+            length = max(end - self._position, min(READ_BYTES, self._size - self._position))
+            self._buffer = self._stream.read_at(length, self._position) if length > 0 else b""
+        content = self._buffer[self._position - self._start : end - self._start] if end > self._position else b""
+        self._position += len(content)
+        return content
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def cache_folder() -> Path:

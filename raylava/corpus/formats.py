@@ -15,10 +15,8 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from raylava.errors import UserError
-from raylava.storage import StoragePath
+from raylava.storage import READ_BYTES, StoragePath
 
-_CHUNK = 4 << 20  # bytes per read while scanning a file
-_GAP = 64 << 10  # rows at most this many bytes apart are read together
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -125,7 +123,7 @@ class _JsonCursor:
 
     def _read_chunk(self) -> bool:
         """Append the next chunk to the text after the cursor; return False at the end of the file."""
-        chunk = self._stream.read(_CHUNK)
+        chunk = self._stream.read(READ_BYTES)
         if not chunk:
             return False
         try:
@@ -146,7 +144,7 @@ class JsonLines:
         """See Format."""
         offset = rows = 0
         with file.filesystem.open_input_stream(file.path) as stream:
-            for line in io.BufferedReader(_RawStream(stream), _CHUNK):
+            for line in io.BufferedReader(_RawStream(stream), READ_BYTES):
                 if line.strip():
                     rows += 1
                     yield RowRef([offset, len(line)], _parse_json(line))
@@ -183,25 +181,10 @@ def _parse_json(line: bytes) -> Any:
 
 
 def _read_ranges(file: StoragePath, ranges: Sequence[Any]) -> Iterator[bytes]:
-    """Yield the bytes of each [offset, size] range; adjacent ranges are read together."""
-    with file.filesystem.open_input_file(file.path) as stream:
-        start, buffer = 0, b""
-        for number, (offset, size) in enumerate(ranges):
-            if not start <= offset or offset + size > start + len(buffer):
-                start, end = offset, _read_end(ranges, number)
-                stream.seek(start)
-                buffer = stream.read(end - start)
-            yield buffer[offset - start : offset - start + size]
-
-
-def _read_end(ranges: Sequence[Any], first: int) -> int:
-    """Return the end of the byte range to read at once, starting with range number `first`."""
-    end: int = ranges[first][0] + ranges[first][1]
-    for offset, size in ranges[first + 1 :]:
-        if not 0 <= offset - end <= _GAP or end - ranges[first][0] > _CHUNK:
-            break
-        end = offset + size
-    return end
+    """Yield the bytes of each [offset, size] range."""
+    with file.open_random() as stream:
+        for span in ranges:
+            yield _read_span(stream, span)
 
 
 class Parquet:
@@ -242,7 +225,7 @@ class WebDataset:
         key: str | None = None
         members: dict[str, Any] = {}
         try:
-            with file.filesystem.open_input_file(file.path) as stream, tarfile.open(fileobj=stream) as tar:
+            with file.open_random() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 for member in tar:
                     if not member.isfile():
                         continue
@@ -260,7 +243,7 @@ class WebDataset:
 
     def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
-        with file.filesystem.open_input_file(file.path) as stream:
+        with file.open_random() as stream:
             for offset in offsets:
                 spans = {suffix: span for suffix, span in offset.items() if suffix != "key"}
                 yield self._row(offset["key"], {suffix: _read_span(stream, span) for suffix, span in spans.items()})

@@ -17,7 +17,9 @@ def answer(request: dict[str, Any]) -> list[str]:
     from vllm import LLM, SamplingParams
 
     processor = AutoProcessor.from_pretrained(request["model"], backend="pil")
-    llm = LLM(request["model"], dtype="float32", enforce_eager=True, limit_mm_per_prompt={"image": 1}, max_model_len=512)
+    llm = LLM(
+        request["model"], dtype="float32", enforce_eager=True, limit_mm_per_prompt={"image": 1}, max_model_len=512
+    )
     prompts = []
     for task in request["tasks"]:
         content = [{"type": "image"}, {"type": "text", "text": task["prompt"]}]

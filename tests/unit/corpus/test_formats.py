@@ -43,7 +43,7 @@ def test_json_list_reads_the_same_at_any_chunk_size(
     file = tmp_path_factory.mktemp("json") / "rows.json"
     file.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "_CHUNK", chunk)
+        patch.setattr(formats, "READ_BYTES", chunk)
         assert scan_and_read("llava_json", storage_path(file)) == rows
 
 

@@ -1,0 +1,82 @@
+"""The number of requests to a bucket depends on files and bytes, not on rows: counted at a proxy before S3 (moto)."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raylava.config.recipe import Source
+from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.sources import SourceFiles
+from raylava.storage import storage_path
+from tests.support.corpora import prepare_serially, read_rows
+from tests.support.flaky_proxy import FlakyProxy
+
+SAMPLES = 200
+
+
+@pytest.fixture
+def rows(prepare_spec: PrepareSpec) -> list[tuple[dict[str, object], bytes]]:
+    """Rows and their images' bytes."""
+    annotations, images = read_rows(prepare_spec)
+    pairs = [(row, (images / row["image"]).read_bytes()) for row in annotations]
+    return (pairs * (SAMPLES // len(pairs) + 1))[:SAMPLES]
+
+
+def write_tar(rows: list[tuple[dict[str, object], bytes]], uri: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number, (row, image) in enumerate(rows):
+            conversation = json.dumps({"conversations": row["conversations"]}).encode()
+            for suffix, content in (("png", image), ("json", conversation)):
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    storage_path(uri).write_bytes(buffer.getvalue())
+
+
+def test_tar_of_200_samples_is_prepared_with_30_gets(
+    prepare_spec: PrepareSpec, rows: list[tuple[dict[str, object], bytes]], proxy: FlakyProxy, s3: str, tmp_path: Path
+) -> None:
+    uri = f"{s3}/requests/rows.tar"
+    write_tar(rows, uri)
+    source = Source(annotations="rows.tar")
+    corpus = prepare_spec.corpus.model_copy(update={"sources": (source,), "samples_per_block": 2048})
+    spec = dataclasses.replace(prepare_spec, corpus=corpus, source_paths=((uri, ""),), output=f"{s3}/requests/out")
+    proxy.gets.clear()
+    SourceFiles(source, uri, "").fingerprint_fields()
+    assert len(proxy.gets) <= 5, proxy.gets
+    manifest = prepare_serially(spec)
+    assert manifest.rows == SAMPLES
+    assert len(proxy.gets) <= 30, proxy.gets
+
+
+def test_parquet_is_fingerprinted_with_5_gets(proxy: FlakyProxy, s3: str) -> None:
+    table = pa.table({"conversations": [[{"from": "human", "value": "Hi" * 500}] for _ in range(20_000)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=500)
+    uri = f"{s3}/requests/rows.parquet"
+    storage_path(uri).write_bytes(buffer.getvalue())
+    proxy.gets.clear()
+    SourceFiles(Source(annotations="rows.parquet"), uri, "").fingerprint_fields()
+    assert len(proxy.gets) <= 5, proxy.gets
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_json_is_hashed_and_scanned_with_one_get_per_8_mb(name: str, proxy: FlakyProxy, s3: str) -> None:
+    row = {"id": 0, "conversations": [{"from": "human", "value": "Hi" * 2000}, {"from": "gpt", "value": "Hello"}]}
+    rows = [json.dumps(row)] * 5000  # 20 MB
+    uri = f"{s3}/requests/{name}"
+    storage_path(uri).write_bytes((f"[{','.join(rows)}]" if name == "rows.json" else "\n".join(rows)).encode())
+    source = SourceFiles(Source(annotations=name), uri, f"{s3}/requests")
+    proxy.gets.clear()
+    source.fingerprint_fields()
+    fingerprinting = len(proxy.gets)
+    assert fingerprinting <= 8, proxy.gets  # 3 to hash, 3 to scan, the end of file
+    assert sum(1 for _ in source.selected_rows(0)) == 5000
+    assert len(proxy.gets) - fingerprinting <= 4
