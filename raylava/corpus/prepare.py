@@ -17,10 +17,11 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylava.cluster.gauges import Gauges
 from raylava.cluster.nodes import eventual_resources, matching_resources, startable_node_types
@@ -33,6 +34,7 @@ from raylava.corpus.blocks import (
     SCHEMA_VERSION,
     TOKENIZER,
     BlockRecord,
+    Lengths,
     Manifest,
     Sample,
     concatenate_lengths,
@@ -55,6 +57,9 @@ from raylava.storage import StoragePath, storage_path
 
 _SHARDS = "rows"  # folder of the staged rows and records; deleted once the manifest is written
 _INDEX = "index.json"
+_READ_THREADS = 16  # on the driver, of small files
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,12 @@ def prepare(spec: PrepareSpec, tokenizer: str, bar: ProgressBar, node_labels: di
     output = storage_path(spec.output)
     rows_in, shards = stage_rows(spec, output)
     monitor = _QuarantineMonitor(spec, rows_in, output)
-    complete = [shard for shard in range(shards) if _record_path(output, shard).exists()]
-    for shard in complete:
-        monitor.add(_read_record(output, shard))
+    complete = _complete_shards(output, shards)
+    for record in _in_parallel(functools.partial(_read_record, output), complete):
+        monitor.add(record)
     gauges = Gauges(output.name, "prepare")
     bar.update(monitor.rows, rows_in, quarantined=monitor.quarantined)
-    missing = [shard for shard in range(shards) if shard not in set(complete)]
+    missing = sorted(set(range(shards)) - set(complete))
     for record in _make_blocks(spec, missing, node_labels or {}):
         monitor.add(record)
         bar.update(monitor.rows, rows_in, quarantined=monitor.quarantined)
@@ -247,11 +252,10 @@ def publish_corpus(spec: PrepareSpec, output: StoragePath, shards: int, rows_in:
 
     Deletes the staged rows. Raises UserError when every row is quarantined.
     """
-    records = [_read_record(output, shard) for shard in range(shards)]
-    lengths = concatenate_lengths(decode_lengths(_lengths_path(output, shard).read_bytes()) for shard in range(shards))
-    quarantine = [
-        row for shard in range(shards) for row in decode_quarantine(_quarantine_path(output, shard).read_bytes())
-    ]
+    records = list(_in_parallel(functools.partial(_read_record, output), range(shards)))
+    lengths = concatenate_lengths(_in_parallel(functools.partial(_read_lengths, output), range(shards)))
+    parts = _in_parallel(functools.partial(_read_quarantine, output), range(shards))
+    quarantine = [row for part in parts for row in part]
     if not len(lengths):
         raise UserError(
             f"corpora.{spec.name}: every row was quarantined; see {output / _SHARDS}/quarantine*.csv, "
@@ -332,5 +336,25 @@ def _record_path(output: StoragePath, shard: int) -> StoragePath:
     return output / _SHARDS / f"record-{shard:05d}.json"
 
 
+def _complete_shards(output: StoragePath, shards: int) -> list[int]:
+    """Return the shards whose blocks are complete, by one listing."""
+    names = {file.name for file in (output / _SHARDS).children()}
+    return [shard for shard in range(shards) if _record_path(output, shard).name in names]
+
+
+def _in_parallel(read: Callable[[int], T], shards: Sequence[int]) -> Iterator[T]:
+    """Yield `read(shard)` in order; a store in the network answers many requests at the same time."""
+    with ThreadPoolExecutor(max_workers=_READ_THREADS, thread_name_prefix="read-shard") as pool:
+        yield from pool.map(read, shards)
+
+
 def _read_record(output: StoragePath, shard: int) -> BlockRecord:
     return BlockRecord(**json.loads(_record_path(output, shard).read_bytes()))
+
+
+def _read_lengths(output: StoragePath, shard: int) -> Lengths:
+    return decode_lengths(_lengths_path(output, shard).read_bytes())
+
+
+def _read_quarantine(output: StoragePath, shard: int) -> list[QuarantinedRow]:
+    return decode_quarantine(_quarantine_path(output, shard).read_bytes())

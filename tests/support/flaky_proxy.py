@@ -17,7 +17,8 @@ class FlakyProxy:
     def __init__(self, upstream: str) -> None:
         self.mode, self.only = "well", ""
         self.failed: list[float] = []  # when requests were refused or left to hang, by time.time()
-        self.gets: list[str] = []  # the paths that were read whole
+        self.gets: list[str] = []  # the paths of objects that were read, whole or in part, and of listings
+        self.heads: list[str] = []
         proxy, target = self, urlsplit(upstream)
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +43,8 @@ class FlakyProxy:
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
+                if self.command == "HEAD":
+                    proxy.heads.append(urlsplit(self.path).path)
                 if self.command == "GET" and answer.status in (200, 206):
                     proxy.gets.append(urlsplit(self.path).path)
                 self._answer(answer.status, dict(answer.getheaders()), content)

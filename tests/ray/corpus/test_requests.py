@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylava.config.recipe import Source
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.prepare import PrepareSpec, make_block, prepare, stage_rows
 from raylava.corpus.sources import SourceFiles
+from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
-from tests.support.corpora import prepare_serially, read_rows
+from tests.support.corpora import prepare_serially, read_rows, with_settings
 from tests.support.flaky_proxy import FlakyProxy
 
 SAMPLES = 200
@@ -54,6 +55,26 @@ def test_tar_of_200_samples_is_prepared_with_30_gets(
     manifest = prepare_serially(spec)
     assert manifest.rows == SAMPLES
     assert len(proxy.gets) <= 30, proxy.gets
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_resuming_and_publishing_list_the_shards_once(prepare_spec: PrepareSpec, proxy: FlakyProxy, s3: str) -> None:
+    """40 rows in 40 shards, each with a record, lengths and quarantined rows, which pyarrow reads by a HEAD and a GET."""
+    spec = dataclasses.replace(
+        with_settings(prepare_spec, Path("unused"), samples_per_block=1), output=f"{s3}/requests/resumed"
+    )
+    output = storage_path(spec.output)
+    rows, shards = stage_rows(spec, output)
+    for shard in range(shards):
+        make_block(spec, shard)
+    proxy.gets.clear()
+    proxy.heads.clear()
+    manifest = prepare(spec, "tokenizer", NullProgressBar())
+    assert manifest.rows == rows == shards == 40
+    listings = [path for path in proxy.gets if path.count("/") == 1]
+    assert len(listings) <= 5, listings
+    assert len(proxy.gets) <= 4 * shards + 10
+    assert len(proxy.heads) <= 4 * shards + 30
 
 
 def test_parquet_is_fingerprinted_with_5_gets(proxy: FlakyProxy, s3: str) -> None:
