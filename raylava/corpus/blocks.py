@@ -162,6 +162,13 @@ def decode_lengths(content: bytes) -> Lengths:
     return Lengths(*(table[field.name].to_numpy().copy() for field in fields(Lengths)))
 
 
+def map_lengths(file: Path) -> Lengths:
+    """Return the lengths in a file as read-only memory-mapped arrays, which the processes of a node share."""
+    with pa.memory_map(str(file)) as mapped:
+        table = pa.ipc.open_stream(mapped).read_all()
+    return Lengths(*(table[field.name].combine_chunks().to_numpy() for field in fields(Lengths)))
+
+
 def concatenate_lengths(lengths: Iterable[Lengths]) -> Lengths:
     """Concatenate the lengths of several blocks."""
     blocks = list(lengths)
@@ -205,7 +212,7 @@ class Blocks:
     def __init__(self, folder: Path, fetcher: Callable[[BlockRecord], Path] | None = None) -> None:
         self.folder, self._fetcher = folder, fetcher
         self.manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-        self.lengths = decode_lengths((folder / LENGTHS).read_bytes())
+        self.lengths = map_lengths(folder / LENGTHS)
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
         self._tables: dict[int, pa.Table] = {}
 

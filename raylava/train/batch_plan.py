@@ -8,8 +8,9 @@ The samples of a step, their loss groups and their weights depend on the setting
 size and pack size determine which rank computes them. Every rank gets the same number of packs: collectives match.
 """
 
+import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ import numpy.typing as npt
 
 from raylava.config.recipe import Training
 from raylava.corpus.blocks import Lengths
+from raylava.corpus.shuffle import EpochOrder, Shuffle, ShuffleWindows
 from raylava.errors import UserError
 
 Pack = tuple[int, ...]  # numbers of the samples that share one row; empty when a rank has none left
 
 _MAX_CANDIDATES = 100_000  # samples considered for the worst-case packs
+_PART = 4_000_000  # samples looked at together
 _ATTENTION_EQUAL_TOKENS = 16_384  # length at which attention costs as much as the rest of a Gemma 2B layer
 
 
@@ -39,22 +42,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class ShuffleWindows:
-    """The rows and bytes of each block, and the size of the window in which samples are shuffled.
-
-    Windows allow shuffling a corpus that is larger than a node's disk.
-    """
-
-    rows: tuple[int, ...]
-    bytes: tuple[int, ...]
-    window_bytes: float
-
-    def fit_one_window(self) -> bool:
-        """Return whether the whole corpus fits one window, so that it is shuffled as a whole."""
-        return sum(self.bytes) <= self.window_bytes
-
-
-@dataclass(frozen=True)
 class LossGroups:
     """The groups of `size` samples over whose means a step's loss is the mean.
 
@@ -67,20 +54,12 @@ class LossGroups:
 
 
 @dataclass(frozen=True)
-class _EpochOrder:
-    """The samples of an epoch in plan order; from position `remainder` on, in the order of their numbers."""
-
-    samples: npt.NDArray[np.int64]
-    remainder: int
-
-
-@dataclass(frozen=True)
 class BatchPlan:
     """All steps of a run over `samples` samples. The last step of an epoch may be smaller; no sample is dropped.
 
-    A corpus that exceeds one shuffle window is visited in windows of randomly ordered blocks. With `has_image`, which
-    tells samples with images from those without, a step has samples of one kind only (see `modality_order`). A step's
-    loss is the mean over the means of `groups`, or over its loss tokens without them.
+    A corpus that exceeds one shuffle window is visited in windows of randomly ordered blocks. With `images`, the number
+    of images of each sample, a step has samples with images or samples without (see corpus/shuffle.py). A step's loss
+    is the mean over the means of `groups`, or over its loss tokens without them.
     """
 
     samples: int
@@ -89,7 +68,7 @@ class BatchPlan:
     seed: int
     max_steps: int | None = None
     windows: ShuffleWindows | None = None
-    has_image: npt.NDArray[np.bool_] | None = None
+    images: npt.NDArray[np.int32] | None = None
     groups: LossGroups | None = None
 
     @property
@@ -104,13 +83,14 @@ class BatchPlan:
 
     def from_step(self, first: int) -> Iterator[Step]:
         """Yield the steps from number `first` on. This integer is the whole data state of a checkpoint."""
-        order: _EpochOrder | None = None
+        shuffle = Shuffle(self.samples, self.seed, self.global_batch_size, self.windows, self.images)
+        order: EpochOrder | None = None
         for number in range(first, self.steps):
             epoch, index = divmod(number, self.steps_per_epoch)
             if order is None or index == 0:
-                order = self._order(epoch)
+                order = shuffle.order(epoch)
             start = index * self.global_batch_size
-            batch = order.samples[start : start + self.global_batch_size]
+            batch = order.samples[start : start + self.global_batch_size].astype(np.int64)
             yield Step(number, epoch, batch if start >= order.remainder else self._grouped(batch))
 
     def loss_weights(self, step: Step, loss_tokens: npt.NDArray[np.int32]) -> list[float]:
@@ -128,7 +108,7 @@ class BatchPlan:
 
     def description(self) -> str:
         """Describe what a step's samples have in common, and how its loss is weighted."""
-        kind = "any samples" if self.has_image is None else "samples with images, or samples without"
+        kind = "any samples" if self.images is None else "samples with images, or samples without"
         if self.groups is None:
             return f"{kind}; loss is the mean over loss tokens"
         if self.groups.size == 1:
@@ -140,16 +120,6 @@ class BatchPlan:
         if self.groups is None or self.groups.lengths is None:
             return batch
         return group_by_length(batch, self.groups.lengths, self.global_batch_size // self.groups.size)
-
-    def _order(self, epoch: int) -> _EpochOrder:
-        generator = _generator(self.seed, epoch)
-        if self.windows is None or self.windows.fit_one_window():
-            windows = [generator.permutation(self.samples)]
-        else:
-            windows = list(shuffled_windows(self.windows, generator))
-        if self.has_image is None or self.has_image.all() or not self.has_image.any():
-            return _EpochOrder(np.concatenate(windows), remainder=self.samples)
-        return _EpochOrder(*modality_order(windows, self.has_image, self.global_batch_size, generator))
 
 
 def plan_batches(training: Training, seed: int, lengths: Lengths, windows: ShuffleWindows | None = None) -> BatchPlan:
@@ -165,36 +135,9 @@ def plan_batches(training: Training, seed: int, lengths: Lengths, windows: Shuff
         seed,
         training.max_steps,
         windows,
-        lengths.images > 0 if training.batching == "by_modality" else None,
+        lengths.images if training.batching == "by_modality" else None,
         groups,
     )
-
-
-def modality_order(
-    windows: Sequence[npt.NDArray[np.int64]],
-    has_image: npt.NDArray[np.bool_],
-    global_batch_size: int,
-    generator: np.random.Generator,
-) -> tuple[npt.NDArray[np.int64], int]:
-    """Return an order in which each step has samples with images or samples without, and where its remainder starts.
-
-    The samples of each window, already shuffled, are divided by kind into batches, and the batches are shuffled. The
-    last batch of each kind, full or not, moves on to the next window; those of the last window form the end of the
-    epoch together, in the order of their numbers. This is LLaVA's `get_modality_length_grouped_indices`
-    (haotian-liu/LLaVA, llava/train/llava_trainer.py), in which the whole epoch is one window.
-    """
-    batches: list[npt.NDArray[np.int64]] = []
-    rest = {kind: np.empty(0, dtype=np.int64) for kind in (True, False)}
-    for window in windows:
-        full: list[npt.NDArray[np.int64]] = []
-        for kind in rest:
-            samples = np.concatenate([rest[kind], window[has_image[window] == kind]])
-            count = max(0, -(-len(samples) // global_batch_size) - 1)
-            full += np.split(samples[: count * global_batch_size], count) if count else []
-            rest[kind] = samples[count * global_batch_size :]
-        batches += [full[number] for number in generator.permutation(len(full))]
-    remainder = np.sort(np.concatenate(list(rest.values())))
-    return np.concatenate([*batches, remainder]), len(batches) * global_batch_size
 
 
 def group_by_length(
@@ -218,34 +161,6 @@ def group_by_length(
     return np.concatenate([np.asarray(chunk, dtype=np.int64) for chunk in chunks])
 
 
-def shuffled_windows(windows: ShuffleWindows, generator: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield an epoch's samples so that few blocks are read at a time: windows of random blocks, shuffled within.
-
-    A sample's position is uniform within its window, and windows are new random sets of blocks each epoch. Unlike in a
-    full shuffle, two samples of one block are never further apart than one window.
-    """
-    first = np.concatenate([[0], np.cumsum(windows.rows)])
-    for window in _windows(generator.permutation(len(windows.rows)), windows):
-        samples = np.concatenate([np.arange(first[block], first[block + 1]) for block in window])
-        yield generator.permutation(samples)
-
-
-def _windows(blocks: npt.NDArray[np.int64], windows: ShuffleWindows) -> Iterator[list[int]]:
-    window: list[int] = []
-    size = 0
-    for block in blocks:
-        if window and size + windows.bytes[block] > windows.window_bytes:
-            yield window
-            window, size = [], 0
-        window.append(int(block))
-        size += windows.bytes[block]
-    yield window
-
-
-def _generator(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-
-
 def pack_batch(
     samples: Sequence[int] | npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int32],
@@ -258,14 +173,16 @@ def pack_batch(
     of all samples. Samples go to the rank with the least work, longest first, then into its packs by first-fit
     decreasing. Raises UserError for a sample longer than `max_tokens_per_pack`.
     """
-    order = _longest_first(samples, lengths)
-    if order and lengths[order[0]] > max_tokens_per_pack:
+    numbers = np.asarray(samples, dtype=np.int64).tolist()
+    lengths_of = dict(zip(numbers, lengths[numbers].tolist(), strict=True)) if numbers else {}
+    order = sorted(numbers, key=lambda sample: (-lengths_of[sample], sample))
+    if order and lengths_of[order[0]] > max_tokens_per_pack:
         raise UserError(
-            f"a sample of {lengths[order[0]]} tokens does not fit max_tokens_per_pack={max_tokens_per_pack}; "
+            f"a sample of {lengths_of[order[0]]} tokens does not fit max_tokens_per_pack={max_tokens_per_pack}; "
             "raise max_tokens_per_pack or lower the corpus's max_length"
         )
-    ranks = _assign_ranks(order, lengths, world_size)
-    packed = [_first_fit(samples_of_rank, lengths, max_tokens_per_pack) for samples_of_rank in ranks]
+    ranks = _assign_ranks(order, lengths_of, world_size)
+    packed = [_first_fit(samples_of_rank, lengths_of, max_tokens_per_pack) for samples_of_rank in ranks]
     count = max(len(packs) for packs in packed)
     return [_pad(_split(packs, count), count) for packs in packed]
 
@@ -279,8 +196,8 @@ def worst_case_packs(lengths: Lengths, max_tokens_per_pack: int, samples: int) -
     tokens = lengths.length
 
     def fullest(counts: npt.NDArray[np.int32]) -> Pack:
-        orders = (counts / tokens, counts)
-        packs = [_fill_pack(_descending(order), tokens, max_tokens_per_pack, samples) for order in orders]
+        orders = (_descending(counts, tokens), _descending(counts))
+        packs = [_fill_pack(order, tokens, max_tokens_per_pack, samples) for order in orders]
         return max(packs, key=lambda pack: int(counts[list(pack)].sum()))
 
     return (
@@ -290,12 +207,31 @@ def worst_case_packs(lengths: Lengths, max_tokens_per_pack: int, samples: int) -
     )
 
 
-def _descending(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return the indices of the largest values in descending order, at most _MAX_CANDIDATES of them."""
-    if len(values) <= _MAX_CANDIDATES:
-        return np.argsort(-values, kind="stable")
-    largest = np.argpartition(-values, _MAX_CANDIDATES)[:_MAX_CANDIDATES]
-    return largest[np.argsort(-values[largest], kind="stable")]
+def _descending(values: npt.NDArray[Any], divisor: npt.NDArray[Any] | None = None) -> npt.NDArray[np.int64]:
+    """Return the indices of the largest values, or quotients, in descending order, at most _MAX_CANDIDATES of them.
+
+    The arrays may be memory-mapped files of any length; a part of them is in memory at a time.
+    """
+    candidates = np.empty(0, dtype=np.int64)
+    for start in range(0, len(values), _PART):
+        part = np.arange(start, min(start + _PART, len(values)))
+        candidates = _largest(np.concatenate([candidates, part]), values, divisor)
+    ranking = _ranking(candidates, values, divisor)
+    return candidates[np.lexsort((candidates, -ranking))]
+
+
+def _largest(
+    candidates: npt.NDArray[np.int64], values: npt.NDArray[Any], divisor: npt.NDArray[Any] | None
+) -> npt.NDArray[np.int64]:
+    if len(candidates) <= _MAX_CANDIDATES:
+        return candidates
+    return candidates[np.argpartition(-_ranking(candidates, values, divisor), _MAX_CANDIDATES)[:_MAX_CANDIDATES]]
+
+
+def _ranking(
+    candidates: npt.NDArray[np.int64], values: npt.NDArray[Any], divisor: npt.NDArray[Any] | None
+) -> npt.NDArray[Any]:
+    return values[candidates] if divisor is None else values[candidates] / divisor[candidates]
 
 
 def _fill_pack(
@@ -317,25 +253,22 @@ def sample_cost(length: int) -> float:
     return length + length * length / _ATTENTION_EQUAL_TOKENS
 
 
-def _longest_first(samples: Sequence[int] | npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[int]:
-    return sorted((int(sample) for sample in samples), key=lambda sample: (-int(lengths[sample]), sample))
-
-
-def _assign_ranks(order: list[int], lengths: npt.NDArray[np.int32], world_size: int) -> list[list[int]]:
+def _assign_ranks(order: list[int], lengths: Mapping[int, int], world_size: int) -> list[list[int]]:
+    """Give each sample, longest first, to the rank with the least work, the lowest of several."""
     ranks: list[list[int]] = [[] for _ in range(world_size)]
-    load = [0.0] * world_size
+    loads = [(0.0, rank) for rank in range(world_size)]
     for sample in order:
-        rank = load.index(min(load))
+        load, rank = loads[0]
         ranks[rank].append(sample)
-        load[rank] += sample_cost(int(lengths[sample]))
+        heapq.heapreplace(loads, (load + sample_cost(lengths[sample]), rank))
     return ranks
 
 
-def _first_fit(samples: list[int], lengths: npt.NDArray[np.int32], max_tokens_per_pack: int) -> list[list[int]]:
+def _first_fit(samples: list[int], lengths: Mapping[int, int], max_tokens_per_pack: int) -> list[list[int]]:
     packs: list[list[int]] = []
     free: list[int] = []
     for sample in samples:
-        length = int(lengths[sample])
+        length = lengths[sample]
         fitting = next((number for number, space in enumerate(free) if space >= length), None)
         if fitting is None:
             packs.append([sample])

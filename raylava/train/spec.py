@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from raylava.config.recipe import StageName, Tracking, Training
 from raylava.corpus.blocks import Blocks
+from raylava.corpus.shuffle import ShuffleWindows
 from raylava.models.registry import ResolvedModel, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
-from raylava.train.batch_plan import BatchPlan, ShuffleWindows, plan_batches
+from raylava.train.batch_plan import BatchPlan, plan_batches
 
 if TYPE_CHECKING:
     from raylava.train.data_loader import PackCollator

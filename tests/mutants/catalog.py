@@ -191,10 +191,40 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "raylava/corpus/shuffle.py",
+        (
+            "the remainder keeps its order",
+            "order[filled:] = np.sort(np.concatenate(list(rest.values())))",
+            "order[filled:] = np.concatenate(list(rest.values()))",
+            f"{GROUPS}::test_steps_by_modality_are_those_of_llavas_sampler",
+        ),
+        (
+            "epochs differ",
+            "np.random.SeedSequence([self.seed, epoch])",
+            "np.random.SeedSequence([self.seed, 0])",
+            f"{PLAN}::test_each_epoch_has_a_different_order_and_a_short_last_step",
+        ),
+        (
+            "processes of a node share an order",
+            "            if not file.exists():\n",
+            "            if True:\n",
+            "tests/unit/corpus/test_shuffle.py::test_order_is_computed_once_on_a_node_and_anew_for_other_settings",
+        ),
+    ),
+    *_in(
+        "raylava/storage.py",
+        (
+            "remote files are read in large requests",
+            "length = max(end - self._position, min(READ_BYTES, self._size - self._position))",
+            "length = end - self._position",
+            "tests/ray/corpus/test_requests.py::test_tar_of_200_samples_is_prepared_with_30_gets",
+        ),
+    ),
+    *_in(
         "raylava/train/batch_plan.py",
         (
             "steps hold one modality",
-            'lengths.images > 0 if training.batching == "by_modality" else None,',
+            'lengths.images if training.batching == "by_modality" else None,',
             "None,",
             f"{GROUPS}::test_steps_by_modality_are_those_of_llavas_sampler",
         ),
@@ -203,12 +233,6 @@ MUTANTS = [
             "batch if start >= order.remainder else self._grouped(batch)",
             "batch",
             f"{GROUPS}::test_groups_of_a_mixed_batch_have_similar_lengths_or_are_consecutive",
-        ),
-        (
-            "the remainder keeps its order",
-            "remainder = np.sort(np.concatenate(list(rest.values())))",
-            "remainder = np.concatenate(list(rest.values()))",
-            f"{GROUPS}::test_steps_by_modality_are_those_of_llavas_sampler",
         ),
         (
             "groups have equal shares of the loss",
@@ -224,8 +248,8 @@ MUTANTS = [
         ),
         (
             "ranks are balanced",
-            "rank = load.index(min(load))",
-            "rank = 0",
+            "load, rank = loads[0]",
+            "load, rank = 0.0, 0",
             f"{PLAN}::test_ranks_of_a_llava_like_step_are_balanced_to_five_percent",
         ),
         (
@@ -235,14 +259,8 @@ MUTANTS = [
             f"{PLAN}::test_any_lengths_are_packed_within_the_token_limit",
         ),
         (
-            "epochs differ",
-            "np.random.SeedSequence([seed, epoch])",
-            "np.random.SeedSequence([seed, 0])",
-            f"{PLAN}::test_each_epoch_has_a_different_order_and_a_short_last_step",
-        ),
-        (
             "samples that fit no pack are refused",
-            "if order and lengths[order[0]] > max_tokens_per_pack:",
+            "if order and lengths_of[order[0]] > max_tokens_per_pack:",
             "if False:",
             f"{PLAN}::test_sample_longer_than_a_pack_is_rejected_with_the_remedy",
         ),

@@ -11,9 +11,10 @@ from raylava.config.recipe import Source
 from raylava.corpus.block_cache import BlockCache, open_blocks
 from raylava.corpus.blocks import Blocks
 from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shuffle import ShuffleWindows
 from raylava.errors import RunError
 from raylava.storage import StoragePath, storage_path
-from raylava.train.batch_plan import BatchPlan, ShuffleWindows
+from raylava.train.batch_plan import BatchPlan
 from tests.support.corpora import prepare_serially, with_settings
 from tests.support.flaky_proxy import FlakyProxy
 

@@ -59,7 +59,7 @@ def test_tar_of_200_samples_is_prepared_with_30_gets(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_resuming_and_publishing_list_the_shards_once(prepare_spec: PrepareSpec, proxy: FlakyProxy, s3: str) -> None:
-    """40 rows in 40 shards, each with a record, lengths and quarantined rows, which pyarrow reads by a HEAD and a GET."""
+    """Each of 40 shards has a record, lengths and quarantined rows; pyarrow reads a file by a HEAD and a GET."""
     spec = dataclasses.replace(
         with_settings(prepare_spec, Path("unused"), samples_per_block=1), output=f"{s3}/requests/resumed"
     )

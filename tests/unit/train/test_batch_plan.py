@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylava.corpus.blocks import Lengths
+from raylava.corpus.shuffle import ShuffleWindows
 from raylava.errors import UserError
 from raylava.train.batch_plan import (
     BatchPlan,
     Pack,
-    ShuffleWindows,
     pack_batch,
     sample_cost,
     worst_case_packs,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from raylava.config.recipe import Training
 from raylava.corpus.blocks import Lengths
-from raylava.train.batch_plan import BatchPlan, ShuffleWindows, plan_batches
+from raylava.corpus.shuffle import ShuffleWindows
+from raylava.train.batch_plan import BatchPlan, plan_batches
 from tests.reference.trainer import modality_batches
 
 
