@@ -6,7 +6,6 @@ is quarantined.
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -90,33 +89,30 @@ class SourceFiles:
 
         Raises UserError for unreadable files, and for filters on a format that does not expose its rows.
         """
-        source = self.source
-        has_filters = source.include != ("*",) or source.exclude
         for number, file in enumerate(self.files):
-            file_format = self.format(file)
-            if has_filters and not file_format.exposes_rows:
-                raise UserError(
-                    f"{file}: include and exclude select rows by image path, which works for JSON formats only; "
-                    "remove them or convert the file to JSON Lines"
-                )
-            for row, row_ref in enumerate(_scan(file_format, file)):
-                if not has_filters or matches_filters(row_ref.raw, source.include, source.exclude):
-                    yield number, row, row_ref
+            for row, row_ref in self._matching_rows(file):
+                yield number, row, row_ref
 
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what identifies the source's content, independent of its location.
+    def _matching_rows(self, file: StoragePath) -> Iterator[tuple[int, RowRef]]:
+        source, file_format = self.source, self.format(file)
+        has_filters = source.include != ("*",) or source.exclude
+        if has_filters and not file_format.exposes_rows:
+            raise UserError(
+                f"{file}: include and exclude select rows by image path, which works for JSON formats only; "
+                "remove them or convert the file to JSON Lines"
+            )
+        for row, row_ref in enumerate(_scan(file_format, file)):
+            if not has_filters or matches_filters(row_ref.raw, source.include, source.exclude):
+                yield row, row_ref
 
-        These are hashes of the annotation files, and a hash over names and sizes of the images that rows refer to. JSON
-        files are hashed completely; Parquet files and tars, which may be terabytes, by their size and last 64 KiB.
-        Raises UserError when annotations can't be read or the image folder is missing.
-        """
-        contents = [file.sha256() if self.format(file).exposes_rows else _tail_fingerprint(file) for file in self.files]
-        names = {name for _, _, row_ref in self.matching_rows() for name in image_names(row_ref.raw)}
-        images = storage_path(self.images)
-        if names and not images.is_folder():
-            raise UserError(f"{images}: no such image folder; set the source's images (or data=…)")
-        listing = json.dumps(sorted(file_sizes(images, names).items()))
-        return {"annotations": contents, "images": hashlib.sha256(listing.encode()).hexdigest()}
+    def image_names(self, file: StoragePath) -> Iterator[str]:
+        """Yield the image paths of a file's matching rows, of formats that expose them. Raises like `matching_rows`."""
+        for _, row_ref in self._matching_rows(file):
+            yield from image_names(row_ref.raw)
+
+    def content_hash(self, file: StoragePath) -> Any:
+        """Return the SHA-256 of a JSON file; of other formats the size, and the SHA-256 of the last 64 KiB."""
+        return file.sha256() if self.format(file).exposes_rows else _tail_fingerprint(file)
 
 
 def file_sizes(root: StoragePath, names: set[str]) -> dict[str, int]:

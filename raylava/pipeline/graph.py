@@ -8,14 +8,15 @@ Expansion reads configuration files and annotations, and refuses input that cann
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
-from raylava.config.recipe import Benchmark, Corpus, Recipe, StageName
+from raylava.config.recipe import Benchmark, Corpus, InitialWeights, Language, Recipe, StageName, Vision
 from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError
 from raylava.evaluate.generation import ActorPool
 from raylava.evaluate.loading import BenchmarkCache
-from raylava.models.hub import absolute_name, weights_identity
+from raylava.models.hub import absolute_name, pin_revision, weights_identity
 from raylava.models.registry import (
     CheckpointRef,
     ResolvedModel,
@@ -31,15 +32,23 @@ from raylava.pipeline.stages import PrepareStage, TrainStage, UntrainedStage
 from raylava.storage import StoragePath, join, storage_path
 from raylava.train.spec import TrainSpec
 
+HubModel = TypeVar("HubModel", Language, Vision, InitialWeights)
 
-def build_stages(recipe: Recipe, storage: StoragePath, benchmarks: BenchmarkCache | None = None) -> list[Stage]:
+
+def build_stages(
+    recipe: Recipe,
+    storage: StoragePath,
+    benchmarks: BenchmarkCache | None = None,
+    sources: SourceCache | None = None,
+) -> list[Stage]:
     """Return the recipe's stages in an order in which each follows its inputs.
 
-    `benchmarks` avoids reading a benchmark's files again for another recipe. Raises UserError for input that cannot
-    work.
+    `benchmarks` and `sources` avoid reading the same files again for another recipe. Raises UserError for input that
+    cannot work.
     """
     recipe = make_absolute(recipe)
-    stages = _StageBuilder(recipe, storage, resolve(recipe), benchmarks or BenchmarkCache()).build()
+    caches = benchmarks or BenchmarkCache(), sources or SourceCache()
+    stages = _StageBuilder(recipe, storage, resolve(recipe), *caches).build()
     for stage in stages:
         stage.spec()  # identifies the inputs now: a mistake must be reported before any stage runs
     return stages
@@ -83,11 +92,37 @@ def make_absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": model.model_copy(update=parts)})
 
 
+def pin_commits(recipe: Recipe) -> Recipe:
+    """Return the recipe with hub revisions replaced by commits, so that other processes resolve the same ones.
+
+    Raises UserError when the hub cannot be reached and no snapshot is cached.
+    """
+
+    def pin(part: HubModel) -> HubModel:
+        return part.model_copy(update={"revision": pin_revision(part.name, part.revision)})
+
+    model = recipe.model
+    parts = {
+        "language": pin(model.language),
+        "vision": pin(model.vision),
+        "initial_weights": model.initial_weights and pin(model.initial_weights),
+    }
+    return recipe.model_copy(update={"model": model.model_copy(update=parts)})
+
+
 class _StageBuilder:
     """Builds the stages of one recipe; each method builds one type."""
 
-    def __init__(self, recipe: Recipe, storage: StoragePath, model: ResolvedModel, benchmarks: BenchmarkCache) -> None:
-        self._recipe, self._storage, self._model, self._benchmarks = recipe, storage, model, benchmarks
+    def __init__(
+        self,
+        recipe: Recipe,
+        storage: StoragePath,
+        model: ResolvedModel,
+        benchmarks: BenchmarkCache,
+        sources: SourceCache,
+    ) -> None:
+        self._recipe, self._storage, self._model = recipe, storage, model
+        self._benchmarks, self._sources = benchmarks, sources
         self._tokenizer = tokenizer_sha256(load_tokenizer(model.language))
         self._backbones = _identify_backbones(model)
         weights = model.connector_weights
@@ -112,7 +147,7 @@ class _StageBuilder:
             (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
         )
         spec = PrepareSpec(name, corpus, paths, model.language, model.vision, output="")
-        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage)
+        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage, self._sources)
 
     def _train(self, stage: StageName, blocks: Stage, connector: Stage | None) -> TrainStage:
         recipe = self._recipe

@@ -10,11 +10,14 @@ from raylava.artifacts import ArtifactSpec
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
 from raylava.corpus.prepare import PrepareSpec, check_quarantine, prepare
+from raylava.corpus.source_cache import SourceCache
 from raylava.models.registry import ResolvedModel
 from raylava.pipeline.stage import Stage
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath
 from raylava.train.spec import TrainSpec
+
+SCANNED_SOURCES = "sources"  # folder of the storage; see corpus/source_cache.py
 
 
 class PrepareStage(Stage):
@@ -22,15 +25,19 @@ class PrepareStage(Stage):
 
     unit = "rows"
 
-    def __init__(self, spec: PrepareSpec, tokenizer: str, resources: Resources, storage: StoragePath) -> None:
+    def __init__(
+        self, spec: PrepareSpec, tokenizer: str, resources: Resources, storage: StoragePath, sources: SourceCache
+    ) -> None:
         super().__init__("prepare", f"prepare {spec.name}", storage, {})
-        self._prepare_spec, self._tokenizer, self._resources = spec, tokenizer, resources
+        self._prepare_spec, self._tokenizer, self._resources, self._sources = spec, tokenizer, resources, sources
 
     def fingerprint_fields(self) -> dict[str, Any]:
         spec = self._prepare_spec
         return {
             "corpus": spec.corpus.fingerprint_fields(),
-            "sources": [source.fingerprint_fields() for source in spec.sources],
+            "sources": [
+                self._sources.fingerprint_fields(source, self.storage / SCANNED_SOURCES) for source in spec.sources
+            ],
             "tokenizer": self._tokenizer,
             "template": dataclasses.asdict(spec.language.template),
             "vision": spec.vision.fingerprint_fields(),

@@ -24,9 +24,10 @@ from raylava.cluster.roles import TRAIN, node_labels_for
 from raylava.cluster.session import joins_running_cluster, on_driver_node, ray_session
 from raylava.config.recipe import Resources
 from raylava.console import Console
+from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError, first_line
 from raylava.evaluate.loading import BenchmarkCache
-from raylava.pipeline.graph import build_stages, make_absolute
+from raylava.pipeline.graph import build_stages, make_absolute, pin_commits
 from raylava.pipeline.runner import check_capacity
 from raylava.progress import poll_in_background
 from raylava.storage import StoragePath, retry
@@ -51,6 +52,7 @@ class SweepRun:
         """Expand the sweep into variants. Raises UserError for a sweep whose variants are not valid recipes."""
         self.sweep, self._overrides, self._storage = sweep, overrides, storage
         self.folder = storage / "sweeps" / sweep.name
+        self._sources_of_corpora = SourceCache()  # shared by all variants, and handed to the trials
         self._variants = variants(sweep, overrides)
         self.trial_statuses: list[TrialStatus] = []  # final status of the trials of the last `run`, in starting order
 
@@ -88,7 +90,7 @@ class SweepRun:
         """Check that the cluster can run the missing stages of each variant (see pipeline.runner.check_capacity)."""
         benchmark_cache = BenchmarkCache()
         for variant in self._variants:
-            stages = build_stages(variant.recipe, self._storage, benchmark_cache)
+            stages = build_stages(variant.recipe, self._storage, benchmark_cache, self._sources_of_corpora)
             missing = {stage.kind for stage in stages if stage.spec().find() is None}
             check_capacity(variant.recipe, missing, console)
 
@@ -107,7 +109,8 @@ class SweepRun:
 
     def _studies(self, search: SearchConfig) -> StudyRegistry:
         def stage_fingerprints(variant: Variant) -> list[str]:
-            return [stage.spec().fingerprint for stage in build_stages(variant.recipe, self._storage)]
+            stages = build_stages(variant.recipe, self._storage, sources=self._sources_of_corpora)
+            return [stage.spec().fingerprint for stage in stages]
 
         return StudyRegistry(search, self._study_name(search), self.folder, stage_fingerprints)
 
@@ -133,7 +136,7 @@ class SweepRun:
             sources,
             self._apply_settings,
             lambda variant: ray.get(
-                tracker.add_trial.remote(variant.name, make_absolute(variant.recipe).model_dump_json())
+                tracker.add_trial.remote(variant.name, pin_commits(make_absolute(variant.recipe)).model_dump_json())
             ),
             lambda number, outcome: tracker.finish.remote(number, outcome),
             budget.exhausted,
@@ -143,6 +146,7 @@ class SweepRun:
             "tracker": tracker,
             "search": self.sweep.search is not None,
             "joined": joins_running_cluster(),
+            "sources": self._sources_of_corpora.known,
         }
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from raylava.artifacts import Artifact
+from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError
 from raylava.evaluate.loading import BenchmarkCache
 from raylava.pipeline.graph import build_stages
@@ -68,11 +69,12 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
 
     A trial that failed because its settings are no valid recipe, or its inputs cannot be resolved, has no stages.
     """
-    benchmark_cache, stages = BenchmarkCache(), list[tuple[Stage, ...]]()
+    benchmark_cache, sources, stages = BenchmarkCache(), SourceCache(), list[tuple[Stage, ...]]()
     for result in trial_results:
         try:
             recipe = result.variant.recipe
-            stages.append(tuple(build_stages(recipe, storage, benchmark_cache)) if result.is_valid_recipe else ())
+            built = build_stages(recipe, storage, benchmark_cache, sources) if result.is_valid_recipe else []
+            stages.append(tuple(built))
         except UserError:
             if result.outcome != "failed":
                 raise
@@ -82,6 +84,6 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
 
 def plan_sweep(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
     """Resolve the stages of every variant. Raises UserError for invalid input, before any worker starts."""
-    benchmark_cache = BenchmarkCache()
-    stages = (tuple(build_stages(variant.recipe, storage, benchmark_cache)) for variant in variants)
+    benchmark_cache, sources = BenchmarkCache(), SourceCache()
+    stages = (tuple(build_stages(variant.recipe, storage, benchmark_cache, sources)) for variant in variants)
     return SweepPlan(tuple(variants), tuple(stages))

@@ -17,6 +17,7 @@ from ray import tune
 from raylava.artifacts import Artifact
 from raylava.cluster.session import configure_ray_libraries
 from raylava.config.recipe import Recipe
+from raylava.corpus.source_cache import SourceCache
 from raylava.errors import first_line
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.results import headline_score, scored_benchmarks
@@ -37,15 +38,16 @@ def run_trial(config: dict[str, Any]) -> None:
     """Run one trial: the trainable of Ray Tune.
 
     `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor, whether the sweep `joined` a
-    running cluster, and whether the trial belongs to a `search`. Trials of a search report `rung` and `loss` during
-    finetuning. Every trial ends with a report of its `objective/NAME` values or of its `failure`.
+    running cluster, whether the trial belongs to a `search`, and what the driver has resolved of the corpora's
+    `sources`. Trials of a search report `rung` and `loss` during finetuning. Every trial ends with a report of its
+    `objective/NAME` values or of its `failure`.
     """
     configure_ray_libraries(config["joined"])
     tracker, number = config["tracker"], config["trial"]
     recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
     reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
     try:
-        stages = build_stages(recipe, storage_path(config["storage"]))
+        stages = build_stages(recipe, storage_path(config["storage"]), sources=SourceCache(config["sources"]))
         artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
         report: dict[str, Any] = {"objective": compute_objectives(artifacts)}
     except Exception as error:  # any error of the stages is the result of this variant

@@ -12,6 +12,7 @@ import pytest
 
 from raylava.config.recipe import Source
 from raylava.corpus.prepare import PrepareSpec, make_block, prepare, stage_rows
+from raylava.corpus.source_cache import SourceCache
 from raylava.corpus.sources import SourceFiles
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
@@ -50,7 +51,7 @@ def test_tar_of_200_samples_is_prepared_with_30_gets(
     corpus = prepare_spec.corpus.model_copy(update={"sources": (source,), "samples_per_block": 2048})
     spec = dataclasses.replace(prepare_spec, corpus=corpus, source_paths=((uri, ""),), output=f"{s3}/requests/out")
     proxy.gets.clear()
-    SourceFiles(source, uri, "").fingerprint_fields()
+    SourceCache().fingerprint_fields(SourceFiles(source, uri, ""), storage_path(tmp_path))
     assert len(proxy.gets) <= 5, proxy.gets
     manifest = prepare_serially(spec)
     assert manifest.rows == SAMPLES
@@ -77,26 +78,29 @@ def test_resuming_and_publishing_list_the_shards_once(prepare_spec: PrepareSpec,
     assert len(proxy.heads) <= 4 * shards + 30
 
 
-def test_parquet_is_fingerprinted_with_5_gets(proxy: FlakyProxy, s3: str) -> None:
+def test_parquet_is_fingerprinted_with_5_gets(proxy: FlakyProxy, s3: str, tmp_path: Path) -> None:
     table = pa.table({"conversations": [[{"from": "human", "value": "Hi" * 500}] for _ in range(20_000)]})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=500)
     uri = f"{s3}/requests/rows.parquet"
     storage_path(uri).write_bytes(buffer.getvalue())
     proxy.gets.clear()
-    SourceFiles(Source(annotations="rows.parquet"), uri, "").fingerprint_fields()
+    source = SourceFiles(Source(annotations="rows.parquet"), uri, "")
+    SourceCache().fingerprint_fields(source, storage_path(tmp_path))
     assert len(proxy.gets) <= 5, proxy.gets
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_json_is_hashed_and_scanned_with_one_get_per_8_mb(name: str, proxy: FlakyProxy, s3: str) -> None:
+def test_json_is_hashed_and_scanned_with_one_get_per_8_mb(
+    name: str, proxy: FlakyProxy, s3: str, tmp_path: Path
+) -> None:
     row = {"id": 0, "conversations": [{"from": "human", "value": "Hi" * 2000}, {"from": "gpt", "value": "Hello"}]}
     rows = [json.dumps(row)] * 5000  # 20 MB
     uri = f"{s3}/requests/{name}"
     storage_path(uri).write_bytes((f"[{','.join(rows)}]" if name == "rows.json" else "\n".join(rows)).encode())
     source = SourceFiles(Source(annotations=name), uri, f"{s3}/requests")
     proxy.gets.clear()
-    source.fingerprint_fields()
+    SourceCache().fingerprint_fields(source, storage_path(tmp_path))
     fingerprinting = len(proxy.gets)
     assert fingerprinting <= 8, proxy.gets  # 3 to hash, 3 to scan, the end of file
     assert sum(1 for _ in source.selected_rows(0)) == 5000

@@ -110,18 +110,6 @@ def test_folder_of_files_is_one_source_in_name_order(tmp_path: Path) -> None:
     assert [(row.file, row.row) for row in source.selected_rows(0)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-def test_fingerprint_depends_on_content_not_location(tmp_path: Path) -> None:
-    rows = [{"image": "a.png", "conversations": CONVERSATION}]
-    fingerprints = []
-    for name, image in (("one", b"123"), ("two", b"123"), ("three", b"1234")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "a.png").write_bytes(image)
-        (folder / "not named by any row.png").write_bytes(name.encode())
-        fingerprints.append(make_source(folder, rows).fingerprint_fields())
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [("none.json", "no such file"), ("rows.xml", "does not indicate its format"), (".", "no file of a known")],
@@ -130,12 +118,6 @@ def test_unreadable_annotations_raise_user_error(tmp_path: Path, name: str, mess
     (tmp_path / "rows.xml").write_text("<rows/>")
     with pytest.raises(UserError, match=message):
         list(SourceFiles(Source(annotations=name), str(tmp_path / name), "").selected_rows(0))
-
-
-def test_missing_image_folder_raises_user_error(tmp_path: Path) -> None:
-    source = make_source(tmp_path, [{"image": "a.png", "conversations": CONVERSATION}])
-    with pytest.raises(UserError, match="no such image folder"):
-        SourceFiles(source.source, source.annotations, str(tmp_path / "none")).fingerprint_fields()
 
 
 @pytest.mark.parametrize(
