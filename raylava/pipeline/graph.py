@@ -8,6 +8,7 @@ Expansion reads configuration files and annotations, and refuses input that cann
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from raylava.config.recipe import Benchmark, Corpus, InitialWeights, Language, Recipe, StageName, Vision
@@ -32,23 +33,36 @@ from raylava.pipeline.stages import PrepareStage, TrainStage, UntrainedStage
 from raylava.storage import StoragePath, join, storage_path
 from raylava.train.spec import TrainSpec
 
+
+class InputCache:
+    """Inputs that several recipes share, read once: benchmarks, and what identifies the sources of corpora.
+
+    `resolved_sources` is that of another process, which then reads none of the sources again.
+    """
+
+    def __init__(self, resolved_sources: Mapping[str, Any] | None = None) -> None:
+        self.benchmarks, self.sources = BenchmarkCache(), SourceCache(resolved_sources)
+
+    @property
+    def resolved_sources(self) -> dict[str, Any]:
+        """What identifies each source that was read so far; serializable."""
+        return self.sources.known
+
+
 HubModel = TypeVar("HubModel", Language, Vision, InitialWeights)
 
 
 def build_stages(
     recipe: Recipe,
     storage: StoragePath,
-    benchmarks: BenchmarkCache | None = None,
-    sources: SourceCache | None = None,
+    inputs: "InputCache | None" = None,
 ) -> list[Stage]:
     """Return the recipe's stages in an order in which each follows its inputs.
 
-    `benchmarks` and `sources` avoid reading the same files again for another recipe. Raises UserError for input that
-    cannot work.
+    `inputs` avoids reading the same files again for another recipe. Raises UserError for input that cannot work.
     """
     recipe = make_absolute(recipe)
-    caches = benchmarks or BenchmarkCache(), sources or SourceCache()
-    stages = _StageBuilder(recipe, storage, resolve(recipe), *caches).build()
+    stages = _StageBuilder(recipe, storage, resolve(recipe), inputs or InputCache()).build()
     for stage in stages:
         stage.spec()  # identifies the inputs now: a mistake must be reported before any stage runs
     return stages
@@ -118,11 +132,9 @@ class _StageBuilder:
         recipe: Recipe,
         storage: StoragePath,
         model: ResolvedModel,
-        benchmarks: BenchmarkCache,
-        sources: SourceCache,
+        inputs: InputCache,
     ) -> None:
-        self._recipe, self._storage, self._model = recipe, storage, model
-        self._benchmarks, self._sources = benchmarks, sources
+        self._recipe, self._storage, self._model, self._inputs = recipe, storage, model, inputs
         self._tokenizer = tokenizer_sha256(load_tokenizer(model.language))
         self._backbones = _identify_backbones(model)
         weights = model.connector_weights
@@ -147,7 +159,7 @@ class _StageBuilder:
             (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
         )
         spec = PrepareSpec(name, corpus, paths, model.language, model.vision, output="")
-        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage, self._sources)
+        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage, self._inputs.sources)
 
     def _train(self, stage: StageName, blocks: Stage, connector: Stage | None) -> TrainStage:
         recipe = self._recipe
@@ -197,7 +209,7 @@ class _StageBuilder:
         request = EvaluationRequest(
             model=ModelRef(CheckpointRef(model.spec().path.uri), model.spec().fingerprint, {"model": model.spec()}),
             benchmark=benchmark,
-            loaded=self._benchmarks.get(benchmark, self._recipe.data),
+            loaded=self._inputs.benchmarks.get(benchmark, self._recipe.data),
             actors=ActorPool.from_resources(self._recipe.resources),
             blank_images=blank_images,
         )

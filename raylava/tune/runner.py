@@ -19,18 +19,15 @@ from ray import tune
 from rich.table import Table
 
 from raylava.artifacts import lock
-from raylava.cluster.nodes import eventual_resources
 from raylava.cluster.roles import TRAIN, node_labels_for
 from raylava.cluster.session import joins_running_cluster, on_driver_node, ray_session
-from raylava.config.recipe import Resources
 from raylava.console import Console
-from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError, first_line
-from raylava.evaluate.loading import BenchmarkCache
-from raylava.pipeline.graph import build_stages, make_absolute, pin_commits
+from raylava.pipeline.graph import InputCache, build_stages, make_absolute, pin_commits
 from raylava.pipeline.runner import check_capacity
 from raylava.progress import poll_in_background
 from raylava.storage import StoragePath, retry
+from raylava.tune.concurrency import ConcurrencyLimit
 from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
@@ -52,7 +49,7 @@ class SweepRun:
         """Expand the sweep into variants. Raises UserError for a sweep whose variants are not valid recipes."""
         self.sweep, self._overrides, self._storage = sweep, overrides, storage
         self.folder = storage / "sweeps" / sweep.name
-        self._sources_of_corpora = SourceCache()  # shared by all variants, and handed to the trials
+        self._inputs = InputCache()  # shared by all variants; trials get what it has resolved
         self._variants = variants(sweep, overrides)
         self.trial_statuses: list[TrialStatus] = []  # final status of the trials of the last `run`, in starting order
 
@@ -82,15 +79,15 @@ class SweepRun:
             self._check_capacity(console)
             sources = self._sources()
             budget = self._search_budget()
-            capacity = concurrent_trials(resources, eventual_resources(node_labels_for(TRAIN, largest)))
-            self._run_trials(sources, budget, min(capacity, self.sweep.max_concurrent_trials or capacity), console)
+            labels = node_labels_for(TRAIN, largest)
+            limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
+            self._run_trials(sources, budget, limit, console)
             return [result for source in sources for result in self._trial_results(source)]
 
     def _check_capacity(self, console: Console) -> None:
         """Check that the cluster can run the missing stages of each variant (see pipeline.runner.check_capacity)."""
-        benchmark_cache = BenchmarkCache()
         for variant in self._variants:
-            stages = build_stages(variant.recipe, self._storage, benchmark_cache, self._sources_of_corpora)
+            stages = build_stages(variant.recipe, self._storage, self._inputs)
             missing = {stage.kind for stage in stages if stage.spec().find() is None}
             check_capacity(variant.recipe, missing, console)
 
@@ -109,7 +106,7 @@ class SweepRun:
 
     def _studies(self, search: SearchConfig) -> StudyRegistry:
         def stage_fingerprints(variant: Variant) -> list[str]:
-            stages = build_stages(variant.recipe, self._storage, sources=self._sources_of_corpora)
+            stages = build_stages(variant.recipe, self._storage, self._inputs)
             return [stage.spec().fingerprint for stage in stages]
 
         return StudyRegistry(search, self._study_name(search), self.folder, stage_fingerprints)
@@ -126,7 +123,9 @@ class SweepRun:
             return [SingleTrial(variant) for variant in self._variants]
         return self._studies(search).resume_studies(self._variants)
 
-    def _run_trials(self, sources: "Sources", budget: "SearchBudget", max_concurrent: int, console: Console) -> None:
+    def _run_trials(
+        self, sources: "Sources", budget: "SearchBudget", limit: ConcurrencyLimit, console: Console
+    ) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         # Otherwise Ray Tune would return normally on Ctrl-C, and interrupted trials would count as results.
@@ -140,13 +139,14 @@ class SweepRun:
             ),
             lambda number, outcome: tracker.finish.remote(number, outcome),
             budget.exhausted,
+            limit,
         )
         config = {
             "storage": self._storage.uri,
             "tracker": tracker,
             "search": self.sweep.search is not None,
             "joined": joins_running_cluster(),
-            "sources": self._sources_of_corpora.known,
+            "sources": self._inputs.resolved_sources,
         }
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:
@@ -157,7 +157,6 @@ class SweepRun:
                     search_alg=searcher,
                     scheduler=EarlyStop(searcher),
                     num_samples=-1,
-                    max_concurrent_trials=max_concurrent,
                 ),
                 run_config=tune.RunConfig(
                     storage_path=folder,
@@ -182,19 +181,6 @@ class SweepRun:
             invalid = dataclasses.replace(variant, settings=settings, searched=record.settings)
             failure = record.failure or first_line(error)
             return TrialResult(invalid, "failed", failure, record, is_valid_recipe=False)
-
-
-def concurrent_trials(resources: list[Resources], available: dict[str, float]) -> int:
-    """Return how many trials can train at once on the `available` CPUs and GPUs, at least one.
-
-    Each trial is assumed to need the most CPUs and the most GPUs that any of the recipes requests.
-    """
-    cpus = max(request.workers * request.cpus_per_worker for request in resources)
-    gpus = max(request.workers * request.gpus_per_worker for request in resources)
-    capacity = int(available.get("CPU", 0) // cpus)
-    if gpus:
-        capacity = min(capacity, int(available.get("GPU", 0) // gpus))
-    return max(1, capacity)
 
 
 def _trial_bundles() -> tune.PlacementGroupFactory:

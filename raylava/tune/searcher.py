@@ -91,6 +91,7 @@ class SweepSearcher(Searcher):
         add_trial: Callable[[Variant], int],
         finish_trial: Callable[[int, str], None],
         budget_exhausted: Callable[[], bool],
+        concurrency_limit: Callable[[], int],
     ) -> None:
         """`add_trial` registers a trial with the tracker and returns its number.
 
@@ -98,11 +99,16 @@ class SweepSearcher(Searcher):
         """
         super().__init__()
         self._sources, self._apply_settings, self._budget_exhausted = list(sources), apply_settings, budget_exhausted
-        self._add_trial, self._finish_trial = add_trial, finish_trial
+        self._add_trial, self._finish_trial, self._concurrency_limit = add_trial, finish_trial, concurrency_limit
         self._running: dict[str, tuple[TrialSource, int]] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """See Searcher. A trial whose settings form no valid recipe fails at once; the next one is suggested."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """See Searcher. Returns None while as many trials run as may: Ray Tune asks again.
+
+        A trial whose settings form no valid recipe fails at once; the next one is suggested.
+        """
+        if len(self._running) >= self._concurrency_limit():
+            return None
         while (suggestion := self._next_suggestion(trial_id)) is not None:
             source, settings = suggestion
             try:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from raylava.artifacts import Artifact
-from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError
-from raylava.evaluate.loading import BenchmarkCache
-from raylava.pipeline.graph import build_stages
+from raylava.pipeline.graph import InputCache, build_stages
 from raylava.pipeline.stage import Stage
 from raylava.storage import StoragePath
 from raylava.tune.variants import TrialResult, Variant
@@ -69,11 +67,11 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
 
     A trial that failed because its settings are no valid recipe, or its inputs cannot be resolved, has no stages.
     """
-    benchmark_cache, sources, stages = BenchmarkCache(), SourceCache(), list[tuple[Stage, ...]]()
+    inputs, stages = InputCache(), list[tuple[Stage, ...]]()
     for result in trial_results:
         try:
             recipe = result.variant.recipe
-            built = build_stages(recipe, storage, benchmark_cache, sources) if result.is_valid_recipe else []
+            built = build_stages(recipe, storage, inputs) if result.is_valid_recipe else []
             stages.append(tuple(built))
         except UserError:
             if result.outcome != "failed":
@@ -84,6 +82,6 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
 
 def plan_sweep(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
     """Resolve the stages of every variant. Raises UserError for invalid input, before any worker starts."""
-    benchmark_cache, sources = BenchmarkCache(), SourceCache()
-    stages = (tuple(build_stages(variant.recipe, storage, benchmark_cache, sources)) for variant in variants)
+    inputs = InputCache()
+    stages = (tuple(build_stages(variant.recipe, storage, inputs)) for variant in variants)
     return SweepPlan(tuple(variants), tuple(stages))

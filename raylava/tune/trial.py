@@ -17,9 +17,8 @@ from ray import tune
 from raylava.artifacts import Artifact
 from raylava.cluster.session import configure_ray_libraries
 from raylava.config.recipe import Recipe
-from raylava.corpus.source_cache import SourceCache
 from raylava.errors import first_line
-from raylava.pipeline.graph import build_stages
+from raylava.pipeline.graph import InputCache, build_stages
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.pipeline.stage import run_stage
 from raylava.progress import NullProgressBar, ProgressBar
@@ -47,7 +46,7 @@ def run_trial(config: dict[str, Any]) -> None:
     recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
     reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
     try:
-        stages = build_stages(recipe, storage_path(config["storage"]), sources=SourceCache(config["sources"]))
+        stages = build_stages(recipe, storage_path(config["storage"]), InputCache(config["sources"]))
         artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
         report: dict[str, Any] = {"objective": compute_objectives(artifacts)}
     except Exception as error:  # any error of the stages is the result of this variant

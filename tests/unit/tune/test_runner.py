@@ -1,11 +1,10 @@
-"""The search budget counts time over all runs, and concurrency follows the most demanding recipe."""
+"""The search budget counts time over all runs."""
 
 import json
 from pathlib import Path
 
-from raylava.config.recipe import Resources
 from raylava.storage import storage_path
-from raylava.tune.runner import SearchBudget, concurrent_trials
+from raylava.tune.runner import SearchBudget
 
 
 def test_search_budget_continues_from_the_time_spent_by_earlier_runs(tmp_path: Path) -> None:
@@ -21,10 +20,3 @@ def test_search_budget_continues_from_the_time_spent_by_earlier_runs(tmp_path: P
 def test_search_budget_without_hours_is_never_exhausted_and_writes_no_file(tmp_path: Path) -> None:
     assert not SearchBudget(storage_path(tmp_path / "spent.json"), None).exhausted()
     assert not (tmp_path / "spent.json").exists()
-
-
-def test_concurrent_trials_are_limited_by_the_most_demanding_recipe() -> None:
-    resources = [Resources(workers=2, gpus_per_worker=1), Resources(workers=4, gpus_per_worker=1, cpus_per_worker=2)]
-    assert concurrent_trials(resources, {"CPU": 64.0, "GPU": 8.0}) == 2
-    assert concurrent_trials(resources, {"CPU": 9.0, "GPU": 8.0}) == 1
-    assert concurrent_trials(resources, {"CPU": 1.0}) == 1, "an autoscaling cluster may start without resources"

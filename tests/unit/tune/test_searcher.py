@@ -13,7 +13,9 @@ from raylava.tune.variants import Variant, variants, with_settings
 from tests.support.studies import loss_result, make_sweep, resume_study
 
 
-def make_searcher(sources: list[TrialSource]) -> tuple[SweepSearcher, list[str], list[tuple[int, str]]]:
+def make_searcher(
+    sources: list[TrialSource], limit: list[int] | None = None
+) -> tuple[SweepSearcher, list[str], list[tuple[int, str]]]:
     """Return a searcher, the names of the trials that it adds, and the (number, outcome) of those that it finishes."""
     added: list[str] = []
     finished: list[tuple[int, str]] = []
@@ -26,9 +28,30 @@ def make_searcher(sources: list[TrialSource]) -> tuple[SweepSearcher, list[str],
         return with_settings(make_sweep(), variant, settings, [])
 
     searcher = SweepSearcher(
-        sources, apply_settings, add_trial, lambda *outcome: finished.append(outcome), lambda: False
+        sources,
+        apply_settings,
+        add_trial,
+        lambda *outcome: finished.append(outcome),
+        lambda: False,
+        lambda: limit[0] if limit else 100,
     )
     return searcher, added, finished
+
+
+def test_trials_wait_while_as_many_run_as_the_cluster_can_hold() -> None:
+    limit = [1]
+    sources: list[TrialSource] = [SingleTrial(variant) for variant in variants(make_sweep(seeds=(0, 1, 2, 3)), [])]
+    searcher, _, _ = make_searcher(sources, limit)
+    assert searcher.suggest("a") == {"trial": 0}
+    assert searcher.suggest("b") is None, "Ray Tune asks again"
+    limit[0] = 3  # nodes have joined
+    assert [searcher.suggest(name) for name in "bcd"] == [{"trial": 1}, {"trial": 2}, None]
+    limit[0] = 1  # nodes have left: running trials go on
+    searcher.on_trial_complete("a", {"objective/x": 1.0})
+    assert searcher.suggest("d") is None
+    searcher.on_trial_complete("b", {"objective/x": 1.0})
+    searcher.on_trial_complete("c", {"objective/x": 1.0})
+    assert searcher.suggest("d") == {"trial": 3}
 
 
 def test_variants_without_a_search_are_suggested_once_in_order() -> None:
