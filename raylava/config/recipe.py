@@ -146,6 +146,21 @@ class Source(ConfigModel):
     sampling_weight: float = Field(1.0, gt=0, le=1000)
 
 
+class FetchConfig(ConfigModel):
+    """How images that rows name by URL are fetched.
+
+    A request may take `timeout_s` and is repeated up to `retries` times after a failure that may pass. A worker has at
+    most `per_host` requests open to one host. An answer of more than `max_bytes` is not read further. Hosts whose
+    addresses are not public are refused unless `allow_private_addresses` is set.
+    """
+
+    timeout_s: float = Field(20.0, gt=0)
+    retries: int = Field(2, ge=0, le=10)
+    per_host: int = Field(8, ge=1)
+    max_bytes: int = Field(64_000_000, ge=1)
+    allow_private_addresses: bool = False
+
+
 class Corpus(ConfigModel):
     """A mixture of sources, and how their rows become training samples.
 
@@ -153,7 +168,7 @@ class Corpus(ConfigModel):
     included) is quarantined, loses whole exchanges at its end with `on_overlong: truncate_exchanges`, or is cut at the
     token with `truncate_tokens`; it is quarantined if the loss covers nothing of what is left. An image of more than
     `max_pixels` is quarantined before it is decoded. Preparing fails when more than the fraction `quarantine_limit` of
-    all rows is quarantined. An Arrow block holds `samples_per_block` samples.
+    all rows is quarantined. An Arrow block holds `samples_per_block` samples. `fetch` applies to images named by URL.
     """
 
     sources: tuple[Source, ...] = Field(..., min_length=1)
@@ -164,6 +179,7 @@ class Corpus(ConfigModel):
     max_pixels: int = Field(64_000_000, ge=1)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
     quarantine_limit: _Fraction = not_fingerprinted(0.01)
+    fetch: FetchConfig = not_fingerprinted(FetchConfig())
 
 
 class Corpora(ConfigModel):

@@ -41,6 +41,7 @@ LENGTHS_SCHEMA = pa.schema([(name, pa.int32()) for name in ("length", "images", 
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.arrow"
 QUARANTINE = "quarantine.csv"
+FETCHED = "fetched"  # folder with a file per block: URL, size and SHA-256 of each image that was fetched
 TOKENIZER = "tokenizer"
 CORRUPT_BLOCK = "corrupt block (SHA-256 differs from the manifest); prepare the corpus again"
 _MAX_OPEN_BLOCKS = 64
@@ -70,7 +71,8 @@ class Sample:
 class BlockRecord:
     """One block in the manifest. `path` is relative to the artifact; its source rows are `rows` + `quarantined`.
 
-    `truncated` counts samples that were cut to `max_length` tokens (see `on_overlong`).
+    `truncated` counts samples that were cut to `max_length` tokens (see `on_overlong`). `fetched` counts the images
+    that were fetched by URL, `fetched_sha256` is that of the file which lists the SHA-256 of each.
     """
 
     path: str
@@ -79,6 +81,8 @@ class BlockRecord:
     truncated: int
     bytes: int
     sha256: str
+    fetched: int = 0
+    fetched_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from raylava.cluster.nodes import eventual_resources, matching_resources, starta
 from raylava.cluster.session import error_summary
 from raylava.config.recipe import Corpus
 from raylava.corpus.blocks import (
+    FETCHED,
     LENGTHS,
     MANIFEST,
     QUARANTINE,
@@ -47,9 +48,10 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.conversation import ChatTokenizer
+from raylava.corpus.fetch import UrlFetcher, is_url
 from raylava.corpus.quarantine import BadRow, QuarantinedRow
 from raylava.corpus.samples import make_sample
-from raylava.corpus.sources import SelectedRow, SourceFiles, parse_row, sample_id
+from raylava.corpus.sources import SelectedRow, SourceFiles, image_names, parse_row, sample_id
 from raylava.errors import RunError, UserError
 from raylava.models.registry import LanguageSpec, VisionSpec, load_tokenizer
 from raylava.progress import ProgressBar
@@ -57,6 +59,7 @@ from raylava.storage import StoragePath, storage_path
 
 _SHARDS = "rows"  # folder of the staged rows and records; deleted once the manifest is written
 _INDEX = "index.json"
+_FETCHED_TOGETHER = 256  # rows whose images are fetched at the same time, and held in memory
 _READ_THREADS = 16  # on the driver, of small files
 
 T = TypeVar("T")
@@ -187,26 +190,34 @@ def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
     """Read the rows of one shard and write its block, lengths, quarantined rows and, last, its record."""
     output = storage_path(spec.output)
     content = _BlockContent()
-    chat_tokenizer = _chat_tokenizer(spec.language)
-    for row, file, image_root, raw in _read_shard(spec, output, shard):
-        try:
-            parsed = parse_row(raw, row.id_suffix)
-            sample, truncated = make_sample(parsed, image_root, chat_tokenizer, spec.corpus, spec.vision)
-            content.samples.append(sample)
-            content.truncated += truncated
-        except BadRow as bad:
-            name = sample_id(raw, row.id_suffix)
-            content.quarantined.append(QuarantinedRow(row.row, name, file.name, bad.reason, bad.detail))
+    chat_tokenizer, fetcher = _chat_tokenizer(spec.language), UrlFetcher(spec.corpus.fetch)
+    rows = _read_shard(spec, output, shard)
+    while batch := list(itertools.islice(rows, _FETCHED_TOGETHER)):
+        fetched = fetcher.fetch_all(name for *_, raw in batch for name in image_names(raw) if is_url(name))
+        content.fetched += [image.record() for image in fetched.values()]
+        for row, file, image_root, raw in batch:
+            try:
+                parsed = parse_row(raw, row.id_suffix)
+                sample, truncated = make_sample(parsed, image_root, chat_tokenizer, spec.corpus, spec.vision, fetched)
+                content.samples.append(sample)
+                content.truncated += truncated
+            except BadRow as bad:
+                name = sample_id(raw, row.id_suffix)
+                content.quarantined.append(QuarantinedRow(row.row, name, file.name, bad.reason, bad.detail))
     return _write_block(output, shard, content)
 
 
 @dataclass
 class _BlockContent:
-    """The samples and the quarantined rows of one shard; `truncated` counts truncated samples."""
+    """The samples and the quarantined rows of one shard; `truncated` counts truncated samples.
+
+    `fetched` are JSON lines about the images that were fetched, see FetchedImage.record.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     quarantined: list[QuarantinedRow] = field(default_factory=list)
     truncated: int = 0
+    fetched: list[bytes] = field(default_factory=list)
 
 
 def _read_shard(
@@ -235,6 +246,9 @@ def _write_block(output: StoragePath, shard: int, content: _BlockContent) -> Blo
     (output / path).write_bytes(block)
     _lengths_path(output, shard).write_bytes(encode_lengths(sample_lengths(content.samples)))
     _quarantine_path(output, shard).write_bytes(encode_quarantine(content.quarantined))
+    fetched = b"".join(content.fetched)
+    if fetched:
+        (output / FETCHED / f"images-{shard:05d}.jsonl").write_bytes(fetched)
     record = BlockRecord(
         path=path,
         rows=len(content.samples),
@@ -242,6 +256,8 @@ def _write_block(output: StoragePath, shard: int, content: _BlockContent) -> Blo
         truncated=content.truncated,
         bytes=len(block),
         sha256=hashlib.sha256(block).hexdigest(),
+        fetched=len(content.fetched),
+        fetched_sha256=hashlib.sha256(fetched).hexdigest() if fetched else "",
     )
     _record_path(output, shard).write_bytes(json.dumps(asdict(record)).encode())
     return record

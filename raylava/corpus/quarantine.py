@@ -9,6 +9,7 @@ class Reason(StrEnum):
 
     NOT_A_ROW = "not a row"
     IMAGE_MISSING = "image missing"
+    IMAGE_NOT_FETCHED = "image not fetched"
     IMAGE_UNREADABLE = "image unreadable"
     IMAGE_TRUNCATED = "image truncated"
     IMAGE_TOO_LARGE = "image too large"

@@ -5,11 +5,13 @@ Needs no Ray; prepare.py calls it for every row.
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from raylava.config.recipe import Corpus
 from raylava.corpus.blocks import Sample
 from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, check_turns
+from raylava.corpus.fetch import FetchedImage, fetched_content, is_url
 from raylava.corpus.images import prepare_image
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.sources import SourceRow, resolve_image_path
@@ -19,17 +21,23 @@ from raylava.storage import StoragePath
 
 
 def make_sample(
-    row: SourceRow, image_root: StoragePath, chat_tokenizer: ChatTokenizer, corpus: Corpus, vision: VisionSpec
+    row: SourceRow,
+    image_root: StoragePath,
+    chat_tokenizer: ChatTokenizer,
+    corpus: Corpus,
+    vision: VisionSpec,
+    fetched: Mapping[str, FetchedImage] | None = None,
 ) -> tuple[Sample, bool]:
     """Return the sample of a row, and whether it was truncated. Raises BadRow when the row must be quarantined.
 
-    Cheap checks run first, so that no image is read for a row that fails them.
+    Cheap checks run first, so that no image is read for a row that fails them. `fetched` has the images that are named
+    by URL.
     """
     check_turns(row.turns, len(row.images))
     chat, truncated = _tokenize_within_limit(row, chat_tokenizer, corpus, vision.image_tokens)
     images = [
         prepare_image(
-            image if isinstance(image, bytes) else _read_image(image_root, image),
+            _image_content(image, image_root, fetched or {}),
             vision.pixels,
             corpus.image_aspect,
             corpus.image_encoding,
@@ -38,6 +46,12 @@ def make_sample(
         for image in row.images[: chat.image_count]
     ]
     return Sample(row.sample_id, chat.input_ids, chat.loss_spans, images, chat.length(vision.image_tokens)), truncated
+
+
+def _image_content(image: str | bytes, root: StoragePath, fetched: Mapping[str, FetchedImage]) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    return fetched_content(image, fetched) if is_url(image) else _read_image(root, image)
 
 
 def _tokenize_within_limit(

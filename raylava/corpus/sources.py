@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 
 from raylava.config.recipe import Source
 from raylava.corpus.conversation import Turn
+from raylava.corpus.fetch import is_url
 from raylava.corpus.formats import FORMATS, SUFFIXES, Format, RowRef, format_of
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.errors import UserError
@@ -106,9 +107,12 @@ class SourceFiles:
                 yield row, row_ref
 
     def image_names(self, file: StoragePath) -> Iterator[str]:
-        """Yield the image paths of a file's matching rows, of formats that expose them. Raises like `matching_rows`."""
+        """Yield the image paths, not the URLs, of a file's matching rows, of formats that expose them.
+
+        Raises like `matching_rows`.
+        """
         for _, row_ref in self._matching_rows(file):
-            yield from image_names(row_ref.raw)
+            yield from (name for name in image_names(row_ref.raw) if not is_url(name))
 
     def content_hash(self, file: StoragePath) -> Any:
         """Return the SHA-256 of a JSON file; of other formats the size, and the SHA-256 of the last 64 KiB."""

@@ -7,7 +7,7 @@ keys are observed in a short run of the product's Trainer in this process.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from raylava.artifacts import Artifact
 from raylava.config.load import _sections
 from raylava.config.recipe import Recipe
+from raylava.corpus.fetch import FetchedImage, UrlFetcher
 from raylava.corpus.prepare import check_quarantine
 from raylava.errors import UserError
 from raylava.pipeline import stages as stages_module
@@ -147,6 +148,21 @@ def blocks(bench: Bench, recipe: Recipe) -> Any:
     return [counts, [block.sha256 for block in manifest.blocks], verdict]
 
 
+def fetching(bench: Bench, recipe: Recipe) -> Any:
+    """The limits by which a shard's images are fetched."""
+    seen: list[Any] = []
+
+    class Fetcher(UrlFetcher):
+        def fetch_all(self, urls: Iterable[str]) -> dict[str, FetchedImage]:
+            seen.append(self.config)
+            return super().fetch_all(urls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raylava.corpus.prepare.UrlFetcher", Fetcher)
+        blocks(bench, recipe)
+    return seen
+
+
 def prepare_nodes(bench: Bench, recipe: Recipe) -> Any:
     """The nodes on which Ray Data's actors may run."""
     seen: list[Any] = []
@@ -255,6 +271,16 @@ CORPUS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "max_pixels": ("corpora.instruction.max_pixels=2000", blocks),
     "samples_per_block": ("corpora.instruction.samples_per_block=7", blocks),
     "quarantine_limit": ("corpora.instruction.max_pixels=4000 -> corpora.instruction.quarantine_limit=1.0", blocks),
+    **{
+        f"fetch.{key}": (f"corpora.instruction.fetch.{key}={value}", fetching)
+        for key, value in (
+            ("timeout_s", 3),
+            ("retries", 5),
+            ("per_host", 2),
+            ("max_bytes", 1000),
+            ("allow_private_addresses", "true"),
+        )
+    },
     "image_encoding.format": ("corpora.instruction.image_encoding.format=webp", blocks),
     "image_encoding.quality": (
         "corpora.instruction.image_encoding.format=jpeg -> corpora.instruction.image_encoding.quality=20",

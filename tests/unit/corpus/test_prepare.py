@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -16,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raylava.config.recipe import FetchConfig
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.corpus.images import decode_block_image, resize_exact
 from raylava.corpus.prepare import PrepareSpec, check_quarantine, make_block, publish_corpus, stage_rows
 from raylava.errors import UserError
 from raylava.storage import storage_path
 from tests.support.corpora import file_tree, prepare_serially, read_rows, read_samples, with_settings
+from tests.support.image_server import ImageServer
 from tests.support.malformed_rows import damage_rows
 
 Rows = list[dict[str, Any]]
@@ -178,6 +181,29 @@ def test_truncation_at_the_token_cuts_answers_and_sets_rows_without_any_aside(
     assert cut_answer.loss_spans[-1][1] == len(cut_answer.input_ids)
     assert len(cut_answer.loss_spans) == 2
     assert len(cut_question.loss_spans) == 1
+
+
+def test_images_by_url_are_fetched_recorded_and_quarantined_with_their_reason(
+    prepare_spec: PrepareSpec, reference: Blocks, tmp_path: Path
+) -> None:
+    rows, images = read_rows(prepare_spec)
+    server = ImageServer((images / rows[0]["image"]).read_bytes())
+    rows[0]["image"], rows[1]["image"] = f"{server.url}/a.png", f"{server.url}/status/404"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fetch = FetchConfig(allow_private_addresses=True)
+    corpus = prepare_spec.corpus.model_copy(update={"fetch": fetch, "quarantine_limit": 0.1})
+    paths = ((str(tmp_path / "rows.json"), str(images)),)
+    blocks = prepare_to(dataclasses.replace(prepare_spec, corpus=corpus, source_paths=paths), tmp_path / "out")
+    server.close()
+    assert blocks[0].images == reference[0].images
+    assert blocks.manifest.quarantine == {"image not fetched": 1}
+    assert "HTTP status 404" in (tmp_path / "out" / "quarantine.csv").read_text()
+    record = blocks.manifest.blocks[0]
+    content = (tmp_path / "out" / "fetched" / "images-00000.jsonl").read_bytes()
+    assert (record.fetched, record.fetched_sha256) == (2, hashlib.sha256(content).hexdigest())
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert lines[0]["sha256"] == hashlib.sha256(server.image).hexdigest()
+    assert [other.fetched for other in blocks.manifest.blocks[1:]] == [0] * (len(blocks.manifest.blocks) - 1)
 
 
 def test_blocks_open_in_pyarrow_and_datasets_without_raylava(reference: Blocks) -> None:
