@@ -1,6 +1,7 @@
 """Throughput of corpus preparation: raylava beside a bare loop, a torch DataLoader and datasets.map, in one run.
 
     python jobs/bench/prepare.py [--images N] [--cluster]
+    python jobs/bench/prepare.py --scale [--rows N …]      how resolving and staging grow, see scale.py
 
 All process the same JPEGs (640×480, generated here): decode, pad to a square, resize to the input of CLIP-L/336, and
 tokenize the caption. raylava and the bare loop also encode the stored image; the DataLoader and datasets.map use the
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import scale
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -299,7 +301,14 @@ def main() -> None:
     parser.add_argument(
         "--cluster", action="store_true", help="only the bare loop, and raylava on the cluster of RAY_ADDRESS"
     )
+    parser.add_argument("--scale", action="store_true", help="requests and seconds of resolving and staging by rows")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="with --scale")
     arguments = parser.parse_args()
+    if arguments.scale:
+        with tempfile.TemporaryDirectory() as name:
+            make_corpus(Path(name), 1)
+            scale.run(prepare_spec(Path(name)), arguments.rows)
+        return
     methods: dict[str, Method] = {"bare loop (ceiling)": bare_loop, "raylava": raylava_prepare}
     if not arguments.cluster:
         methods |= {"DataLoader + HF processor": data_loader, "datasets.map + HF processor": datasets_map}

@@ -104,7 +104,7 @@ class InitialWeights(ConfigModel):
     name: str
     revision: str = "main"
     transformers_version: Annotated[str | None, BeforeValidator(_refuse_unquoted_version)] = Field(
-        None, pattern=r"^\d+\.\d+"
+        None, pattern=r"^\d+(\.\d+)+[A-Za-z0-9.]*$"
     )
 
 

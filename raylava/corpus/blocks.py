@@ -170,7 +170,8 @@ def map_lengths(file: Path) -> Lengths:
     """Return the lengths in a file as read-only memory-mapped arrays, which the processes of a node share."""
     with pa.memory_map(str(file)) as mapped:
         table = pa.ipc.open_stream(mapped).read_all()
-    return Lengths(*(table[field.name].combine_chunks().to_numpy() for field in fields(Lengths)))
+    assert table[0].num_chunks == 1, "encode_lengths writes one record batch"
+    return Lengths(*(table[field.name].chunk(0).to_numpy(zero_copy_only=True) for field in fields(Lengths)))
 
 
 def concatenate_lengths(lengths: Iterable[Lengths]) -> Lengths:

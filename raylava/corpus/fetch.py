@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import certifi
 import urllib3
@@ -126,7 +126,7 @@ class UrlFetcher:
             )
         else:
             pool = urllib3.HTTPConnectionPool(address, port)
-        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        target = urlunsplit(("", "", parts.path, parts.query, "")) or "/"
         headers = _HEADERS | {"Host": parts.netloc.rpartition("@")[2]}
         try:
             return pool.urlopen(

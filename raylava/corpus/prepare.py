@@ -17,8 +17,9 @@ import itertools
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ from raylava.storage import StoragePath, storage_path
 _SHARDS = "rows"  # folder of the staged rows and records; deleted once the manifest is written
 _INDEX = "index.json"
 _FETCHED_TOGETHER = 256  # rows whose images are fetched at the same time, and held in memory
-_READ_THREADS = 16  # on the driver, of small files
+_THREADS = 16  # on the driver, that read and write small files
 
 T = TypeVar("T")
 
@@ -122,10 +123,16 @@ def stage_rows(spec: PrepareSpec, output: StoragePath) -> tuple[int, int]:
         counts = json.loads(index.read_bytes())
         return counts["rows"], counts["shards"]
     rows = shards = 0
-    for shard, lines in enumerate(_shard_lines(spec)):
-        _shard_path(output, shard).write_bytes(b"\n".join(lines))
-        rows += len(lines)
-        shards += 1
+    with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="write-shard") as pool:
+        writes: deque[Future[None]] = deque()
+        for shard, lines in enumerate(_shard_lines(spec)):
+            writes.append(pool.submit(_shard_path(output, shard).write_bytes, b"\n".join(lines)))
+            rows += len(lines)
+            shards += 1
+            if len(writes) > 2 * _THREADS:  # bounds the memory
+                writes.popleft().result()
+        for write in writes:
+            write.result()
     if not rows:
         raise UserError(f"corpora.{spec.name}: no row is selected; relax include, exclude or max_rows of its sources")
     index.write_bytes(json.dumps({"rows": rows, "shards": shards}).encode())
@@ -360,7 +367,7 @@ def _complete_shards(output: StoragePath, shards: int) -> list[int]:
 
 def _in_parallel(read: Callable[[int], T], shards: Sequence[int]) -> Iterator[T]:
     """Yield `read(shard)` in order; a store in the network answers many requests at the same time."""
-    with ThreadPoolExecutor(max_workers=_READ_THREADS, thread_name_prefix="read-shard") as pool:
+    with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="read-shard") as pool:
         yield from pool.map(read, shards)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from raylava.storage import cache_folder
 _SHARED_SAMPLES = 1_000_000  # orders of more samples are shared between the processes of a node
 _KEEP_SECONDS = 7 * 86_400.0  # unused order files are removed after that
 _ORDERS = "orders"
+_VERSION = 1  # increase it when the same settings give another order
 
 Samples = npt.NDArray[np.signedinteger]
 
@@ -95,7 +97,7 @@ class Shuffle:
 
     def _digest(self) -> str:
         windows = self.windows and [self.windows.rows, self.windows.bytes, self.windows.window_bytes]
-        fields = [self.samples, self.seed, self.global_batch_size, windows]
+        fields = [_VERSION, self.samples, self.seed, self.global_batch_size, windows]
         digest = hashlib.sha256(json.dumps(fields).encode())
         if self.images is not None:
             digest.update((self.images > 0).tobytes())
@@ -117,9 +119,10 @@ def _save(order: EpochOrder, file: Path) -> None:
 
 
 def _remove_old_files(folder: Path) -> None:
-    for file in folder.iterdir():
-        if time.time() - file.stat().st_atime > _KEEP_SECONDS:
-            file.unlink(missing_ok=True)
+    for file in folder.glob("*.npy"):
+        with suppress(FileNotFoundError):  # another run removes it, too
+            if time.time() - file.stat().st_atime > _KEEP_SECONDS:
+                file.unlink()
 
 
 def shuffled_windows(windows: ShuffleWindows, generator: np.random.Generator) -> Iterator[Samples]:

@@ -1,14 +1,15 @@
 """What identifies the content of sources, resolved once: per process, per sweep, and per file in storage.
 
 Hashing and scanning a large JSON file takes long. Its hash and the image paths in it are kept in storage under the
-file's identity (location, size and modification time), so that every later command reads these instead. Image folders
-are listed by every command, because an image may have been added.
+file's identity (location, size and modification time; of a local file also inode and change time), so that every later
+command reads these instead. Image folders are listed by every command, because an image may have been added.
 """
 
 import gzip
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ def _scan_once(source: SourceFiles, file: StoragePath, folder: StoragePath) -> S
     if info.mtime_ns is None or time.time() - info.mtime_ns / 1e9 < _RECENT_SECONDS:
         return _scan(source, file)
     selection = [source.source.format, source.source.include, source.source.exclude]
-    identity = json.dumps([_VERSION, file.uri, info.size, info.mtime_ns, selection])
+    identity = json.dumps([_VERSION, file.uri, info.size, info.mtime_ns, _local_identity(file), selection])
     cached = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.scan"
     try:
         return _read(cached.uri)
@@ -75,6 +76,14 @@ def _scan_once(source: SourceFiles, file: StoragePath, folder: StoragePath) -> S
         scanned = _scan(source, file)
         _write(scanned, cached)
         return scanned
+
+
+def _local_identity(file: StoragePath) -> list[int]:
+    """Return what changes when a local file is replaced or rewritten, even if its modification time is set back."""
+    if not file.is_local:
+        return []
+    status = os.stat(file.path)
+    return [status.st_ino, status.st_ctime_ns]
 
 
 def _write(scanned: ScannedFile, cached: StoragePath) -> None:

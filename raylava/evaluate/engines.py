@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from raylava.errors import UserError
-from raylava.models.checkpoint import legacy_scale, load_converted
+from raylava.models.checkpoint import complete_processor, legacy_scale, load_converted
 from raylava.models.hub import is_folder, model_path
 from raylava.models.registry import CheckpointRef
 
@@ -61,7 +61,10 @@ class PromptBuilder:
     def __init__(self, model: CheckpointRef) -> None:
         from transformers import AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(model_path(model.name), revision=model.revision, backend="pil")
+        self.processor = AutoProcessor.from_pretrained(
+            model_path(model.name), revision=model.revision, backend="pil", trust_remote_code=False
+        )
+        complete_processor(self.processor, model)
 
     def prompt(self, text: str, image: Image.Image | None, history: History) -> str:
         """Return the conversation in the chat template, up to the start of the next answer."""

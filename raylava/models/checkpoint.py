@@ -44,19 +44,50 @@ def load_checkpoint(
     from transformers import LlavaForConditionalGeneration
 
     scale = legacy_scale(checkpoint)
-    llava, loading = LlavaForConditionalGeneration.from_pretrained(
-        weights_path(checkpoint.name, checkpoint.revision),
-        revision=checkpoint.revision,
+    llava = load_complete(LlavaForConditionalGeneration, checkpoint.name, checkpoint.revision, dtype)
+    return llava, float(torch.tensor(scale).to(llava.dtype))
+
+
+def complete_processor(processor: Any, checkpoint: CheckpointRef) -> None:
+    """Set what the processors of old checkpoints lack, from config.json and the families: token counts and template.
+
+    transformers before 4.46 kept neither the patch size nor the rule of the class token in the processor, and the
+    tokenizer's own chat template knows no images. What a processor has is left as it is.
+    """
+    config = _read_config(checkpoint)
+    text_config, vision_config = config["text_config"], config["vision_config"]
+    languages = [
+        family for family in language_families().values() if text_config.get("model_type") in family.model_types
+    ]
+    visions = [family for family in vision_families().values() if vision_config.get("model_type") in family.model_types]
+    if processor.patch_size is None and visions:
+        complete = visions[0].complete(vision_config)
+        processor.patch_size = complete["patch_size"]
+        processor.vision_feature_select_strategy = config.get("vision_feature_select_strategy", "default")
+        processor.num_additional_image_tokens = int(visions[0].shape(complete, complete["image_size"]).has_cls)
+    if processor.chat_template is None and languages:
+        processor.chat_template = languages[0].template.jinja()
+
+
+def load_complete(model_class: Any, name: str, revision: str, dtype: "torch.dtype | str") -> Any:
+    """Load a model of one of transformers' classes, from safetensors and without remote code.
+
+    Raises UserError when weights are missing: transformers initializes them randomly, and says so in a warning only.
+    """
+    model, loading = model_class.from_pretrained(
+        weights_path(name, revision),
+        revision=revision,
         dtype=dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"{checkpoint.name}: lacks {len(missing)} weights of a LlavaForConditionalGeneration, "
+            f"{name}: lacks {len(missing)} weights of a {type(model).__name__}, "
             f"{', '.join(missing[:3])} among them; give a complete checkpoint"
         )
-    return llava, float(torch.tensor(scale).to(llava.dtype))
+    return model
 
 
 def load_converted(checkpoint: CheckpointRef, dtype: "torch.dtype | str") -> "LlavaForConditionalGeneration":
@@ -79,15 +110,20 @@ def legacy_scale(checkpoint: CheckpointRef) -> float:
     scale = known[0].embedding_scale(known[0].complete(text_config)) if known else 1.0
     if scale == 1.0:
         return 1.0
-    version = checkpoint.transformers_version or config.get("transformers_version")
+    return scale if _saved_version(checkpoint, config) < Version(MIN_TRANSFORMERS) else 1.0
+
+
+def _saved_version(checkpoint: CheckpointRef, config: dict[str, Any]) -> Version:
+    given = checkpoint.transformers_version
     try:
-        is_legacy = Version(str(version)) < Version(MIN_TRANSFORMERS)
+        return Version(str(given or config.get("transformers_version")))
     except InvalidVersion:
+        if given:
+            raise UserError(f"transformers_version={given}: not a version; give one such as 4.39") from None
         raise UserError(
             f"{checkpoint.name}: its config.json does not say which transformers version saved it, and versions before "
             f"{MIN_TRANSFORMERS} scaled image features; give the version as transformers_version"
         ) from None
-    return scale if is_legacy else 1.0
 
 
 def validate_checkpoint(model: ResolvedModel) -> None:

@@ -5,18 +5,23 @@ commit. Weights are read from safetensors. A model that only has PyTorch's pickl
 unpickling code, and kept as safetensors in the cache folder.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raylava.errors import UserError, first_line
 from raylava.storage import cache_folder, storage_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ def weights_path(name: str, revision: str) -> str:
     Raises UserError when the model has no weights, or only some that cannot be read safely.
     """
     folder = Path(model_path(name)) if is_folder(name) else _download_pickles(name, revision)
-    if folder is None or any((folder / file).exists() for file in _SAFETENSORS):
+    if folder is None or has_safetensors([file.name for file in folder.iterdir()]):
         return name if folder is None else str(folder)
     return str(_convert_pickles(folder, name))
 
@@ -78,10 +83,14 @@ def weights_identity(name: str, revision: str) -> dict[str, str]:
         return {"hub": name, "commit": pin_revision(name, revision)}
     folder = storage_path(name)
     files = [file for file, _ in folder.walk_files() if "/" not in file]
-    suffixes = (".safetensors", ".safetensors.index.json")
-    if not any(file.endswith(suffixes) for file in files):
-        suffixes = (".bin", ".bin.index.json")
-    return {file: _file_sha256(str(folder / file)) for file in files if file.endswith((*suffixes, "config.json"))}
+    suffix = ".safetensors" if has_safetensors(files) else ".bin"
+    suffixes = (suffix, f"{suffix}.index.json", "config.json")
+    return {file: _file_sha256(str(folder / file)) for file in files if file.endswith(suffixes)}
+
+
+def has_safetensors(files: Collection[str]) -> bool:
+    """Return whether a model with these files is loaded from safetensors rather than from pickle files."""
+    return any(file in files for file in _SAFETENSORS)
 
 
 @cache
@@ -134,9 +143,12 @@ def _convert_pickles(folder: Path, name: str) -> Path:
     for file in files:
         digest.update(f"{file.name} {storage_path(file).sha256()}\n".encode())
     target = cache_folder() / "safetensors" / digest.hexdigest()[:32]
-    if not target.exists():
-        _write_safetensors(folder, files, target, name)
-        logger.info("%s: converted %s to safetensors in %s", name, ", ".join(file.name for file in files), target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:  # one process of a node converts, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _write_safetensors(folder, files, target, name)
+            logger.info("%s: converted %s to safetensors in %s", name, ", ".join(file.name for file in files), target)
     for file, expected in json.loads((target / _HASHES_FILE).read_text()).items():
         if storage_path(target / file).sha256() != expected:
             raise UserError(f"{target / file}: changed since it was converted from {name}; delete {target}")
@@ -155,29 +167,33 @@ def _pickle_files(folder: Path, name: str) -> list[Path]:
 
 def _write_safetensors(folder: Path, files: list[Path], target: Path, name: str) -> None:
     """Write the converted model to a temporary folder, and rename it: a reader sees a complete folder or none."""
-    import torch
     from huggingface_hub import save_torch_state_dict
 
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            weights |= torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the pickle module raises exceptions of any kind for foreign bytes
-            raise UserError(
-                f"{name}: {file.name} holds more than tensors or is damaged, and is not unpickled "
-                f"({first_line(error)[:120]}); give a folder with safetensors"
-            ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
+    weights = {key: value for file in files for key, value in _read_pickle(file, name).items()}
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix="partial-"))
-    save_torch_state_dict({name: value.contiguous() for name, value in weights.items()}, partial)
-    hashes = {file.name: storage_path(file).sha256() for file in partial.iterdir()}
-    (partial / _HASHES_FILE).write_text(json.dumps(hashes))
-    for file in folder.glob("*.json"):
-        if file.name not in _PICKLES:
-            shutil.copy(file, partial)
     try:
+        save_torch_state_dict({key: value.contiguous() for key, value in weights.items()}, partial)
+        hashes = {file.name: storage_path(file).sha256() for file in partial.iterdir()}
+        (partial / _HASHES_FILE).write_text(json.dumps(hashes))
+        for file in folder.glob("*.json"):
+            if file.name not in _PICKLES:
+                shutil.copy(file, partial)
         partial.rename(target)
-    except OSError:
-        shutil.rmtree(partial)
-        if not target.exists():  # else another process converted the same files meanwhile
-            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_pickle(file: Path, name: str) -> "dict[str, Tensor]":
+    """Return the tensors of a pickle file by name. Raises UserError when it holds anything else."""
+    import torch
+
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the pickle module raises exceptions of any kind for foreign bytes
+        raise UserError(
+            f"{name}: {file.name} holds more than tensors or is damaged, and is not unpickled "
+            f"({first_line(error)[:120]}); give a folder with safetensors"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{name}: {file.name} is not a mapping of names to tensors; give a folder with safetensors")
+    return weights

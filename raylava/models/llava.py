@@ -15,7 +15,7 @@ from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName
 from raylava.errors import UserError
 from raylava.models.attention import VARLEN, register_varlen
-from raylava.models.checkpoint import load_checkpoint
+from raylava.models.checkpoint import load_checkpoint, load_complete
 from raylava.models.connector import (
     CONNECTOR,
     VISION_TOWER,
@@ -23,7 +23,6 @@ from raylava.models.connector import (
     load_connector,
     scale_last_layer,
 )
-from raylava.models.hub import weights_path
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, padded_vocabulary
 from raylava.models.templates import IMAGE_TOKEN
 
@@ -228,33 +227,22 @@ def vision_attn_implementation(attn_implementation: str) -> str:
 
 
 def load_vision_tower(vision: VisionSpec, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load the vision tower with its weights."""
+    """Load the vision tower with its weights. Raises UserError when some are missing."""
     import transformers
 
-    model_class = getattr(transformers, vision.model_class)
-    return model_class.from_pretrained(
-        weights_path(vision.name, vision.revision),
-        revision=vision.revision,
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    return load_complete(getattr(transformers, vision.model_class), vision.name, vision.revision, dtype)
 
 
 def _load_language_model(language: LanguageSpec, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        weights_path(language.name, language.revision),
-        revision=language.revision,
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    return load_complete(AutoModelForCausalLM, language.name, language.revision, dtype)
 
 
 def _resize_embeddings(language: "PreTrainedModel", tokens: int, own_rows: int) -> None:
     """Add embedding rows for new tokens to the model's `own_rows`, initialized to their mean.
 
-    They are never trained; as a mean, they are rarely generated. Rows that a LLaVA checkpoint has added are replaced.
+    They get no gradient; as a mean, they are rarely generated. Rows that a LLaVA checkpoint has added are replaced.
     """
     rows = padded_vocabulary(tokens, own_rows)
     if rows == language.get_input_embeddings().weight.shape[0] == own_rows:

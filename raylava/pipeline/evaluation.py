@@ -181,6 +181,11 @@ def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
     checkpoint = find_checkpoint(model, transformers_version)
     folder = storage_path(checkpoint.name)
     if is_folder(model) and (folder / RECORD_FILE).exists():
+        if transformers_version:
+            raise UserError(
+                f"--transformers-version={transformers_version}: {model} is an artifact of raylava, which knows its "
+                "version; omit the option"
+            )
         return ModelRef(checkpoint, load_artifact(model).fingerprint)
     fields: dict[str, Any] = {"weights": weights_identity(checkpoint.name, checkpoint.revision)}
     if (scale := legacy_scale(checkpoint)) != 1.0:

@@ -1,8 +1,10 @@
 """Run the stages of a recipe whose artifacts are missing, on a Ray cluster or, for one training stage, without Ray."""
 
+import json
 import os
 import time
 from contextlib import ExitStack
+from typing import Any
 
 from raylava.artifacts import Artifact, lock
 from raylava.cluster.nodes import live_nodes, startable_node_types
@@ -11,7 +13,7 @@ from raylava.cluster.roles import cluster_has_roles
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Recipe, Resources
 from raylava.errors import UserError
-from raylava.pipeline.graph import build_stages
+from raylava.pipeline.graph import InputCache, build_stages, make_absolute, pin_commits
 from raylava.pipeline.stage import Stage, commit, reuse, run_stage
 from raylava.pipeline.stages import TrainStage
 from raylava.progress import ProgressReporter
@@ -59,8 +61,12 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
     from raylava.train import torchrun_backend
 
     _refuse_cluster_settings(recipe.resources)
-    stage = _select_training_stage(build_stages(recipe, storage), label)
     rendezvous = torchrun_backend.Rendezvous()
+    # Rank 0 alone asks the hub for commits and scans the sources: another rank might find newer ones.
+    pinned = rendezvous.share("recipe", lambda: pin_commits(make_absolute(recipe)).model_dump_json())
+    shared = Recipe.model_validate_json(pinned)
+    sources = rendezvous.share("sources", lambda: json.dumps(_resolve_sources(shared, storage)))
+    stage = _select_training_stage(build_stages(shared, storage, InputCache(json.loads(sources))), label)
     with ExitStack() as stack:
 
         def must_build() -> bool:
@@ -76,6 +82,13 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
         with reporter.stage(label, stage.unit) as progress:
             metrics = torchrun_backend.run(stage.train_spec(), recipe.resources, progress, rendezvous)
         return None if metrics is None else commit(stage, metrics, started, reporter)
+
+
+def _resolve_sources(recipe: Recipe, storage: StoragePath) -> dict[str, Any]:
+    """Return what identifies the sources of a recipe, for other processes."""
+    inputs = InputCache()
+    build_stages(recipe, storage, inputs)
+    return inputs.resolved_sources
 
 
 def _refuse_cluster_settings(resources: Resources) -> None:

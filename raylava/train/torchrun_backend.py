@@ -68,10 +68,15 @@ class Rendezvous:
 
         The others wait for as long as it takes, as no time-out of a process group applies yet.
         """
+        return self.share(_DECISION, lambda: str(int(rank_0_decides()))) == "1"
+
+    def share(self, key: str, rank_0_computes: Callable[[], str]) -> str:
+        """Return what rank 0 computes on every rank; `key` names it. Waits as `agree` does."""
         if self.ranks.rank == 0:
-            self.store.set(_DECISION, str(int(rank_0_decides())))
-        self.store.wait([_DECISION], _NO_TIMEOUT)
-        return self.store.get(_DECISION) == b"1"
+            self.store.set(key, rank_0_computes())
+        self.store.wait([key], _NO_TIMEOUT)
+        text: str = self.store.get(key).decode()
+        return text
 
 
 def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous: Rendezvous) -> dict[str, Any] | None:

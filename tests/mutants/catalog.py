@@ -91,6 +91,12 @@ MUTANTS = [
             f"{MECHANISMS}::test_learning_rate_of_each_step_is_the_one_that_the_optimizer_uses",
         ),
         (
+            "the connector is exported from fp32 weights",
+            "in_fp32=name.startswith(CONNECTOR) and parameter.requires_grad",
+            "in_fp32=False",
+            f"{MECHANISMS}::test_connector_of_a_bf16_run_is_kept_in_fp32_at_every_zero_stage",
+        ),
+        (
             "the rate warms up",
             'return (step if training.warmup_start == "zero" else step + 1) / warmup',
             "return 1.0",
@@ -188,6 +194,51 @@ MUTANTS = [
             "1e9 * training.shuffle_window_gb,",
             "1e18,",
             f"{KEYS}[finetune.shuffle_window_gb]",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/fetch.py",
+        (
+            "private addresses are not fetched from",
+            "if private and not self.config.allow_private_addresses:",
+            "if False:",
+            "tests/unit/corpus/test_fetch.py::test_redirect_to_a_private_address_is_refused",
+        ),
+        (
+            "images by URL are bounded in size",
+            "if len(content) > self.config.max_bytes:",
+            "if False:",
+            "tests/unit/corpus/test_fetch.py::test_failure_is_a_result_with_its_reason",
+        ),
+        (
+            "a host gets few requests at a time",
+            "        with semaphore:\n",
+            "        if True:\n",
+            "tests/unit/corpus/test_fetch.py::test_each_url_is_fetched_once_and_hosts_get_few_requests_at_a_time",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/source_cache.py",
+        (
+            "a file is scanned once",
+            "        return _read(cached.uri)\n",
+            "        raise FileNotFoundError\n",
+            "tests/unit/corpus/test_source_cache.py::test_unchanged_file_is_scanned_once",
+        ),
+        (
+            "a file that may still change is scanned every time",
+            "time.time() - info.mtime_ns / 1e9 < _RECENT_SECONDS",
+            "False",
+            "tests/unit/corpus/test_source_cache.py::test_file_that_was_just_modified_is_scanned_every_time",
+        ),
+    ),
+    *_in(
+        "raylava/tune/searcher.py",
+        (
+            "trials wait for capacity",
+            "if len(self._running) >= self._concurrency_limit():",
+            "if False:",
+            "tests/unit/tune/test_searcher.py::test_trials_wait_while_as_many_run_as_the_cluster_can_hold",
         ),
     ),
     *_in(
@@ -533,7 +584,7 @@ MUTANTS = [
         "raylava/models/checkpoint.py",
         (
             "legacy checkpoints are converted",
-            "return scale if is_legacy else 1.0",
+            "return scale if _saved_version(checkpoint, config) < Version(MIN_TRANSFORMERS) else 1.0",
             "return 1.0",
             "tests/unit/models/test_checkpoint.py::test_legacy_checkpoint_computes_what_it_was_trained_to",
         ),

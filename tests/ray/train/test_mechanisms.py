@@ -4,9 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from raylava.config.recipe import CheckpointConfig, Training
+from raylava.config.recipe import CheckpointConfig, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
+from raylava.models.connector import CONNECTOR, CONNECTOR_FILE, TRAINED_CONNECTOR, connector_factor
 from raylava.models.registry import ResolvedModel
 from raylava.train.spec import TrainSpec
 from tests.support.attention import AttentionCalls
@@ -105,6 +108,20 @@ def test_learning_rate_of_each_step_is_the_one_that_the_optimizer_uses(spec: Tra
     assert rates[0] == pytest.approx(1e-3)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 3e-4, "a cosine decays to zero"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_connector_of_a_bf16_run_is_kept_in_fp32_at_every_zero_stage(spec: TrainSpec, stage: int) -> None:
+    """The export folds the scale into these, the optimizer's weights, and rounds once."""
+    record_training(with_training(spec, precision="bf16", zero=ZeroConfig(stage=stage)))
+    folder = Path(spec.output)
+    trained = load_file(folder / TRAINED_CONNECTOR / CONNECTOR_FILE)
+    exported = load_file(folder / "model.safetensors")
+    factor = connector_factor(folder / TRAINED_CONNECTOR / CONNECTOR_FILE)
+    weight = trained[f"{CONNECTOR}linear_2.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float()), "bf16 would have lost digits"
+    assert torch.equal(exported["multi_modal_projector.linear_2.weight"], (weight * factor).bfloat16())
 
 
 def test_gradients_above_the_norm_are_clipped(spec: TrainSpec) -> None:

@@ -51,7 +51,7 @@ PAPER_MODE = [
 ]  # fmt: skip
 
 
-CASES = [("clip", 1), ("clip", 2), ("dinov2", 2)]
+CASES = [("clip", 1), ("clip", 2), ("dinov2", 1), ("dinov2", 2)]
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.models.checkpoint import find_checkpoint, load_converted, validate_checkpoint
+from raylava.evaluate.engines import TransformersEngine
+from raylava.models.checkpoint import find_checkpoint, legacy_scale, load_converted, validate_checkpoint
 from raylava.models.export import export_model
 from raylava.models.llava import build_llava
 from raylava.models.registry import CheckpointRef, ResolvedModel, resolve_model
@@ -87,6 +89,28 @@ def test_training_starts_from_a_legacy_checkpoint_as_it_was_trained(
     unfolded = load_file(legacy_checkpoint / "model.safetensors")["multi_modal_projector.linear_2.weight"]
     torch.testing.assert_close(weight, unfolded)  # training applies the scale
     torch.testing.assert_close(logits(llava, pack), legacy_logits(legacy_checkpoint, pack), rtol=1e-4, atol=1e-5)
+
+
+def test_processor_of_an_old_checkpoint_is_completed(legacy_checkpoint: Path, tmp_path: Path) -> None:
+    """Before 4.46, processors had neither a patch size nor a chat template with images."""
+    for file in legacy_checkpoint.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "chat_template"):
+        processor.pop(name, None)
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    image = Image.new("RGB", (40, 30), "red")
+    answers = [
+        TransformersEngine(CheckpointRef(str(folder)), torch.device("cpu"), "fp32").answer(["What is it?"], [image], 5)
+        for folder in (legacy_checkpoint, tmp_path)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_version_that_is_none_is_refused_by_name(legacy_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="transformers_version=abc: not a version"):
+        legacy_scale(find_checkpoint(str(legacy_checkpoint), "abc"))
 
 
 def test_checkpoint_without_a_version_is_refused_with_the_remedy(legacy_checkpoint: Path, tmp_path: Path) -> None:

@@ -102,6 +102,29 @@ def test_pickle_that_holds_code_is_refused_and_not_run(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.zeros(1)}}, [torch.zeros(1)], {"a": 1}], ids=str)
+def test_pickle_that_is_no_mapping_to_tensors_is_refused_and_leaves_nothing(
+    pickled: Path, content: object, cache_folder: Path
+) -> None:
+    torch.save(content, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a mapping of names to tensors"):
+        weights_path(str(pickled), "main")
+    assert [file for file in cache_folder.rglob("*") if file.is_dir() and file.name.startswith("partial")] == []
+
+
+def test_backbone_that_lacks_weights_is_refused(pickled: Path, clip: Path, toy_model: Model) -> None:
+    weights = {f"module.{name}": value for name, value in load_file(clip / "model.safetensors").items()}
+    torch.save(weights, pickled / "pytorch_model.bin")
+    model = resolve_model(Model(language=toy_model.language, vision=Vision(name=str(pickled))))
+    with pytest.raises(UserError, match=r"lacks .* weights of a CLIPVisionModel"):
+        build_llava(model, 0, torch.float32)
+
+
+def test_other_safetensors_do_not_hide_pickled_weights_from_the_fingerprint(pickled: Path, clip: Path) -> None:
+    shutil.copy(clip / "model.safetensors", pickled / "connector.safetensors")
+    assert "pytorch_model.bin" in weights_identity(str(pickled), "main")
+
+
 def test_sharded_pickles_are_converted(pickled: Path, clip: Path) -> None:
     weights = load_file(clip / "model.safetensors")
     names = sorted(weights)
