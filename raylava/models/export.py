@@ -34,7 +34,7 @@ pipeline_tag: image-text-to-text
 
 # LLaVA
 
-A `LlavaForConditionalGeneration` trained with raylava: language model {language}, vision backbone {vision}.
+A `LlavaForConditionalGeneration` trained with raylava. Language model: {language}. Vision backbone: {vision}.
 
 It needs transformers {minimum} or newer. Older versions multiply image features by the language model's embedding
 scale, which is folded into this model's connector: they load it without a warning and answer wrongly.
@@ -55,7 +55,7 @@ def export_model(
     tokenizer = load_tokenizer(model.language)
     llava.generation_config = generation_config(tokenizer, model.language)
     llava.save_pretrained(folder, state_dict=export_weights(llava, weights, model))
-    _export_config(llava.config).save_pretrained(folder)
+    _export_config(llava).save_pretrained(folder)
     build_processor(tokenizer, model.vision, model.language, image_aspect).save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(model), encoding="utf-8")
 
@@ -75,9 +75,10 @@ def export_weights(
     return {name.replace(VISION_TOWER, prefix): scaled[name].to(value.dtype) for name, value in own.items()}
 
 
-def _export_config(config: "LlavaConfig") -> "LlavaConfig":
-    """Return the model's config without the paths of its backbones, and with the least version of transformers."""
-    exported = copy.deepcopy(config)
+def _export_config(llava: "LlavaForConditionalGeneration") -> "LlavaConfig":
+    """Return the model's config without the paths of its backbones, with its dtype and the least transformers."""
+    exported = copy.deepcopy(llava.config)
+    exported.dtype = llava.dtype
     for part in (exported, exported.text_config, exported.vision_config):
         part.name_or_path = ""
     exported.architectures = ["LlavaForConditionalGeneration"]
@@ -89,7 +90,7 @@ def _model_card(model: ResolvedModel) -> str:
     names = [model.language.name, model.vision.name]
     hub_ids = [name for name in names if not is_folder(name)]
     base_model = "".join(f"- {name}\n" for name in hub_ids)
-    language, vision = ("a local one" if is_folder(name) else name for name in names)
+    language, vision = ("a local folder" if is_folder(name) else name for name in names)
     return _MODEL_CARD.format(
         base_model=f"base_model:\n{base_model}" if hub_ids else "",
         language=language,

@@ -136,6 +136,15 @@ def test_no_exported_file_holds_a_path_of_this_machine(exported: Path, resolved_
         assert not [folder for folder in folders if str(folder).encode() in content], file.name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exported_folder_states_the_dtype_of_its_weights(
+    dtype: torch.dtype, resolved_model: ResolvedModel, tmp_path: Path
+) -> None:
+    """vLLM takes it from config.json."""
+    export_model(build_llava(resolved_model, 0, dtype), None, resolved_model, "pad", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
 def test_exported_folder_names_the_least_version_of_transformers(exported: Path) -> None:
     assert json.loads((exported / "config.json").read_text())["min_transformers_version"] == "5.4"
     assert "transformers 5.4 or newer" in (exported / "README.md").read_text()
