@@ -45,6 +45,8 @@ FETCHED = "fetched"  # folder with a file per block: URL, size and SHA-256 of ea
 TOKENIZER = "tokenizer"
 CORRUPT_BLOCK = "corrupt block (SHA-256 differs from the manifest); prepare the corpus again"
 _MAX_OPEN_BLOCKS = 64
+_MAX_CELL = 2000  # characters of a cell of the quarantine
+_CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in range(32)}
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,18 @@ def concatenate_lengths(lengths: Iterable[Lengths]) -> Lengths:
 def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
     """Encode quarantined rows as CSV with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(QuarantinedRow)], lineterminator="\n")
+    names = [field.name for field in fields(QuarantinedRow)]
+    writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     return text.getvalue().encode()
+
+
+def _cell(value: object) -> str:
+    """Return a value as a cell that reads back, in one line, and that no spreadsheet takes for a formula."""
+    text = str(value)[:_MAX_CELL].encode(errors="backslashreplace").decode()
+    text = text.translate(_CONTROL_CHARACTERS)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def decode_quarantine(content: bytes) -> list[QuarantinedRow]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 
+from raylava.corpus.quarantine import describe_error
 from raylava.errors import UserError
 from raylava.storage import READ_BYTES, StoragePath
 
@@ -63,7 +64,7 @@ class LlavaJson:
 
     def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """See Format."""
-        return (json.loads(content) for content in _read_ranges(file, offsets))
+        return (_parse_json(content) for content in _read_ranges(file, offsets))
 
     def _rows(self, file: StoragePath) -> Iterator[RowRef]:
         cursor = _JsonCursor(file)
@@ -114,12 +115,36 @@ class _JsonCursor:
                 if self._read_chunk():
                     continue
                 raise UserError(f"{self._file}: not JSON at byte {self._byte_offset}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+                raw, end = _unreadable(error), self._end_of_value()
             unfinished = end == len(self._text) or self._text[end] in ".eE"  # a number may continue in the next chunk
             if unfinished and self._read_chunk():
                 continue
             start = self._byte_offset
             self.skip(end - self._position)
             return RowRef([start, self._byte_offset - start], raw)
+
+    def _end_of_value(self) -> int:
+        """Return the position after the value at the cursor, found by its brackets and quotes alone."""
+        depth, in_string, escaped, index = 0, False, False, self._position
+        while True:
+            while index < len(self._text):
+                character = self._text[index]
+                if in_string:
+                    in_string = escaped or character != '"'
+                    escaped = character == "\\" and not escaped
+                elif depth == 0 and index > self._position and character in ",]":
+                    return index
+                else:
+                    in_string = character == '"'
+                    depth += (character in "[{") - (character in "]}")
+                    if depth == 0 and character in "]}":
+                        return index + 1
+                index += 1
+            scanned = index - self._position
+            if not self._read_chunk():
+                raise UserError(f"{self._file}: incomplete JSON: the list is not closed (byte {self._byte_offset})")
+            index = self._position + scanned
 
     def _read_chunk(self) -> bool:
         """Append the next chunk to the text after the cursor; return False at the end of the file."""
@@ -178,6 +203,12 @@ def _parse_json(line: bytes) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"not JSON: {error}"
+    except (ValueError, RecursionError) as error:
+        return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> str:
+    return f"JSON that cannot be read: {describe_error(error)}"
 
 
 def _read_ranges(file: StoragePath, ranges: Sequence[Any]) -> Iterator[bytes]:

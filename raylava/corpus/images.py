@@ -13,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from raylava.config.recipe import ImageEncoding
-from raylava.corpus.quarantine import BadRow, Reason
+from raylava.corpus.quarantine import BadRow, Reason, describe_error
 from raylava.models.registry import PixelRule
 
 logger = logging.getLogger(__name__)
+
+# Pillow has decoders for many more, some of which start other programs (Ghostscript for EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -27,14 +30,15 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 def decode_image(content: bytes, max_pixels: int) -> Pixels:
     """Decode an image file as a viewer displays it: first frame, upright by EXIF, RGB, alpha composited over white.
 
-    Raises BadRow when it is unreadable, truncated, or has more than `max_pixels` pixels (checked before decoding).
+    Raises BadRow when it is unreadable, truncated, not of a format in _FORMATS, or has more than `max_pixels` pixels
+    (checked before decoding).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
-            image = Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRow(Reason.IMAGE_UNREADABLE, f"{type(error).__name__}: {error}"[:200]) from error
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
+        raise _unreadable(error) from error
     if image.width * image.height > max_pixels:
         raise BadRow(Reason.IMAGE_TOO_LARGE, f"{image.width}×{image.height} pixels, more than {max_pixels}")
     try:
@@ -42,10 +46,17 @@ def decode_image(content: bytes, max_pixels: int) -> Pixels:
         if pixels is None:
             image.load()
             pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = Reason.IMAGE_TRUNCATED if "truncated" in str(error).lower() else Reason.IMAGE_UNREADABLE
-        raise BadRow(reason, f"{type(error).__name__}: {error}"[:200]) from error
+    except Exception as error:
+        raise _unreadable(error) from error
     return pixels
+
+
+def _unreadable(error: Exception) -> BadRow:
+    """Return the reason for which an image cannot be decoded. Raises MemoryError, which concerns more than the row."""
+    if isinstance(error, MemoryError):
+        raise error
+    reason = Reason.IMAGE_TRUNCATED if "truncated" in str(error).lower() else Reason.IMAGE_UNREADABLE
+    return BadRow(reason, describe_error(error))
 
 
 def _decode_plain_jpeg(image: Image.Image, content: bytes) -> Pixels | None:

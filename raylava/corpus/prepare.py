@@ -50,7 +50,7 @@ from raylava.corpus.blocks import (
 )
 from raylava.corpus.conversation import ChatTokenizer
 from raylava.corpus.fetch import UrlFetcher, is_url
-from raylava.corpus.quarantine import BadRow, QuarantinedRow
+from raylava.corpus.quarantine import BadRow, QuarantinedRow, Reason, describe_error
 from raylava.corpus.samples import make_sample
 from raylava.corpus.sources import SelectedRow, SourceFiles, image_names, parse_row, sample_id
 from raylava.errors import RunError, UserError
@@ -211,6 +211,12 @@ def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
             except BadRow as bad:
                 name = sample_id(raw, row.id_suffix)
                 content.quarantined.append(QuarantinedRow(row.row, name, file.name, bad.reason, bad.detail))
+            except (OSError, MemoryError):  # storage and memory concern more than this row
+                raise
+            except Exception as error:
+                name = sample_id(raw, row.id_suffix)
+                detail = describe_error(error)
+                content.quarantined.append(QuarantinedRow(row.row, name, file.name, Reason.FAILED, detail))
     return _write_block(output, shard, content)
 
 

@@ -1,5 +1,6 @@
 """The quarantine: reasons for which a row cannot become a sample, the exception that carries one, the table's row."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +21,17 @@ class Reason(StrEnum):
     IMAGE_WITHOUT_TOKEN = "image without image token"
     NOTHING_SUPERVISED = "nothing supervised"
     TOO_LONG = "too long"
+    FAILED = "row failed"  # any other exception while it was processed
+
+
+_MAX_DETAIL = 200
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's class and message in one short line that is the same in every run."""
+    text = _ADDRESS.sub("0x…", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:_MAX_DETAIL]
 
 
 class BadRow(Exception):

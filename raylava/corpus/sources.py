@@ -23,6 +23,7 @@ from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath, storage_path
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt"}
+_MAX_ID = 1000  # characters of a row's own id that are kept
 _TAIL_BYTES = 64 << 10  # the end of a file: a Parquet footer, the last samples of a tar
 
 
@@ -164,7 +165,10 @@ def parse_row(raw: Any, id_suffix: str) -> SourceRow:
 def sample_id(raw: Any, id_suffix: str) -> str:
     """Return the row's id with the suffix that makes it unique in the corpus."""
     name = raw.get("id") if isinstance(raw, dict) else None
-    return f"{name}{id_suffix}" if isinstance(name, str | int) else id_suffix
+    if not isinstance(name, str | int):
+        return id_suffix
+    text = str(name)[:_MAX_ID].encode(errors="backslashreplace").decode()  # lone surrogates cannot be stored
+    return f"{text}{id_suffix}"
 
 
 def _turn(raw: Any) -> Turn:

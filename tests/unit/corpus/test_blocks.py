@@ -49,12 +49,29 @@ def test_lengths_round_trip() -> None:
     assert np.array_equal(decoded.loss_tokens, [2, 2, 0])
 
 
-def test_quarantine_csv_round_trips_quotes_newlines_and_empty_fields() -> None:
+def test_quarantine_csv_round_trips_quotes_and_empty_fields() -> None:
     rows = [
-        QuarantinedRow(3, 'a "quoted", id', "x.json", "image missing", "two\nlines; naïve"),
+        QuarantinedRow(3, 'a "quoted", id', "x.json", "image missing", "naïve; '"),
         QuarantinedRow(4, "", "", "", ""),
     ]
     assert decode_quarantine(encode_quarantine(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a\rb\nc\0d", "a\\x0db\\x0ac\\x00d"),
+        ("x" * 200_000, "x" * 2000),
+        ("\ud800", "\\ud800"),
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("-1+1", "'-1+1"),
+        ("@a", "'@a"),
+    ],
+    ids=["control characters", "long", "lone surrogate", "formula", "minus", "at"],
+)
+def test_quarantine_csv_reads_back_and_is_no_formula(text: str, cell: str) -> None:
+    (row,) = decode_quarantine(encode_quarantine([QuarantinedRow(1, text, "f", "r", text)]))
+    assert (row.sample_id, row.detail) == (cell, cell)
 
 
 @pytest.fixture(scope="module")

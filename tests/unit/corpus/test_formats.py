@@ -47,6 +47,25 @@ def test_json_list_reads_the_same_at_any_chunk_size(
         assert scan_and_read("llava_json", storage_path(file)) == rows
 
 
+DEEP = "[" * 3000 + "]" * 3000
+
+
+@pytest.mark.parametrize("name", ["llava_json", "jsonl"])
+@pytest.mark.parametrize("chunk", [7, 8 << 20])
+@pytest.mark.parametrize(
+    "bad", ["9" * 5000, f'{{"a": {DEEP}, "b": "]\\"}},"}}', DEEP], ids=["digits", "row", "nesting"]
+)
+def test_value_that_python_cannot_read_is_one_bad_row(tmp_path: Path, name: str, chunk: int, bad: str) -> None:
+    rows = [json.dumps({"conversations": TALK}), bad, json.dumps({"id": 2, "conversations": TALK})]
+    file = tmp_path / "rows"
+    file.write_text(f"[{', '.join(rows)}]" if name == "llava_json" else "\n".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "READ_BYTES", chunk)
+        read = scan_and_read(name, storage_path(file))
+    assert (read[0], read[2]) == (json.loads(rows[0]), json.loads(rows[2]))
+    assert read[1].startswith("JSON that cannot be read: ")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -74,6 +74,9 @@ IMAGES: dict[str, tuple[bytes, Reason | None]] = {
     "png signature alone": (PNG[:8], UNREADABLE),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', UNREADABLE),
     "json": (b"{}", UNREADABLE),
+    "eps, which starts Ghostscript": (save(photo(), "EPS"), UNREADABLE),
+    "icon": (save(photo(), "ICO"), UNREADABLE),
+    "portable pixmap": (save(photo(), "PPM"), UNREADABLE),
     "jpeg cut at its end": (JPEG[:-200], TRUNCATED),
     "png cut in half": (PNG[: len(PNG) // 2], TRUNCATED),
     "png with a damaged header": (flip_bytes(PNG, 16, 4), UNREADABLE),
@@ -90,6 +93,11 @@ ROWS: dict[str, tuple[Any, Reason | None]] = {
     "text alone": ({"conversations": [{"from": "human", "value": "Hi"}, ANSWER]}, ACCEPTED),
     "no id": (make_row(QUESTION, ANSWER), ACCEPTED),
     "a number as id": (make_row(QUESTION, ANSWER, id=7), ACCEPTED),
+    "a carriage return in the id": (make_row(QUESTION, ANSWER, id="a\rb"), ACCEPTED),
+    "an id of 200,000 characters": (make_row(QUESTION, ANSWER, id="x" * 200_000), ACCEPTED),
+    "a lone surrogate in the id": (make_row(QUESTION, ANSWER, id="\ud800"), ACCEPTED),
+    "a lone surrogate in the text": (make_row(QUESTION, {"from": "gpt", "value": "\ud800"}), Reason.FAILED),
+    "a lone surrogate in the path": (make_row(QUESTION, ANSWER, image="\ud800.jpg"), Reason.FAILED),
     "messages": (
         {
             "image": "good.jpg",
