@@ -267,7 +267,7 @@ MUTANTS = [
         (
             "remote files are read in large requests",
             "length = max(end - self._position, min(READ_BYTES, self._size - self._position))",
-            "length = end - self._position",
+            "length = max(end - self._position, min(1 << 12, self._size - self._position))",
             "tests/ray/corpus/test_requests.py::test_tar_of_200_samples_is_prepared_with_30_gets",
         ),
     ),
