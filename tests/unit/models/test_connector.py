@@ -109,6 +109,16 @@ def test_exported_model_computes_the_logits_of_training(
     assert float(difference.norm() / trained.float().norm()) < tolerance
 
 
+def test_first_layer_of_the_exported_model_receives_the_rows_of_training(
+    resolved_model: ResolvedModel, prepared_blocks: Blocks, pack_collator: PackCollator, tmp_path: Path
+) -> None:
+    llava = build_llava(resolved_model, 0, torch.float32).eval()
+    export_model(llava, None, resolved_model, "pad", tmp_path)
+    exported = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    pack = pack_collator.collate([prepared_blocks[0]])
+    torch.testing.assert_close(layer_0_input(exported, pack), layer_0_input(llava, pack), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_are_folded_from_fp32_values(resolved_model: ResolvedModel, tmp_path: Path) -> None:
     """The factor of a bf16 run multiplies the optimizer's fp32 weights, and the product is rounded once."""
     llava = build_llava(resolved_model, 0, torch.bfloat16)
