@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,12 +110,9 @@ def full_fp32_weight(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor
 
     DeepSpeed's own function knows the optimizers of ZeRO stages 1 to 3 only.
     """
-    groups, master_groups = (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32"))
     if engine.zero_optimization_stage() == 0:
-        for group, master_group in zip(groups, master_groups, strict=True):
-            for weight, master in zip(group, master_group, strict=True):
-                if weight is parameter:
-                    return master.detach()
+        weights, masters = (chain(*groups) for groups in (engine.optimizer.fp16_groups, engine.optimizer.fp32_groups))
+        return next(master.detach() for weight, master in zip(weights, masters, strict=True) if weight is parameter)
     value = deepspeed.utils.safe_get_full_fp32_param(parameter)
     assert value is not None, "the optimizer has no fp32 value of a trained weight"
     return value

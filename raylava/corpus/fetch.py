@@ -25,7 +25,7 @@ from raylava.corpus.quarantine import BadRow, Reason
 _SCHEMES = {"http": 80, "https": 443}
 _CHUNK = 64 << 10
 _MAX_REDIRECTS = 5
-_THREADS = 32  # of a process
+_THREADS = 32  # of a fetcher
 _RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _FIRST_BACKOFF_S = 0.5
 _HEADERS = {"User-Agent": "raylava", "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -55,7 +55,7 @@ class FetchedImage:
 
 
 class UrlFetcher:
-    """Fetches URLs with the recipe's limits. One per process."""
+    """Fetches URLs with the recipe's limits. A worker has one at a time, for the shard that it prepares."""
 
     def __init__(self, config: FetchConfig) -> None:
         self.config = config
@@ -140,10 +140,10 @@ class UrlFetcher:
     def _address(self, host: str, port: int) -> str:
         """Return the host's first address. Raises _FetchError unless all of its addresses are public."""
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise _TemporaryError(f"the host {host[:100]} has no address") from error
-        addresses = [str(entry[4][0]) for entry in found]
+        addresses = [str(entry[4][0]) for entry in entries]
         private = [address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_global]
         if private and not self.config.allow_private_addresses:
             raise _FetchError(f"the host {host[:100]} has an address that is not public")

@@ -66,7 +66,7 @@ class Shuffle:
     images: npt.NDArray[np.int32] | None = None
 
     def order(self, epoch: int) -> EpochOrder:
-        """Return the order of an epoch; that of a large corpus is read from the node's cache as it is used."""
+        """Return the order of an epoch; that of a large corpus is a memory-mapped file of the node's cache."""
         return self._compute(epoch) if self.samples <= _SHARED_SAMPLES else self._shared(epoch)
 
     def _compute(self, epoch: int) -> EpochOrder:

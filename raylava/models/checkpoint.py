@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from raylava.errors import UserError
 from raylava.models.connector import scale_last_layer
 from raylava.models.families import language_families, vision_families
+from raylava.models.families.family import find_family
 from raylava.models.hub import absolute_name, is_folder, pin_revision, read_json, weights_path
 from raylava.models.registry import CheckpointRef, ResolvedModel
 from raylava.perf.shapes import LanguageShape, VisionShape
@@ -52,21 +53,19 @@ def complete_processor(processor: Any, checkpoint: CheckpointRef) -> None:
     """Set what the processors of old checkpoints lack, from config.json and the families: token counts and template.
 
     transformers before 4.46 kept neither the patch size nor the rule of the class token in the processor, and the
-    tokenizer's own chat template knows no images. What a processor has is left as it is.
+    tokenizer's own chat template knows no images. What a processor has is left unchanged.
     """
     config = _read_config(checkpoint)
     text_config, vision_config = config["text_config"], config["vision_config"]
-    languages = [
-        family for family in language_families().values() if text_config.get("model_type") in family.model_types
-    ]
-    visions = [family for family in vision_families().values() if vision_config.get("model_type") in family.model_types]
-    if processor.patch_size is None and visions:
-        complete = visions[0].complete(vision_config)
+    language = find_family(language_families(), text_config.get("model_type"))
+    vision = find_family(vision_families(), vision_config.get("model_type"))
+    if processor.patch_size is None and vision:
+        complete = vision.complete(vision_config)
         processor.patch_size = complete["patch_size"]
         processor.vision_feature_select_strategy = config.get("vision_feature_select_strategy", "default")
-        processor.num_additional_image_tokens = int(visions[0].shape(complete, complete["image_size"]).has_cls)
-    if processor.chat_template is None and languages:
-        processor.chat_template = languages[0].template.jinja()
+        processor.num_additional_image_tokens = int(vision.shape(complete, complete["image_size"]).has_cls)
+    if processor.chat_template is None and language:
+        processor.chat_template = language.template.jinja()
 
 
 def load_complete(model_class: Any, name: str, revision: str, dtype: "torch.dtype | str") -> Any:
@@ -105,9 +104,8 @@ def legacy_scale(checkpoint: CheckpointRef) -> float:
     """
     config = _read_config(checkpoint)
     text_config = config["text_config"]
-    families = language_families()
-    known = [family for family in families.values() if text_config.get("model_type") in family.model_types]
-    scale = known[0].embedding_scale(known[0].complete(text_config)) if known else 1.0
+    family = find_family(language_families(), text_config.get("model_type"))
+    scale = family.embedding_scale(family.complete(text_config)) if family else 1.0
     if scale == 1.0:
         return 1.0
     return scale if _saved_version(checkpoint, config) < Version(MIN_TRANSFORMERS) else 1.0

@@ -141,7 +141,7 @@ def _convert_pickles(folder: Path, name: str) -> Path:
     files = _pickle_files(folder, name)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {storage_path(file).sha256()}\n".encode())
+        digest.update(f"{file.name} {_file_sha256(str(file))}\n".encode())
     target = cache_folder() / "safetensors" / digest.hexdigest()[:32]
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:  # one process of a node converts, the others wait

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.errors import UserError
 from raylava.models.families import language_families, vision_families
-from raylava.models.families.family import Family, LanguageFamily, VisionFamily, select_strategy
+from raylava.models.families.family import Family, LanguageFamily, VisionFamily, find_family, select_strategy
 from raylava.models.hub import is_folder, model_path, pin_revision, read_json
 from raylava.models.templates import IMAGE_TOKEN, Template
 from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape
@@ -266,9 +266,8 @@ def family_of(model_type: str, families: Mapping[str, Family], family: str | Non
     if family is not None:
         _check_family(family, families, role)
         return families[family]
-    for members in families.values():
-        if model_type in members.model_types:
-            return members
+    if members := find_family(families, model_type):
+        return members
     raise UserError(
         f"model.{role}.name={name}: {model_type!r} is not a supported {role} family; "
         f"choose one of: {', '.join(families)}"

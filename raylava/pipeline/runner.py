@@ -4,7 +4,7 @@ import json
 import os
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raylava.artifacts import Artifact, lock
 from raylava.cluster.nodes import live_nodes, startable_node_types
@@ -18,6 +18,9 @@ from raylava.pipeline.stage import Stage, commit, reuse, run_stage
 from raylava.pipeline.stages import TrainStage
 from raylava.progress import ProgressReporter
 from raylava.storage import StoragePath
+
+if TYPE_CHECKING:
+    from raylava.train.torchrun_backend import Rendezvous
 
 
 def run(
@@ -62,11 +65,7 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
 
     _refuse_cluster_settings(recipe.resources)
     rendezvous = torchrun_backend.Rendezvous()
-    # Rank 0 alone asks the hub for commits and scans the sources: another rank might find newer ones.
-    pinned = rendezvous.share("recipe", lambda: pin_commits(make_absolute(recipe)).model_dump_json())
-    shared = Recipe.model_validate_json(pinned)
-    sources = rendezvous.share("sources", lambda: json.dumps(_resolve_sources(shared, storage)))
-    stage = _select_training_stage(build_stages(shared, storage, InputCache(json.loads(sources))), label)
+    stage = _select_training_stage(_build_same_stages(recipe, storage, rendezvous), label)
     with ExitStack() as stack:
 
         def must_build() -> bool:
@@ -84,11 +83,21 @@ def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter:
         return None if metrics is None else commit(stage, metrics, started, reporter)
 
 
-def _resolve_sources(recipe: Recipe, storage: StoragePath) -> dict[str, Any]:
-    """Return what identifies the sources of a recipe, for other processes."""
-    inputs = InputCache()
-    build_stages(recipe, storage, inputs)
-    return inputs.resolved_sources
+def _build_same_stages(recipe: Recipe, storage: StoragePath, rendezvous: "Rendezvous") -> list[Stage]:
+    """Build the stages on rank 0, and the same ones on the other ranks.
+
+    Rank 0 alone asks the hub for commits and scans the sources: another rank might find newer ones.
+    """
+    built: list[Stage] = []
+
+    def resolve() -> str:
+        inputs = InputCache()
+        built.extend(build_stages(recipe, storage, inputs))
+        pinned = pin_commits(make_absolute(recipe)).model_dump(mode="json")
+        return json.dumps({"recipe": pinned, "sources": inputs.resolved_sources})
+
+    resolved = json.loads(rendezvous.share("inputs", resolve))
+    return built or build_stages(Recipe.model_validate(resolved["recipe"]), storage, InputCache(resolved["sources"]))
 
 
 def _refuse_cluster_settings(resources: Resources) -> None:

@@ -256,21 +256,21 @@ class Engine:
         for name, parameter in self.llava.named_parameters():
             if only_trained and not parameter.requires_grad:
                 continue
-            value = self._full_value(parameter, in_fp32=name.startswith(CONNECTOR) and parameter.requires_grad)
+            value = self._value_on_host(parameter, in_fp32=name.startswith(CONNECTOR) and parameter.requires_grad)
             if dist.get_rank() == 0:
-                weights[name] = value.detach().to("cpu", copy=True)
+                weights[name] = value
         return weights if dist.get_rank() == 0 else None
 
-    def _full_value(self, parameter: nn.Parameter, in_fp32: bool) -> Tensor:
-        """Return a parameter's whole value, on rank 0 at least. Called by all ranks."""
+    def _value_on_host(self, parameter: nn.Parameter, in_fp32: bool) -> Tensor:
+        """Return a copy of a parameter on the host, whole on rank 0. Called by all ranks."""
         import deepspeed
 
         from raylava.compat.deepspeed import full_fp32_weight
 
         if in_fp32 and parameter.dtype != torch.float32:
-            return full_fp32_weight(self._engine, parameter)
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone() if dist.get_rank() == 0 else parameter.detach()
+            return full_fp32_weight(self._engine, parameter).to("cpu", copy=True)
+        with deepspeed.zero.GatheredParameters([parameter]):  # the value is whole within this block only
+            return parameter.detach().to("cpu", copy=True) if dist.get_rank() == 0 else parameter.detach()
 
 
 def enable_activation_checkpointing(llava: "LlavaForConditionalGeneration") -> None:

@@ -1,6 +1,6 @@
 """Compare vLLM's greedy answers with those that raylava kept for a finetuned model: `make check-vllm`.
 
-vLLM needs another version of transformers than raylava, so it gets an environment of its own, .venv-vllm. The model,
+vLLM needs another version of transformers than raylava, so it gets a separate environment, .venv-vllm. The model,
 the questions and the answers are those of `make demo` in raylava-storage.
 """
 

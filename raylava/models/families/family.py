@@ -68,6 +68,11 @@ class LanguageFamily:
 Family = TypeVar("Family", VisionFamily, LanguageFamily)
 
 
+def find_family(families: Mapping[str, Family], model_type: object) -> Family | None:
+    """Return the family that has this `model_type` of a config.json, None if none has."""
+    return next((family for family in families.values() if model_type in family.model_types), None)
+
+
 def vision_transformer_shape(
     config: Config, pixels: int, *, intermediate: int, has_cls: bool, patch_bias: bool = True, extra: int = 0
 ) -> VisionShape:

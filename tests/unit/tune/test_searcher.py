@@ -46,7 +46,7 @@ def test_trials_wait_while_as_many_run_as_the_cluster_can_hold() -> None:
     assert searcher.suggest("b") is None, "Ray Tune asks again"
     limit[0] = 3  # nodes have joined
     assert [searcher.suggest(name) for name in "bcd"] == [{"trial": 1}, {"trial": 2}, None]
-    limit[0] = 1  # nodes have left: running trials go on
+    limit[0] = 1  # nodes have left: running trials continue
     searcher.on_trial_complete("a", {"objective/x": 1.0})
     assert searcher.suggest("d") is None
     searcher.on_trial_complete("b", {"objective/x": 1.0})
