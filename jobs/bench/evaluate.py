@@ -28,7 +28,7 @@ from raylava.evaluate.engines import TransformersEngine
 from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
 from raylava.evaluate.questions import Question, read_questions
 from raylava.models.export import export_untrained
-from raylava.models.registry import CheckpointRef, resolve_model
+from raylava.models.registry import LlavaCheckpoint, resolve_model
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from raylava.toy.demo import make_toy_assets, toy_recipe
@@ -62,7 +62,7 @@ def main() -> None:
     loop_answers, loop_seconds = answer_one_by_one(model, questions, images)
     timer = FirstUpdateTimer()
     config = GenerationConfig(
-        CheckpointRef(model),
+        LlavaCheckpoint(model),
         images,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=arguments.batch_size,
@@ -110,7 +110,7 @@ def untrained_toy_model(storage: str) -> tuple[str, str, str]:
 def answer_one_by_one(model: str, questions: list[Question], images: str) -> tuple[list[str], float]:
     """Return the answers of a loop over single questions, and its seconds."""
     torch.set_num_threads(os.cpu_count() or 1)
-    engine = TransformersEngine(CheckpointRef(model), torch.device("cpu"), PRECISION)
+    engine = TransformersEngine(LlavaCheckpoint(model), torch.device("cpu"), PRECISION)
     started = time.monotonic()
     answers = []
     for question in questions:

@@ -9,7 +9,7 @@ from PIL import Image
 from raylava.errors import UserError
 from raylava.models.checkpoint import complete_processor, legacy_scale, load_converted
 from raylava.models.hub import is_folder, model_path
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 
 History = tuple[tuple[str, str], ...]
 ENGINES = ("transformers", "vllm")
@@ -50,7 +50,7 @@ def validate_precision(name: str) -> None:
         raise UserError(f"--precision {name}: unknown precision; choose one of: {', '.join(PRECISIONS)}")
 
 
-def load_engine(name: str, model: CheckpointRef, device: torch.device, precision: str) -> GenerationEngine:
+def load_engine(name: str, model: LlavaCheckpoint, device: torch.device, precision: str) -> GenerationEngine:
     """Load a model with the engine of that name; vLLM chooses its device itself."""
     return VllmEngine(model, precision) if name == "vllm" else TransformersEngine(model, device, precision)
 
@@ -58,7 +58,7 @@ def load_engine(name: str, model: CheckpointRef, device: torch.device, precision
 class PromptBuilder:
     """Builds prompts with the processor and chat template of a model."""
 
-    def __init__(self, model: CheckpointRef) -> None:
+    def __init__(self, model: LlavaCheckpoint) -> None:
         from transformers import AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(
@@ -89,7 +89,7 @@ class TransformersEngine:
     In fp32 an answer does not depend on the other questions in its batch; in half precision rounding may change a word.
     """
 
-    def __init__(self, model: CheckpointRef, device: torch.device, precision: str = "auto") -> None:
+    def __init__(self, model: LlavaCheckpoint, device: torch.device, precision: str = "auto") -> None:
         """Raises UserError for a checkpoint that is incomplete or does not state its transformers version."""
         self._prompt_builder = PromptBuilder(model)
         self._processor = self._prompt_builder.processor
@@ -133,7 +133,7 @@ class VllmEngine:
     vLLM needs a GPU, so the test suite does not cover this class.
     """
 
-    def __init__(self, model: CheckpointRef, precision: str) -> None:
+    def __init__(self, model: LlavaCheckpoint, precision: str) -> None:
         """Raises UserError for a checkpoint of transformers before 5.4, which vLLM would load without converting it."""
         from vllm import LLM
 

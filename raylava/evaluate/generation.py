@@ -23,7 +23,7 @@ from raylava.errors import RunError, UserError
 from raylava.evaluate.engines import GenerationEngine, TransformersEngine, load_engine
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, Question
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 
@@ -39,7 +39,7 @@ class GenerationConfig:
     checkpoint), fp32, bf16 or fp16.
     """
 
-    model: CheckpointRef
+    model: LlavaCheckpoint
     image_root: str
     prompt_suffix: str = ""
     max_new_tokens: int = 32
@@ -203,7 +203,7 @@ class _GenerationActor:
         return self._engine.blank_image(image) if self._config.blank_images else image
 
 
-def chat_once(model: CheckpointRef, image: str | None, question: str, max_new_tokens: int) -> str:
+def chat_once(model: LlavaCheckpoint, image: str | None, question: str, max_new_tokens: int) -> str:
     """Answer one question on this machine, for `raylava chat`. Raises UserError if the model or image is unusable."""
     pixels = None
     if image is not None:

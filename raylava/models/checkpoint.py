@@ -16,7 +16,7 @@ from raylava.models.connector import scale_last_layer
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import find_family
 from raylava.models.hub import absolute_name, is_folder, pin_revision, read_json, weights_path
-from raylava.models.registry import CheckpointRef, ResolvedModel
+from raylava.models.registry import LlavaCheckpoint, ResolvedModel
 from raylava.perf.shapes import LanguageShape, VisionShape
 from raylava.storage import storage_path
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 MIN_TRANSFORMERS = "5.4"  # the least version that scales token embeddings only
 
 
-def find_checkpoint(name: str, transformers_version: str | None = None) -> CheckpointRef:
+def find_checkpoint(name: str, transformers_version: str | None = None) -> LlavaCheckpoint:
     """Return the checkpoint in a folder or on the hub, at its current commit. Raises UserError when there is none."""
     if is_folder(name) and not (storage_path(name) / "config.json").exists():
         raise UserError(f"{name}: no model found (no config.json); give a finetune artifact or a Hugging Face folder")
     location = absolute_name(name)
-    return CheckpointRef(location, pin_revision(location, "main"), transformers_version)
+    return LlavaCheckpoint(location, pin_revision(location, "main"), transformers_version)
 
 
 def load_checkpoint(
-    checkpoint: CheckpointRef, dtype: "torch.dtype | str"
+    checkpoint: LlavaCheckpoint, dtype: "torch.dtype | str"
 ) -> "tuple[LlavaForConditionalGeneration, float]":
     """Load a LLaVA checkpoint; return it, and the factor that its connector's last layer is to be multiplied by.
 
@@ -49,7 +49,7 @@ def load_checkpoint(
     return llava, float(torch.tensor(scale).to(llava.dtype))
 
 
-def complete_processor(processor: Any, checkpoint: CheckpointRef) -> None:
+def complete_processor(processor: Any, checkpoint: LlavaCheckpoint) -> None:
     """Set what the processors of old checkpoints lack, from config.json and the families: token counts and template.
 
     transformers before 4.46 kept neither the patch size nor the rule of the class token in the processor, and the
@@ -89,7 +89,7 @@ def load_complete(model_class: Any, name: str, revision: str, dtype: "torch.dtyp
     return model
 
 
-def load_converted(checkpoint: CheckpointRef, dtype: "torch.dtype | str") -> "LlavaForConditionalGeneration":
+def load_converted(checkpoint: LlavaCheckpoint, dtype: "torch.dtype | str") -> "LlavaForConditionalGeneration":
     """Load a LLaVA checkpoint so that today's transformers computes what it was trained to. See `load_checkpoint`."""
     llava, factor = load_checkpoint(checkpoint, dtype)
     connector = llava.model.multi_modal_projector
@@ -97,7 +97,7 @@ def load_converted(checkpoint: CheckpointRef, dtype: "torch.dtype | str") -> "Ll
     return llava
 
 
-def legacy_scale(checkpoint: CheckpointRef) -> float:
+def legacy_scale(checkpoint: LlavaCheckpoint) -> float:
     """Return the scale that the checkpoint's transformers version applied to image features, beyond today's: 1 if none.
 
     Raises UserError when there is no config.json, or none that states a version where the version matters.
@@ -111,7 +111,7 @@ def legacy_scale(checkpoint: CheckpointRef) -> float:
     return scale if _saved_version(checkpoint, config) < Version(MIN_TRANSFORMERS) else 1.0
 
 
-def _saved_version(checkpoint: CheckpointRef, config: dict[str, Any]) -> Version:
+def _saved_version(checkpoint: LlavaCheckpoint, config: dict[str, Any]) -> Version:
     given = checkpoint.transformers_version
     try:
         return Version(str(given or config.get("transformers_version")))
@@ -151,7 +151,7 @@ def _vision_shape(config: dict[str, Any], model: ResolvedModel) -> VisionShape:
     return family.shape(family.complete(config["vision_config"]), model.vision.pixels.size)
 
 
-def _read_config(checkpoint: CheckpointRef) -> dict[str, Any]:
+def _read_config(checkpoint: LlavaCheckpoint) -> dict[str, Any]:
     config = read_json(checkpoint.name, checkpoint.revision, "config.json")
     if config is None or not isinstance(config.get("text_config"), dict) or "vision_config" not in config:
         raise UserError(f"{checkpoint.name}: no config.json of a LLaVA model there; give a Hugging Face LLaVA folder")

@@ -96,7 +96,7 @@ class LanguageSpec:
 
 
 @dataclass(frozen=True)
-class CheckpointRef:
+class LlavaCheckpoint:
     """A LLaVA checkpoint, and the transformers version that saved it if its config.json does not state it correctly."""
 
     name: str
@@ -116,7 +116,7 @@ class ResolvedModel:
     vision: VisionSpec
     connector_weights: str | None = None
     feature_scale: Literal["embedding", "none"] = "embedding"
-    initial_weights: CheckpointRef | None = None
+    initial_weights: LlavaCheckpoint | None = None
 
     def shape(self, vocabulary: int) -> LlavaShape:
         """Return the dimensions of the model whose embedding has been resized to `vocabulary` rows."""
@@ -144,10 +144,10 @@ def resolve_model(model: Model) -> ResolvedModel:
     )
 
 
-def resolve_checkpoint(checkpoint: InitialWeights) -> CheckpointRef:
+def resolve_checkpoint(checkpoint: InitialWeights) -> LlavaCheckpoint:
     """Pin a LLaVA checkpoint's hub revision. Raises UserError when the hub cannot be reached."""
     commit = pin_revision(checkpoint.name, checkpoint.revision)
-    return CheckpointRef(checkpoint.name, commit, checkpoint.transformers_version)
+    return LlavaCheckpoint(checkpoint.name, commit, checkpoint.transformers_version)
 
 
 def resolve_vision(vision: Vision) -> VisionSpec:

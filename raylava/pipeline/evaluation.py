@@ -22,7 +22,7 @@ from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
 from raylava.models.checkpoint import find_checkpoint, legacy_scale
 from raylava.models.hub import is_folder, weights_identity
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 from raylava.pipeline.stage import Stage, run_stage
 from raylava.progress import ProgressBar, ProgressReporter
 from raylava.storage import StoragePath, storage_path
@@ -35,7 +35,7 @@ OFFICIAL_ANSWERS_FILE = "answers.json"  # the official mapping of question ids t
 class ModelRef:
     """The model to evaluate: its checkpoint, its identity, and the artifacts it depends on."""
 
-    checkpoint: CheckpointRef
+    checkpoint: LlavaCheckpoint
     identity: str
     inputs: Mapping[str, ArtifactSpec] = field(default_factory=dict)
 

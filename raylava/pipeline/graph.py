@@ -19,7 +19,7 @@ from raylava.evaluate.generation import ActorPool
 from raylava.evaluate.loading import BenchmarkCache
 from raylava.models.hub import absolute_name, pin_revision, weights_identity
 from raylava.models.registry import (
-    CheckpointRef,
+    LlavaCheckpoint,
     ResolvedModel,
     VisionSpec,
     load_tokenizer,
@@ -207,7 +207,7 @@ class _StageBuilder:
 
     def _evaluate(self, benchmark: Benchmark, model: Stage, label: str, blank_images: bool = False) -> EvaluateStage:
         request = EvaluationRequest(
-            model=ModelRef(CheckpointRef(model.spec().path.uri), model.spec().fingerprint, {"model": model.spec()}),
+            model=ModelRef(LlavaCheckpoint(model.spec().path.uri), model.spec().fingerprint, {"model": model.spec()}),
             benchmark=benchmark,
             loaded=self._inputs.benchmarks.get(benchmark, self._recipe.data),
             actors=ActorPool.from_resources(self._recipe.resources),

@@ -11,7 +11,7 @@ from PIL import Image
 from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, Question
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 
@@ -23,7 +23,7 @@ def test_interrupted_evaluation_answers_only_the_missing_questions(untrained_lla
     earlier = PredictionStore(storage_path(tmp_path))
     earlier.add([GeneratedAnswer(question.question_id, question.text, "stored") for question in questions[:4]])
     earlier.flush()
-    config = GenerationConfig(CheckpointRef(str(untrained_llava)), "", max_new_tokens=2)
+    config = GenerationConfig(LlavaCheckpoint(str(untrained_llava)), "", max_new_tokens=2)
     store = PredictionStore(storage_path(tmp_path))
     answers = generate_answers(questions, config, ActorPool(), NullProgressBar(), store)
     assert [answer.question_id for answer in answers] == [question.question_id for question in questions]
@@ -36,7 +36,7 @@ def test_unreadable_image_gives_a_missing_answer_with_the_problem(untrained_llav
     (tmp_path / "broken.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
     questions = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
-    config = GenerationConfig(CheckpointRef(str(untrained_llava)), str(tmp_path), max_new_tokens=2)
+    config = GenerationConfig(LlavaCheckpoint(str(untrained_llava)), str(tmp_path), max_new_tokens=2)
     answers = generate_answers(questions, config, ActorPool(), NullProgressBar())
     assert [answer.text is None for answer in answers] == [True, False, True]
     assert [bool(answer.problem) for answer in answers] == [True, False, True]
@@ -54,6 +54,6 @@ def test_questions_are_answered_in_batches_on_the_nodes_of_the_role(
 
     monkeypatch.setattr(ray.data.Dataset, "map", spy)
     questions = [Question(str(number), None, f"What is {number}?", "all", ("x",)) for number in range(6)]
-    config = GenerationConfig(CheckpointRef(str(untrained_llava)), "", max_new_tokens=2, batch_size=4)
+    config = GenerationConfig(LlavaCheckpoint(str(untrained_llava)), "", max_new_tokens=2, batch_size=4)
     generate_answers(questions, config, ActorPool(node_labels={"disk": "ssd"}), NullProgressBar())
     assert [(request["rows"], request["label_selector"]) for request in requests] == [(2, {"disk": "ssd"})]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from raylava.evaluate.engines import TransformersEngine
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 
 SCRIPT = """
 import json, sys, torch
@@ -42,5 +42,5 @@ def test_plain_transformers_gives_the_same_answers_without_warnings_about_weight
     for word in ("not initialized", "not used", "newly", "unexpected", "missing", "mismatch"):
         assert word not in process.stderr.lower()
     images: list[Image.Image | None] = [Image.new("RGB", (60, 40), "red")] * len(QUESTIONS)
-    engine = TransformersEngine(CheckpointRef(str(exported)), torch.device("cpu"))
+    engine = TransformersEngine(LlavaCheckpoint(str(exported)), torch.device("cpu"))
     assert engine.answer(QUESTIONS, images, max_new_tokens=6) == result["answers"]

@@ -9,11 +9,11 @@ from PIL import Image
 
 from raylava.cli import main
 from raylava.evaluate.engines import TransformersEngine
-from raylava.models.registry import CheckpointRef
+from raylava.models.registry import LlavaCheckpoint
 
 
 def test_batch_order_and_size_do_not_change_answers(untrained_llava: Path) -> None:
-    engine = TransformersEngine(CheckpointRef(str(untrained_llava)), torch.device("cpu"), "fp32")
+    engine = TransformersEngine(LlavaCheckpoint(str(untrained_llava)), torch.device("cpu"), "fp32")
     image = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
     questions = [f"What {'very ' * count}thing is it?" for count in range(5)]
     batched = engine.answer(questions, [image] * 5, 4)

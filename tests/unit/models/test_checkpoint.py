@@ -18,7 +18,7 @@ from raylava.evaluate.engines import TransformersEngine
 from raylava.models.checkpoint import find_checkpoint, legacy_scale, load_converted, validate_checkpoint
 from raylava.models.export import export_model
 from raylava.models.llava import build_llava
-from raylava.models.registry import CheckpointRef, ResolvedModel, resolve_model
+from raylava.models.registry import LlavaCheckpoint, ResolvedModel, resolve_model
 from raylava.train.data_loader import PackCollator
 
 
@@ -102,7 +102,9 @@ def test_processor_of_an_old_checkpoint_is_completed(legacy_checkpoint: Path, tm
     (tmp_path / "processor_config.json").write_text(json.dumps(processor))
     image = Image.new("RGB", (40, 30), "red")
     answers = [
-        TransformersEngine(CheckpointRef(str(folder)), torch.device("cpu"), "fp32").answer(["What is it?"], [image], 5)
+        TransformersEngine(LlavaCheckpoint(str(folder)), torch.device("cpu"), "fp32").answer(
+            ["What is it?"], [image], 5
+        )
         for folder in (legacy_checkpoint, tmp_path)
     ]
     assert answers[0] == answers[1]
@@ -120,7 +122,7 @@ def test_checkpoint_without_a_version_is_refused_with_the_remedy(legacy_checkpoi
     (tmp_path / "config.json").write_text((legacy_checkpoint / "config.json").read_text())
     write_version(tmp_path, None)
     with pytest.raises(UserError, match="give the version as transformers_version"):
-        load_converted(CheckpointRef(str(tmp_path)), torch.float32)
+        load_converted(LlavaCheckpoint(str(tmp_path)), torch.float32)
 
 
 def test_checkpoint_that_lacks_weights_is_refused(legacy_checkpoint: Path, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_checkpoint_that_lacks_weights_is_refused(legacy_checkpoint: Path, tmp_p
     kept = {name: value for name, value in weights.items() if not name.startswith("vision_tower.")}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks .* weights of a LlavaForConditionalGeneration"):
-        load_converted(CheckpointRef(str(tmp_path)), torch.float32)
+        load_converted(LlavaCheckpoint(str(tmp_path)), torch.float32)
 
 
 def test_checkpoint_of_other_dimensions_is_refused_before_training(

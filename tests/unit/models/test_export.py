@@ -18,8 +18,8 @@ from raylava.evaluate.engines import PromptBuilder, TransformersEngine
 from raylava.models.export import build_processor, export_model
 from raylava.models.llava import build_llava
 from raylava.models.registry import (
-    CheckpointRef,
     LanguageSpec,
+    LlavaCheckpoint,
     ResolvedModel,
     VisionSpec,
     load_tokenizer,
@@ -48,7 +48,7 @@ def test_each_vision_family_answers_through_an_exported_model(
     assert (vision.family, vision.image_tokens, vision.select_strategy) == (family, tokens, strategy)
     export_model(build_llava(model, 0, torch.float32), None, model, "pad", tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    engine = TransformersEngine(CheckpointRef(str(tmp_path)), torch.device("cpu"))
+    engine = TransformersEngine(LlavaCheckpoint(str(tmp_path)), torch.device("cpu"))
     assert isinstance(engine.answer(["What?"], [image], 3)[0], str)
 
 
@@ -104,7 +104,7 @@ def test_generation_stops_at_both_end_tokens_and_answers_do_not_depend_on_the_ba
     config = json.loads((exported / "generation_config.json").read_text())
     tokenizer = load_processor(exported).tokenizer
     assert config["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    engine = TransformersEngine(CheckpointRef(str(exported)), torch.device("cpu"))
+    engine = TransformersEngine(LlavaCheckpoint(str(exported)), torch.device("cpu"))
     rng = np.random.default_rng(0)
     images: list[Image.Image | None] = [
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(5)
@@ -117,7 +117,7 @@ def test_generation_stops_at_both_end_tokens_and_answers_do_not_depend_on_the_ba
 
 
 def test_prompt_of_a_later_turn_equals_the_text_of_training(exported: Path, language: LanguageSpec) -> None:
-    builder = PromptBuilder(CheckpointRef(str(exported)))
+    builder = PromptBuilder(LlavaCheckpoint(str(exported)))
     prompt = builder.prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
     tokenizer = load_tokenizer(language)
     turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
