@@ -13,8 +13,10 @@ import pytest
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Corpus, ImageEncoding, Language, Model, Resources, Source, Vision
 from raylava.console import Console
+from raylava.corpus.block_writer import make_block
 from raylava.corpus.blocks import Blocks
-from raylava.corpus.prepare import PrepareSpec, make_block, publish_corpus, stage_rows
+from raylava.corpus.prepare import publish_corpus
+from raylava.corpus.shards import PrepareSpec, stage_rows
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import storage_path

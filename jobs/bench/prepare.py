@@ -32,7 +32,8 @@ from raylava.cluster.session import ray_session
 from raylava.config.recipe import Corpus, ImageEncoding, Language, Resources, Source, Vision
 from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import decode_block_image, decode_image, normalize_pixels, prepare_image, resize_exact
-from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.corpus.prepare import prepare
+from raylava.corpus.shards import PrepareSpec
 from raylava.models.families import clip, gemma
 from raylava.models.registry import PixelRule, load_tokenizer, resolve_language, vision_spec
 from raylava.progress import NullProgressBar

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylava.config.recipe import Corpus, Source
-from raylava.corpus.prepare import PrepareSpec, stage_rows
+from raylava.corpus.shards import PrepareSpec, stage_rows
 from raylava.corpus.source_cache import SourceCache
 from raylava.corpus.sources import SourceFiles
 from raylava.storage import StoragePath, storage_path

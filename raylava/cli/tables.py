@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raylava.train.replay import ReplayedSample
 
 _STATE_STYLES = {"complete": "green", "building": "yellow", "stopped": "red"}
-_CORPUS_COUNTS = ("rows_in", "rows", "truncated", "quarantined", "images", "tokens", "loss_tokens")
+_CORPUS_COUNTS = ("rows_in", "rows", "truncated", "quarantined", "filtered", "images", "tokens", "loss_tokens")
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:

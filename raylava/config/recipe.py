@@ -161,8 +161,33 @@ class FetchConfig(ConfigModel):
     allow_private_addresses: bool = False
 
 
+class OperatorConfig(ConfigModel):
+    """An operator of raylava, or `module:function` of the user's own, with its arguments.
+
+    In a recipe an operator is its name, or a mapping of its name to its arguments.
+    """
+
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+def _parse_operator(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1:
+        name, arguments = next(iter(value.items()))
+        return {"name": name, "arguments": {} if arguments is None else arguments}
+    if isinstance(value, dict) and set(value) <= {"name", "arguments"}:
+        return value  # the recipe as raylava itself wrote it
+    if isinstance(value, OperatorConfig):
+        return value
+    raise ValueError("an operator is its name, or one name with its arguments, such as {answer_words: {minimum: 3}}")
+
+
 class Corpus(ConfigModel):
     """A mixture of sources, and how their rows become training samples.
+
+    `operators` filter, change and de-duplicate the rows, in their order, before anything else is done with them.
 
     `image_aspect` pads an image to a square or crops its center. A sample longer than `max_length` tokens (image tokens
     included) is quarantined, loses whole exchanges at its end with `on_overlong: truncate_exchanges`, or is cut at the
@@ -178,8 +203,14 @@ class Corpus(ConfigModel):
     image_encoding: ImageEncoding = ImageEncoding()
     max_pixels: int = Field(64_000_000, ge=1)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
+    operators: tuple[Annotated[OperatorConfig, BeforeValidator(_parse_operator)], ...] = ()
     quarantine_limit: _Fraction = not_fingerprinted(0.01)
     fetch: FetchConfig = not_fingerprinted(FetchConfig())
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """See ConfigModel. Includes `operators` if there are any."""
+        fields = super().fingerprint_fields()
+        return fields if self.operators else {key: value for key, value in fields.items() if key != "operators"}
 
 
 class Corpora(ConfigModel):

@@ -3,7 +3,7 @@
 blocks/block-00000.arrow …   one row per sample (SCHEMA), memory-mapped when read
 lengths.arrow                length, image count and loss tokens of every sample: all that batch planning reads
 manifest.json                rows, bytes and SHA-256 per block; tokenizer and image settings; total counts
-quarantine.csv               every source row that is in no block, with its reason
+quarantine.csv               every row that is in no block, quarantined or filtered out, with its reason
 tokenizer/                   the tokenizer that produced input_ids, as a Hugging Face folder
 """
 
@@ -71,10 +71,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """One block in the manifest. `path` is relative to the artifact; its source rows are `rows` + `quarantined`.
+    """One block in the manifest. `path` is relative to the artifact.
+
+    Its source rows are `rows` + `quarantined` + `filtered` - `added`.
 
     `truncated` counts samples that were cut to `max_length` tokens (see `on_overlong`). `fetched` counts the images
-    that were fetched by URL, `fetched_sha256` is that of the file which lists the SHA-256 of each.
+    that were fetched by URL, `fetched_sha256` is that of the file which lists the SHA-256 of each. `filtered` counts
+    the rows that operators took out, `added` those that they made beyond one of each source row.
     """
 
     path: str
@@ -85,13 +88,16 @@ class BlockRecord:
     sha256: str
     fetched: int = 0
     fetched_sha256: str = ""
+    filtered: int = 0
+    added: int = 0
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Description of a prepared corpus: its blocks in order, tokenizer, image settings, and counts of rows and tokens.
 
-    `pixels` identifies the vision backbone's image preprocessing; `quarantine` counts quarantined rows by reason.
+    `pixels` identifies the vision backbone's image preprocessing. `quarantine` counts the quarantined and filtered rows
+    by reason. `rows_in` + `added` = `rows` + `quarantined` + `filtered`, see BlockRecord.
     """
 
     schema_version: int
@@ -106,13 +112,16 @@ class Manifest:
     truncated: int
     quarantined: int
     quarantine: dict[str, int]
+    filtered: int = 0
+    added: int = 0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
 
     def counts(self) -> dict[str, Any]:
         """Return the total counts, without the list of blocks."""
-        names = ("rows_in", "rows", "tokens", "loss_tokens", "images", "truncated", "quarantined", "quarantine")
+        names = ["rows_in", "rows", "tokens", "loss_tokens", "images", "truncated", "quarantined", "quarantine"]
+        names += [name for name in ("filtered", "added") if getattr(self, name)]
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
 
     @classmethod

@@ -22,7 +22,7 @@ from raylava.models.registry import PixelRule
 logger = logging.getLogger(__name__)
 
 # Pillow has decoders for many more, some of which start other programs (Ghostscript for EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -30,13 +30,13 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 def decode_image(content: bytes, max_pixels: int) -> Pixels:
     """Decode an image file as a viewer displays it: first frame, upright by EXIF, RGB, alpha composited over white.
 
-    Raises BadRow when it is unreadable, truncated, not of a format in _FORMATS, or has more than `max_pixels` pixels
-    (checked before decoding).
+    Raises BadRow when it is unreadable, truncated, not of a format in IMAGE_FORMATS, or has more than `max_pixels`
+    pixels (checked before decoding).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
-            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
         raise _unreadable(error) from error
     if image.width * image.height > max_pixels:

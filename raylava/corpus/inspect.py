@@ -65,6 +65,7 @@ def page(inspection: Inspection, title: str, tokenizer: "PreTrainedTokenizerBase
         "rows in the source": manifest.rows_in,
         "samples": manifest.rows,
         "quarantined": manifest.quarantined,
+        "filtered": manifest.filtered,
         "truncated": manifest.truncated,
         "images": manifest.images,
         "tokens": manifest.tokens,
@@ -118,7 +119,7 @@ def _marked_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _quarantine_table(inspection: Inspection) -> str:
     if not inspection.quarantine:
-        return "<p>No row was quarantined.</p>"
+        return "<p>No row was quarantined or filtered out.</p>"
     counts = "".join(
         f"<li>{html.escape(source)}: {', '.join(f'{rows:,} {html.escape(reason)}' for reason, rows in reasons.items())}"
         "</li>"

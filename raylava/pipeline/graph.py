@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from raylava.config.recipe import Benchmark, Corpus, InitialWeights, Language, Recipe, StageName, Vision
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError
 from raylava.evaluate.generation import ActorPool
@@ -159,7 +159,8 @@ class _StageBuilder:
             (join(recipe.data, source.annotations), join(recipe.data, source.images)) for source in corpus.sources
         )
         spec = PrepareSpec(name, corpus, paths, model.language, model.vision, output="")
-        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage, self._inputs.sources)
+        benchmarks = {named.name: self._inputs.benchmarks.get(named, recipe.data) for named in recipe.evaluate}
+        return PrepareStage(spec, self._tokenizer, recipe.resources, self._storage, self._inputs.sources, benchmarks)
 
     def _train(self, stage: StageName, blocks: Stage, connector: Stage | None) -> TrainStage:
         recipe = self._recipe

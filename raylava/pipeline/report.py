@@ -23,9 +23,10 @@ def show_results(artifacts: Mapping[str, Artifact], console: Console) -> None:
     for name in scored_benchmarks(artifacts):
         console.show(score_table(name, artifacts))
     for label, artifact in artifacts.items():
-        if artifact.metrics.get("quarantined"):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in artifact.metrics["quarantine"].items())
-            console.say(f"[yellow]quarantined[/] in {label}: {reasons}  [dim]{artifact.path}/quarantine.csv[/]")
+        if artifact.metrics.get("quarantine"):
+            reasons = escape(", ".join(f"{count} {reason}" for reason, count in artifact.metrics["quarantine"].items()))
+            kind = "quarantined" if artifact.metrics["quarantined"] else "filtered"
+            console.say(f"[yellow]{kind}[/] in {label}: {reasons}  [dim]{artifact.path}/quarantine.csv[/]")
     for name in answered_benchmarks(artifacts):
         if not is_scored(artifacts[EVALUATE_PREFIX + name]):
             show_unjudged(artifacts[EVALUATE_PREFIX + name], console)

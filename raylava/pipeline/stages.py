@@ -9,8 +9,12 @@ import ray
 from raylava.artifacts import ArtifactSpec
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
-from raylava.corpus.prepare import PrepareSpec, check_quarantine, prepare
+from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
+from raylava.corpus.prepare import ImageFolder, check_quarantine, prepare
+from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache
+from raylava.errors import UserError
+from raylava.evaluate.loading import LoadedBenchmark
 from raylava.models.registry import ResolvedModel
 from raylava.pipeline.stage import Stage
 from raylava.progress import ProgressBar
@@ -26,10 +30,18 @@ class PrepareStage(Stage):
     unit = "rows"
 
     def __init__(
-        self, spec: PrepareSpec, tokenizer: str, resources: Resources, storage: StoragePath, sources: SourceCache
+        self,
+        spec: PrepareSpec,
+        tokenizer: str,
+        resources: Resources,
+        storage: StoragePath,
+        sources: SourceCache,
+        benchmarks: Mapping[str, LoadedBenchmark],
     ) -> None:
+        """`benchmarks` are those that operators may compare rows with."""
         super().__init__("prepare", f"prepare {spec.name}", storage, {})
         self._prepare_spec, self._tokenizer, self._resources, self._sources = spec, tokenizer, resources, sources
+        self._benchmarks = benchmarks
 
     def fingerprint_fields(self) -> dict[str, Any]:
         spec = self._prepare_spec
@@ -41,12 +53,28 @@ class PrepareStage(Stage):
             "tokenizer": self._tokenizer,
             "template": dataclasses.asdict(spec.language.template),
             "vision": spec.vision.fingerprint_fields(),
-        }
+        } | self._operator_fields()
+
+    def _operator_fields(self) -> dict[str, Any]:
+        """Return what identifies operators beside their names and arguments: sources of functions, benchmark images."""
+        key = f"corpora.{self._prepare_spec.name}.operators"
+        operators = load_operators(self._prepare_spec.corpus.operators, key)
+        sources = [operator.source_sha256 for operator in operators if operator.source_sha256]
+        names = compared_benchmarks(operators)
+        for name in names:
+            if name not in self._benchmarks:
+                known = ", ".join(self._benchmarks) or "none is there"
+                raise UserError(f"{key}: {DECONTAMINATE}: {name!r} is no benchmark of evaluate; choose one of: {known}")
+        images = [sorted(self._benchmarks[name].image_sizes.items()) for name in names]
+        return ({"operator_sources": sources} if sources else {}) | ({"benchmark_images": images} if images else {})
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         spec = dataclasses.replace(self._prepare_spec, output=self.spec().path.uri)
         node_labels = node_labels_for(PREPARE, self._resources)
-        return prepare(spec, self._tokenizer, progress, node_labels).counts()
+        names = compared_benchmarks(load_operators(spec.corpus.operators, spec.name))
+        loaded = {name: self._benchmarks[name] for name in names}
+        folders = {name: ImageFolder(value.image_root, sorted(value.image_sizes)) for name, value in loaded.items()}
+        return prepare(spec, self._tokenizer, progress, node_labels, folders).counts()
 
     def verify(self, metrics: Mapping[str, Any]) -> None:
         """Raise UserError when more rows are quarantined than the recipe, whose limit may have changed, allows."""

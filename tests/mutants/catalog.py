@@ -736,16 +736,19 @@ MUTANTS = [
         ),
         (
             "no row is lost in silence",
-            'assert manifest.rows + manifest.quarantined == rows_in, "a source row was lost"',
+            'assert manifest.rows + len(taken_out) == rows_in + added, "a source row was lost"',
             "pass",
             f"{PREPARE}::test_corpus_that_lost_a_row_is_never_published",
         ),
         (
             "blocks are made on the nodes of the role",
-            "label_selector=node_labels or None)",
-            "label_selector=None)",
+            "compute=pool, label_selector=node_labels or None",
+            "compute=pool, label_selector=None",
             "tests/ray/corpus/test_prepare.py::test_blocks_are_made_on_the_nodes_of_the_role",
         ),
+    ),
+    *_in(
+        "raylava/corpus/shards.py",
         (
             "an empty selection is refused",
             "    if not rows:\n",

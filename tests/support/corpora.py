@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Corpus, ImageEncoding, Source
+from raylava.corpus.block_writer import make_block
 from raylava.corpus.blocks import Blocks, Manifest, Sample
-from raylava.corpus.prepare import PrepareSpec, make_block, publish_corpus, stage_rows
+from raylava.corpus.prepare import ImageFolder, prepare_operators, publish_corpus
+from raylava.corpus.shards import PrepareSpec, stage_rows
 from raylava.models.registry import LanguageSpec, VisionSpec
 from raylava.storage import storage_path
 
@@ -34,10 +37,16 @@ def with_settings(
     return dataclasses.replace(spec, source_paths=paths)
 
 
-def prepare_serially(spec: PrepareSpec) -> Manifest:
+def map_serially(function: Callable[[int], Mapping[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Map items in this process, in place of Ray Data."""
+    return (dict(function(item)) for item in items)
+
+
+def prepare_serially(spec: PrepareSpec, benchmarks: Mapping[str, ImageFolder] | None = None) -> Manifest:
     """Prepare a corpus in this process, by the functions that Ray Data's workers call."""
     output = storage_path(spec.output)
     rows_in, shards = stage_rows(spec, output)
+    prepare_operators(spec, shards, benchmarks or {}, map_serially)
     for shard in range(shards):
         make_block(spec, shard)
     return publish_corpus(spec, output, shards, rows_in, "tokenizer")

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shards import PrepareSpec
 
 _SCRIPT = """
 import pickle, sys

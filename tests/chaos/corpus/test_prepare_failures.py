@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from raylava.config.recipe import Source
-from raylava.corpus.prepare import PrepareSpec, prepare
+from raylava.corpus.prepare import prepare
+from raylava.corpus.shards import PrepareSpec
 from raylava.progress import NullProgressBar
 from tests.support.corpora import file_tree, prepare_serially, with_settings
 from tests.support.prepare_process import start_prepare, wait_for_records

@@ -158,7 +158,7 @@ def fetching(bench: Bench, recipe: Recipe) -> Any:
             return super().fetch_all(urls)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raylava.corpus.prepare.UrlFetcher", Fetcher)
+        patch.setattr("raylava.corpus.block_writer.UrlFetcher", Fetcher)
         blocks(bench, recipe)
     return seen
 
@@ -270,6 +270,12 @@ CORPUS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "on_overlong": ("corpora.instruction.max_length=80 -> corpora.instruction.on_overlong=truncate_exchanges", blocks),
     "max_pixels": ("corpora.instruction.max_pixels=2000", blocks),
     "samples_per_block": ("corpora.instruction.samples_per_block=7", blocks),
+    "operators.name": ("corpora.instruction.operators=['tests.support.user_operators:twice']", blocks),
+    "operators.arguments": (
+        "corpora.instruction.operators=[{first_exchanges: {count: 9}}] -> "
+        "corpora.instruction.operators=[{first_exchanges: {count: 1}}]",
+        blocks,
+    ),
     "quarantine_limit": ("corpora.instruction.max_pixels=4000 -> corpora.instruction.quarantine_limit=1.0", blocks),
     **{
         f"fetch.{key}": (f"corpora.instruction.fetch.{key}={value}", fetching)

@@ -10,7 +10,7 @@ import pytest
 from raylava.config.recipe import Source
 from raylava.corpus.block_cache import BlockCache, open_blocks
 from raylava.corpus.blocks import Blocks
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.shuffle import ShuffleWindows
 from raylava.errors import RunError
 from raylava.storage import StoragePath, storage_path

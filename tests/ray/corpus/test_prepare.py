@@ -15,8 +15,11 @@ import pytest
 import ray.data
 from PIL import Image
 
+from raylava.config.recipe import Corpus
+from raylava.corpus.block_writer import make_block
 from raylava.corpus.blocks import BlockRecord, Blocks, Manifest
-from raylava.corpus.prepare import PrepareSpec, make_block, prepare
+from raylava.corpus.prepare import ImageFolder, MapOnCluster, prepare, publish_corpus
+from raylava.corpus.shards import PrepareSpec
 from raylava.errors import RunError, UserError
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
@@ -47,6 +50,44 @@ def test_ray_data_gives_the_same_bytes_as_serial_preparation(
     assert file_tree(tmp_path / "one") == file_tree(tmp_path / "two") == file_tree(reference.folder)
 
 
+def test_operators_give_the_same_bytes_as_serial_preparation_and_passes_that_are_done_are_not_repeated(
+    prepare_spec: PrepareSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = [
+        "tests.support.user_operators:twice",
+        "exact_duplicates",
+        {"similar_duplicates": {"compare": "image", "distance": 1}},
+        {"decontaminate": {"benchmarks": ["held_out"]}},
+    ]
+    settings = Corpus.model_validate({"sources": prepare_spec.corpus.sources, "operators": operators}).operators
+    benchmarks = {"held_out": ImageFolder(prepare_spec.source_paths[0][1], [read_rows(prepare_spec)[0][0]["image"]])}
+    expected = prepare_serially(with_settings(prepare_spec, tmp_path / "serial", operators=settings), benchmarks)
+    assert expected.added == expected.rows_in
+    assert expected.quarantine["filtered by exact_duplicates"] >= expected.rows_in
+    assert expected.quarantine["filtered by decontaminate"] >= 1
+
+    def die(*arguments: Any) -> Iterator[BlockRecord]:
+        raise KeyboardInterrupt
+
+    with_operators = with_settings(prepare_spec, tmp_path / "ray", operators=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("raylava.corpus.prepare._make_blocks", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(with_operators, "tokenizer", NullProgressBar(), None, benchmarks)
+    keys = [tmp_path / "ray" / "rows" / f"keys-{operator}-{shard:05d}.arrow" for operator in (1, 2) for shard in (0, 1)]
+    written = {file: file.stat().st_mtime_ns for file in keys}
+    seen: list[dict[Path, int]] = []
+    publish = publish_corpus
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "raylava.corpus.prepare.publish_corpus",
+            lambda *arguments: [seen.append({file: file.stat().st_mtime_ns for file in keys}), publish(*arguments)][1],
+        )
+        prepare(with_operators, "tokenizer", NullProgressBar(), None, benchmarks)
+    assert seen == [written]
+    assert file_tree(tmp_path / "ray") == file_tree(tmp_path / "serial")
+
+
 def test_second_run_prepares_only_missing_blocks(
     prepare_spec: PrepareSpec, reference: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +95,7 @@ def test_second_run_prepares_only_missing_blocks(
     missing: list[int] = []
 
     def make_one_block_and_die(
-        spec: PrepareSpec, shards: list[int], node_labels: dict[str, str]
+        spec: PrepareSpec, shards: list[int], map_on_cluster: MapOnCluster
     ) -> Iterator[BlockRecord]:
         missing.extend(shards)
         yield make_block(spec, shards[0])

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylava.config.recipe import Source
-from raylava.corpus.prepare import PrepareSpec, make_block, prepare, stage_rows
+from raylava.corpus.block_writer import make_block
+from raylava.corpus.prepare import prepare
+from raylava.corpus.shards import PrepareSpec, stage_rows
 from raylava.corpus.source_cache import SourceCache
 from raylava.corpus.sources import SourceFiles
 from raylava.progress import NullProgressBar

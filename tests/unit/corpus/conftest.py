@@ -3,7 +3,7 @@
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shards import PrepareSpec
 from raylava.models.registry import LanguageSpec, VisionSpec
 from tests.support.corpora import alignment_spec
 

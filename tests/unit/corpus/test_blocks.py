@@ -20,8 +20,8 @@ from raylava.corpus.blocks import (
     encode_quarantine,
     sample_lengths,
 )
-from raylava.corpus.prepare import PrepareSpec
 from raylava.corpus.quarantine import QuarantinedRow
+from raylava.corpus.shards import PrepareSpec
 from raylava.errors import RunError
 from tests.support.corpora import prepare_serially
 

@@ -8,7 +8,7 @@ import pytest
 from raylava.artifacts import Artifact
 from raylava.cli import main
 from raylava.corpus.inspect import inspect_corpus, page
-from raylava.corpus.prepare import PrepareSpec
+from raylava.corpus.shards import PrepareSpec
 from raylava.models.registry import load_tokenizer
 from raylava.storage import storage_path
 from tests.support.corpora import prepare_serially, read_rows

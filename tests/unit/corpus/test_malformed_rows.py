@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from raylava.corpus.blocks import QUARANTINE, Blocks, decode_quarantine
-from raylava.corpus.prepare import PrepareSpec
 from raylava.corpus.quarantine import Reason
+from raylava.corpus.shards import PrepareSpec
 from tests.support.corpora import prepare_serially
 
 ACCEPTED = None  # the row becomes a sample

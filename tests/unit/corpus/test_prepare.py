@@ -18,9 +18,11 @@ import pytest
 from PIL import Image
 
 from raylava.config.recipe import FetchConfig
+from raylava.corpus.block_writer import make_block
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.corpus.images import decode_block_image, resize_exact
-from raylava.corpus.prepare import PrepareSpec, check_quarantine, make_block, publish_corpus, stage_rows
+from raylava.corpus.prepare import check_quarantine, publish_corpus
+from raylava.corpus.shards import PrepareSpec, stage_rows
 from raylava.errors import UserError
 from raylava.storage import storage_path
 from tests.support.corpora import file_tree, prepare_serially, read_rows, read_samples, with_settings

@@ -1,0 +1,209 @@
+"""Makes the block of one shard: reads its rows, applies the corpus's operators, writes the samples.
+
+The worker that handles a shard reads its rows and images, and writes its block to storage itself: no image passes
+through the object store, and memory holds only the blocks in flight. A block is complete once its record, which is
+written last, exists.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from raylava.config.recipe import OperatorConfig
+from raylava.corpus.blocks import (
+    FETCHED,
+    BlockRecord,
+    Sample,
+    encode_block,
+    encode_lengths,
+    encode_quarantine,
+    sample_lengths,
+)
+from raylava.corpus.conversation import ChatTokenizer
+from raylava.corpus.deduplication import duplicate_ids, write_keys
+from raylava.corpus.fetch import UrlFetcher, is_url
+from raylava.corpus.operator_library import DECONTAMINATE, load_operators
+from raylava.corpus.operators import DuplicateKey, FilteredRow, Operator, OperatorChain
+from raylava.corpus.quarantine import BadRow, QuarantinedRow, Reason, describe_error
+from raylava.corpus.row_images import ImageReader, RowImages
+from raylava.corpus.samples import make_sample
+from raylava.corpus.shards import PrepareSpec, RawRow, key_partitions, read_shard, shard_file
+from raylava.corpus.sources import SourceRow, image_names, parse_row, sample_id
+from raylava.models.registry import LanguageSpec, load_tokenizer
+from raylava.storage import StoragePath, storage_path
+
+_FETCHED_TOGETHER = 256  # rows whose images are fetched at the same time, and held in memory
+
+
+def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
+    """Read the rows of one shard and write its block, lengths, quarantined rows and, last, its record."""
+    content = _BlockContent()
+    chat_tokenizer = _chat_tokenizer(spec.language)
+    chain = _operator_chain(spec, shard, len(spec.corpus.operators))
+    for outcome in _row_outcomes(spec, shard, chain, content.fetched):
+        row, problem = outcome.row, outcome.problem
+        content.added += outcome.is_additional
+        try:
+            if problem is not None:
+                raise problem
+            assert row is not None
+            sample, truncated = make_sample(row, outcome.read_image, chat_tokenizer, spec.corpus, spec.vision)
+            content.samples.append(sample)
+            content.truncated += truncated
+        except (BadRow, FilteredRow) as bad:
+            content.take_out(outcome, str(bad.reason), bad.detail)
+            content.filtered += isinstance(bad, FilteredRow)
+        except (OSError, MemoryError):  # storage and memory concern more than this row
+            raise
+        except Exception as error:
+            content.take_out(outcome, Reason.FAILED, describe_error(error))
+    return _write_block(storage_path(spec.output), shard, content)
+
+
+def write_shard_keys(spec: PrepareSpec, operator: int, shard: int) -> int:
+    """Write the keys of the rows of a shard that reach a de-duplication operator, given by its position.
+
+    Returns the number of rows.
+    """
+    chain = _operator_chain(spec, shard, operator)
+    deduplicate = chain.operators[operator]
+    keys: list[tuple[str, DuplicateKey | None]] = []
+    for outcome in _row_outcomes(spec, shard, chain, [], stop=operator):
+        if outcome.row is None or outcome.problem is not None:
+            continue
+        try:
+            key = deduplicate(outcome.row, RowImages(outcome.row.images, outcome.read_image))
+        except BadRow:  # an image that cannot be read: making the block will quarantine the row
+            key = None
+        keys.append((outcome.row.sample_id, key))
+    write_keys(storage_path(spec.output), operator, shard, keys)
+    return len(keys)
+
+
+@dataclass(frozen=True)
+class _RowOutcome:
+    """A row that the operators made of a raw row, or the problem of either.
+
+    `row` is None if the raw row could not be parsed. `is_additional` tells that it is not the first row made of it.
+    """
+
+    raw: RawRow
+    row: SourceRow | None
+    problem: BadRow | FilteredRow | None
+    read_image: ImageReader
+    is_additional: bool = False
+
+
+def _row_outcomes(
+    spec: PrepareSpec, shard: int, chain: OperatorChain, fetched_records: list[bytes], stop: int | None = None
+) -> Iterator[_RowOutcome]:
+    """Yield the outcomes of the rows of a shard after the first `stop` operators (all, without it).
+
+    Appends a record of each image that was fetched to `fetched_records`.
+    """
+    fetcher = UrlFetcher(spec.corpus.fetch)
+    rows = read_shard(spec, shard)
+    while batch := list(itertools.islice(rows, _FETCHED_TOGETHER)):
+        fetched = fetcher.fetch_all(name for raw in batch for name in image_names(raw.content) if is_url(name))
+        fetched_records += [image.record() for image in fetched.values()]
+        for raw in batch:
+            reader = ImageReader(raw.image_root, fetched)
+            try:
+                parsed = parse_row(raw.content, raw.selected.id_suffix)
+            except BadRow as bad:
+                yield _RowOutcome(raw, None, bad, reader)
+                continue
+            for number, (row, problem) in enumerate(chain.apply(parsed, reader, stop)):
+                yield _RowOutcome(raw, row, problem, reader, is_additional=number > 0)
+
+
+def _operator_chain(spec: PrepareSpec, shard: int, known: int) -> OperatorChain:
+    """Return the corpus's operators for a shard; the duplicates of the first `known` operators have been found."""
+    settings = tuple(operator.model_dump_json() for operator in spec.corpus.operators)
+    operators, output = _operators(spec.name, spec.output, settings), storage_path(spec.output)
+    dropped = {
+        position: duplicate_ids(output, position, shard, key_partitions(output)).__contains__
+        for position, operator in enumerate(operators[:known])
+        if operator.deduplicates
+    }
+    return OperatorChain(operators, dropped)
+
+
+@functools.lru_cache(maxsize=4)
+def _operators(name: str, output: str, settings: tuple[str, ...]) -> tuple[Operator, ...]:
+    """Return the operators of a corpus, with the hashes of benchmark images in place of the benchmarks' names."""
+    configs = [OperatorConfig.model_validate_json(setting) for setting in settings]
+    operators = load_operators(configs, f"corpora.{name}.operators")
+    for position, operator in enumerate(operators):
+        if operator.name == DECONTAMINATE:
+            hashes = np.frombuffer(benchmark_hashes_file(storage_path(output), position).read_bytes(), dtype=np.uint64)
+            operators[position] = operator.bind(benchmarks=hashes)
+    return tuple(operators)
+
+
+@functools.cache
+def _chat_tokenizer(language: LanguageSpec) -> ChatTokenizer:
+    """Return a tokenizer that is loaded once per process: loading Gemma's takes longer than tokenizing many rows."""
+    return ChatTokenizer(load_tokenizer(language), language.template)
+
+
+def load_once(spec: PrepareSpec) -> None:
+    """Load in this process what every block needs."""
+    _chat_tokenizer(spec.language)
+
+
+@dataclass
+class _BlockContent:
+    """The samples of one shard, and the rows that became none.
+
+    `truncated` counts truncated samples, `filtered` the rows that operators took out, `added` the rows that they made
+    beyond one of each. `fetched` are JSON lines about the images that were fetched, see FetchedImage.record.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    taken_out: list[QuarantinedRow] = field(default_factory=list)
+    truncated: int = 0
+    filtered: int = 0
+    added: int = 0
+    fetched: list[bytes] = field(default_factory=list)
+
+    def take_out(self, outcome: _RowOutcome, reason: str, detail: str) -> None:
+        """List a row that becomes no sample."""
+        raw = outcome.raw
+        name = sample_id(raw.content, raw.selected.id_suffix) if outcome.row is None else outcome.row.sample_id
+        self.taken_out.append(QuarantinedRow(raw.selected.row, name, raw.file.name, reason, detail))
+
+
+def _write_block(output: StoragePath, shard: int, content: _BlockContent) -> BlockRecord:
+    path = f"blocks/block-{shard:05d}.arrow"
+    block = encode_block(content.samples)
+    (output / path).write_bytes(block)
+    shard_file(output, "lengths", shard, "arrow").write_bytes(encode_lengths(sample_lengths(content.samples)))
+    shard_file(output, "quarantine", shard, "csv").write_bytes(encode_quarantine(content.taken_out))
+    fetched = b"".join(content.fetched)
+    if fetched:
+        (output / FETCHED / f"images-{shard:05d}.jsonl").write_bytes(fetched)
+    record = BlockRecord(
+        path=path,
+        rows=len(content.samples),
+        quarantined=len(content.taken_out) - content.filtered,
+        filtered=content.filtered,
+        added=content.added,
+        truncated=content.truncated,
+        bytes=len(block),
+        sha256=hashlib.sha256(block).hexdigest(),
+        fetched=len(content.fetched),
+        fetched_sha256=hashlib.sha256(fetched).hexdigest() if fetched else "",
+    )
+    shard_file(output, "record", shard, "json").write_bytes(json.dumps(asdict(record)).encode())
+    return record
+
+
+def benchmark_hashes_file(output: StoragePath, operator: int) -> StoragePath:
+    """Return the file with the hashes (uint64) of the benchmark images that the operator at a position compares."""
+    return shard_file(output, "benchmark-hashes", operator, "bin")

@@ -1,0 +1,42 @@
+"""Operators as a user of raylava would write them; recipes name them `tests.support.user_operators:NAME`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from raylava.corpus.operators import DuplicateKey, deduplicates, reads_images
+from raylava.corpus.sources import SourceRow
+
+
+def one_row_per_exchange(row: SourceRow) -> Iterator[SourceRow]:
+    """Split a conversation; each row repeats the images."""
+    for start in range(0, len(row.turns), 2):
+        question, answer = row.turns[start : start + 2]
+        text = question.text if "<image>" in question.text else "<image>\n" * len(row.images) + question.text
+        yield replace(row, turns=(replace(question, text=text), answer))
+
+
+def twice(row: SourceRow) -> list[SourceRow]:
+    """Return the row twice."""
+    return [row, row]
+
+
+@reads_images
+def larger_than(row: SourceRow, images: Sequence[bytes], size: int) -> SourceRow | None:
+    """Keep rows whose images are all larger than `size` bytes."""
+    return row if all(len(image) > size for image in images) else None
+
+
+@deduplicates
+def one_per_second_word(row: SourceRow) -> DuplicateKey:
+    """Keep one row per second word of its answer."""
+    return DuplicateKey(row.turns[1].text.split()[1].encode())
+
+
+def failing(row: SourceRow) -> SourceRow:
+    """Fail as a mistake in a user's function does."""
+    raise ZeroDivisionError(f"a mistake at 0x7f0123456789 in {len(row.turns)}")
+
+
+def wrong_type(row: SourceRow) -> dict[str, str]:
+    """Return what no operator may return."""
+    return {"id": row.sample_id}
