@@ -31,9 +31,9 @@ from raylava.corpus.operator_library import DECONTAMINATE, load_operators
 from raylava.corpus.operators import DuplicateKey, FilteredRow, Operator, OperatorChain
 from raylava.corpus.quarantine import BadRow, QuarantinedRow, Reason, describe_error
 from raylava.corpus.row_images import ImageReader, RowImages
+from raylava.corpus.rows import SourceRow, image_names, parse_row, sample_id
 from raylava.corpus.samples import make_sample
 from raylava.corpus.shards import PrepareSpec, RawRow, key_partitions, read_shard, shard_file
-from raylava.corpus.sources import SourceRow, image_names, parse_row, sample_id
 from raylava.models.registry import LanguageSpec, load_tokenizer
 from raylava.storage import StoragePath, storage_path
 

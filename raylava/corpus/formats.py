@@ -1,15 +1,16 @@
 """Annotation file formats: LLaVA JSON, JSON Lines, Parquet and WebDataset tars.
 
 `scan` reads a file once, with one row in memory at a time, and yields a reference to each row; `read_rows` reads rows
-by reference on any node and transfers only their bytes. sources.py interprets the raw rows.
+by reference on any node and transfers only their bytes. rows.py interprets the raw rows.
 """
 
 import codecs
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow.parquet as pq
@@ -33,13 +34,34 @@ class RowRef:
     raw: Any = None
 
 
+@dataclass
+class Part:
+    """The bytes [start, stop) of a file; `digest` has seen those that a scan of the part read. Without `stop`, to the
+    end of the file.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    def update(self, position: int, content: bytes) -> None:
+        """Add what was read at a position of the file to the digest; reads must be in order and leave no gap."""
+        stop = len(content) if self.stop is None else max(0, self.stop - position)
+        self.digest.update(content[max(0, self.start - position) : stop])
+
+
 class Format(Protocol):
     """Interface of a file format."""
 
-    exposes_rows: bool  # whether `scan` yields the rows themselves, so that they can be selected by image path
+    exposes_rows: bool  # whether `scan` reads the rows themselves, so that they can be selected by image path
+    can_split: bool  # whether a file can be scanned in parts
 
-    def scan(self, file: StoragePath) -> Iterator[RowRef]:
-        """Yield a reference to every row of the file, in order. Raises UserError for a file of another format."""
+    def scan(self, file: StoragePath, part: Part | None = None) -> Iterator[RowRef]:
+        """Yield a reference to every row of the file, or to those that begin in one part of it, in order.
+
+        A format that exposes rows adds what it reads to the part's digest. Raises UserError for a file of another
+        format.
+        """
 
     def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
         """Yield the raw rows at these offsets, in their order; for a malformed row, a string that describes it."""
@@ -49,11 +71,12 @@ class LlavaJson:
     """One JSON list of rows, of any size; it is scanned in chunks, and rows are referenced by byte range."""
 
     exposes_rows = True
+    can_split = False
 
-    def scan(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath, part: Part | None = None) -> Iterator[RowRef]:
         """See Format."""
         rows = conversations = 0
-        for row in self._rows(file):
+        for row in self._rows(file, part or Part()):
             rows += 1
             conversations += isinstance(row.raw, dict) and "conversations" in row.raw
             yield row
@@ -66,8 +89,8 @@ class LlavaJson:
         """See Format."""
         return (_parse_json(content) for content in _read_ranges(file, offsets))
 
-    def _rows(self, file: StoragePath) -> Iterator[RowRef]:
-        cursor = _JsonCursor(file)
+    def _rows(self, file: StoragePath, part: Part) -> Iterator[RowRef]:
+        cursor = _JsonCursor(file, part)
         if cursor.next_character() != "[":
             raise UserError(f"{file}: not LLaVA JSON, a non-empty list of rows: it does not begin with [")
         cursor.skip(1)
@@ -76,13 +99,14 @@ class LlavaJson:
                 cursor.skip(1)
                 continue
             yield cursor.value()
+        cursor.read_rest()
 
 
 class _JsonCursor:
     """A cursor over a JSON file that keeps at most the current value and one chunk in memory."""
 
-    def __init__(self, file: StoragePath) -> None:
-        self._file = file
+    def __init__(self, file: StoragePath, part: Part) -> None:
+        self._file, self._part, self._bytes_read = file, part, 0
         self._stream = file.filesystem.open_input_stream(file.path)
         self._decode_json = json.JSONDecoder().raw_decode
         self._utf8 = codecs.getincrementaldecoder("utf-8")()  # a chunk may end within a character
@@ -146,9 +170,20 @@ class _JsonCursor:
                 raise UserError(f"{self._file}: incomplete JSON: the list is not closed (byte {self._byte_offset})")
             index = self._position + scanned
 
+    def read_rest(self) -> None:
+        """Read what follows the list, for the digest alone."""
+        while self._next_chunk():
+            pass
+
+    def _next_chunk(self) -> bytes:
+        chunk: bytes = self._stream.read(READ_BYTES)
+        self._part.update(self._bytes_read, chunk)
+        self._bytes_read += len(chunk)
+        return chunk
+
     def _read_chunk(self) -> bool:
         """Append the next chunk to the text after the cursor; return False at the end of the file."""
-        chunk = self._stream.read(READ_BYTES)
+        chunk = self._next_chunk()
         if not chunk:
             return False
         try:
@@ -164,17 +199,24 @@ class JsonLines:
     """One JSON row per line; empty lines are skipped. A line that is not JSON is a bad row, not a bad file."""
 
     exposes_rows = True
+    can_split = True
 
-    def scan(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath, part: Part | None = None) -> Iterator[RowRef]:
         """See Format."""
-        offset = rows = 0
-        with file.filesystem.open_input_stream(file.path) as stream:
-            for line in io.BufferedReader(_RawStream(stream), READ_BYTES):
+        part = part or Part()
+        offset, rows = part.start, 0
+        with file.open_random() as stream, io.BufferedReader(_PartReader(stream, part), READ_BYTES) as reader:
+            if part.start:
+                offset += len(reader.readline()) - 1  # the line that began before the part, or the end of one
+            while part.stop is None or offset < part.stop:
+                line = reader.readline()
+                if not line:
+                    break
                 if line.strip():
                     rows += 1
                     yield RowRef([offset, len(line)], _parse_json(line))
                 offset += len(line)
-        if not rows:
+        if not rows and part.stop is None:
             raise UserError(f"{file}: contains no rows")
 
     def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
@@ -182,17 +224,20 @@ class JsonLines:
         return (_parse_json(content) for content in _read_ranges(file, offsets))
 
 
-class _RawStream(io.RawIOBase):
-    """Adapts a pyarrow input stream to Python's `io`."""
+class _PartReader(io.RawIOBase):
+    """Reads a file from the byte before a part's start, and adds what belongs to the part to its digest."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: io.RawIOBase, part: Part) -> None:
+        self._stream, self._part, self._position = stream, part, max(0, part.start - 1)
+        stream.seek(self._position)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
+        content = self._stream.read(len(buffer)) or b""
+        self._part.update(self._position, content)
+        self._position += len(content)
         buffer[: len(content)] = content
         return len(content)
 
@@ -222,8 +267,9 @@ class Parquet:
     """Parquet tables, including Hugging Face `datasets` exports; images may be embedded in the rows."""
 
     exposes_rows = False
+    can_split = False
 
-    def scan(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath, part: Part | None = None) -> Iterator[RowRef]:
         """See Format."""
         try:
             metadata = pq.read_metadata(file.path, filesystem=file.filesystem)
@@ -250,8 +296,9 @@ class WebDataset:
     """Tars of samples: members whose names are equal up to the first dot. `.json` is the row, or `.txt` a caption."""
 
     exposes_rows = False
+    can_split = False
 
-    def scan(self, file: StoragePath) -> Iterator[RowRef]:
+    def scan(self, file: StoragePath, part: Part | None = None) -> Iterator[RowRef]:
         """See Format."""
         key: str | None = None
         members: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from raylava.config.recipe import OperatorConfig
 from raylava.corpus.image_hash import difference_hash, differing_bits
 from raylava.corpus.operators import DuplicateKey, Operator, deduplicates, reads_images
-from raylava.corpus.sources import SourceRow
+from raylava.corpus.rows import SourceRow
 from raylava.errors import UserError, first_line
 
 DECONTAMINATE = "decontaminate"

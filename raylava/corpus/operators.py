@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from raylava.corpus.quarantine import BadRow, Reason, describe_error
 from raylava.corpus.row_images import RowImages
-from raylava.corpus.sources import SourceRow
+from raylava.corpus.rows import SourceRow
 
 _MARK = "raylava_operator"  # attribute of a function that a decorator of this module has marked
 

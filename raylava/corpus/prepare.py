@@ -9,10 +9,8 @@ blocks of a corpus have the same bytes at any parallelism. A second run does onl
 """
 
 import functools
-import gc
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +20,6 @@ from typing import Any
 import numpy as np
 
 from raylava.cluster.gauges import Gauges
-from raylava.cluster.nodes import eventual_resources, matching_resources, startable_node_types
-from raylava.cluster.session import error_summary
 from raylava.config.recipe import Corpus
 from raylava.corpus.block_writer import benchmark_hashes_file, load_once, make_block, write_shard_keys
 from raylava.corpus.blocks import (
@@ -45,7 +41,9 @@ from raylava.corpus.blocks import (
 from raylava.corpus.deduplication import duplicates_kind, find_partition, keys_kind
 from raylava.corpus.image_hash import difference_hash
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
+from raylava.corpus.parallel import Function, map_with_ray_data
 from raylava.corpus.quarantine import BadRow, QuarantinedRow
+from raylava.corpus.row_index import RowIndexes
 from raylava.corpus.shards import (
     SHARDS,
     PrepareSpec,
@@ -55,7 +53,7 @@ from raylava.corpus.shards import (
     shard_file,
     stage_rows,
 )
-from raylava.errors import RunError, UserError
+from raylava.errors import UserError
 from raylava.models.registry import load_tokenizer
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
@@ -65,7 +63,7 @@ logger = logging.getLogger(__name__)
 _IMAGES_PER_TASK = 256
 
 # Maps items with a function on Ray Data actors; yields the results in the order of completion.
-MapOnCluster = Callable[[Callable[[int], Mapping[str, Any]], Sequence[int]], Iterator[dict[str, Any]]]
+MapOnCluster = Callable[[Function, Sequence[int]], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,18 @@ def prepare(
     bar: ProgressBar,
     node_labels: dict[str, str] | None = None,
     benchmarks: Mapping[str, ImageFolder] | None = None,
+    indexes: RowIndexes | None = None,
 ) -> Manifest:
     """Prepare the missing blocks with Ray Data, then publish the corpus.
 
     `tokenizer` is the tokenizer's fingerprint for the manifest; `node_labels` select the nodes to use; `benchmarks` has
-    the images of those that operators name. Raises UserError
-    for sources that cannot be read and when more rows are quarantined than `quarantine_limit` allows, RunError when a
-    worker fails.
+    the images of those that operators name; `indexes` are those of the annotation files, built here without it. Raises
+    UserError for sources that cannot be read and when more rows are quarantined than `quarantine_limit` allows,
+    RunError when a worker fails.
     """
     output = storage_path(spec.output)
-    rows_in, shards = stage_rows(spec, output)
-    map_on_cluster = functools.partial(map_with_ray_data, spec, node_labels or {})
+    rows_in, shards = stage_rows(spec, output, indexes)
+    map_on_cluster = _map_on_cluster(spec, node_labels or {})
     prepare_operators(spec, shards, benchmarks or {}, map_on_cluster)
     monitor = _QuarantineMonitor(spec, rows_in, output)
     complete = existing_shards(output, "record", "json", shards)
@@ -105,6 +104,14 @@ def prepare(
         bar.update(monitor.rows, rows_in, quarantined=monitor.quarantined)
         gauges.set(rows=monitor.rows, quarantined_rows=monitor.quarantined)
     return publish_corpus(spec, output, shards, rows_in, tokenizer)
+
+
+def _map_on_cluster(spec: PrepareSpec, node_labels: dict[str, str]) -> MapOnCluster:
+    def map_on_cluster(function: Function, items: Sequence[int]) -> Iterator[dict[str, Any]]:
+        set_up = functools.partial(load_once, spec)
+        return map_with_ray_data(f"preparing corpora.{spec.name}", function, items, node_labels, set_up)
+
+    return map_on_cluster
 
 
 def prepare_operators(
@@ -182,56 +189,6 @@ def _make_blocks(spec: PrepareSpec, shards: list[int], map_on_cluster: MapOnClus
 
 def _block_columns(spec: PrepareSpec, shard: int) -> dict[str, Any]:
     return asdict(make_block(spec, shard))
-
-
-def map_with_ray_data(
-    spec: PrepareSpec,
-    node_labels: dict[str, str],
-    function: Callable[[int], Mapping[str, Any]],
-    items: Sequence[int],
-) -> Iterator[dict[str, Any]]:
-    """Map items to rows of columns on Ray Data actors; yield them in the order of completion.
-
-    `function` must not return the column `error`. Raises RunError when it raises.
-    """
-    if not items:
-        return
-    import ray.data
-
-    dataset: ray.data.Dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    # Actors rather than tasks: each has a second item queued, so that none idles for Ray Data's scheduling interval
-    # (0.2 s per item).
-    workers = max(1, min(len(items), int(matching_resources(node_labels).get("CPU", 0))))
-    eventual_workers = int(eventual_resources(node_labels).get("CPU", 0))
-    # Without a maximum, Ray Data asks the autoscaler for nodes of any type.
-    max_workers = None if startable_node_types() is None else max(workers, eventual_workers)
-    pool = ray.data.ActorPoolStrategy(
-        min_size=1, initial_size=workers, max_size=max_workers, max_tasks_in_flight_per_actor=2
-    )
-    results = dataset.map(
-        _Worker, fn_constructor_args=(spec, function), compute=pool, label_selector=node_labels or None
-    )
-    for columns in results.iter_rows():
-        error = columns.pop("error")
-        if error:
-            raise RunError(f"preparing corpora.{spec.name} failed: {error}")
-        yield columns
-
-
-class _Worker:
-    """Ray Data actor that maps an item to the columns that a function returns for it, or to the column `error`."""
-
-    def __init__(self, spec: PrepareSpec, function: Callable[[int], Mapping[str, Any]]) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # an actor has one CPU
-        load_once(spec)
-        self._function = function
-        gc.freeze()  # objects created by importing torch and transformers are permanent; do not scan them again
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {**self._function(int(row["item"])), "error": ""}
-        except Exception as error:
-            return {"error": error_summary(error)}
 
 
 def publish_corpus(spec: PrepareSpec, output: StoragePath, shards: int, rows_in: int, tokenizer: str) -> Manifest:

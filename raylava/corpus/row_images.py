@@ -8,7 +8,7 @@ from typing import overload
 
 from raylava.corpus.fetch import FetchedImage, fetched_content, is_url
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.corpus.sources import resolve_image_path
+from raylava.corpus.rows import resolve_image_path
 from raylava.storage import StoragePath
 
 

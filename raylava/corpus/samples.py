@@ -10,7 +10,7 @@ from raylava.corpus.blocks import Sample
 from raylava.corpus.conversation import ChatTokenizer, TokenizedChat, check_turns
 from raylava.corpus.images import prepare_image
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.corpus.sources import SourceRow
+from raylava.corpus.rows import SourceRow
 from raylava.models.registry import VisionSpec
 from raylava.models.templates import IMAGE_TOKEN
 

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
 from raylava.config.recipe import Corpus
+from raylava.corpus.row_index import RowIndexes
 from raylava.corpus.sources import SelectedRow, SourceFiles
 from raylava.errors import UserError
 from raylava.models.registry import LanguageSpec, VisionSpec
@@ -50,11 +51,12 @@ class PrepareSpec:
         ]
 
 
-def stage_rows(spec: PrepareSpec, output: StoragePath) -> tuple[int, int]:
+def stage_rows(spec: PrepareSpec, output: StoragePath, indexes: RowIndexes | None = None) -> tuple[int, int]:
     """Split the selected rows into shards of `samples_per_block` rows and return (rows, shards).
 
     A shard holds references to rows, not the rows: this reads the index of each annotation file and copies nothing.
-    When the shards are already staged, it only returns their counts. Raises UserError when no row is selected.
+    The indexes are built here without `indexes`. When the shards are already staged, it only returns their counts.
+    Raises UserError when no row is selected.
     """
     index = output / SHARDS / _INDEX
     if index.exists():
@@ -63,7 +65,7 @@ def stage_rows(spec: PrepareSpec, output: StoragePath) -> tuple[int, int]:
     rows = shards = 0
     with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="write-shard") as pool:
         writes: deque[Future[None]] = deque()
-        for shard, lines in enumerate(_shard_lines(spec)):
+        for shard, lines in enumerate(_shard_lines(spec, indexes or RowIndexes())):
             writes.append(pool.submit(shard_file(output, "shard", shard, "jsonl").write_bytes, b"\n".join(lines)))
             rows += len(lines)
             shards += 1
@@ -77,11 +79,11 @@ def stage_rows(spec: PrepareSpec, output: StoragePath) -> tuple[int, int]:
     return rows, shards
 
 
-def _shard_lines(spec: PrepareSpec) -> Iterator[list[bytes]]:
+def _shard_lines(spec: PrepareSpec, indexes: RowIndexes) -> Iterator[list[bytes]]:
     """Yield the lines of each shard's file, one selected row per line."""
     lines: list[bytes] = []
     for number, source in enumerate(spec.sources):
-        for row in source.selected_rows(number):
+        for row in source.selected_rows(number, indexes):
             lines.append(json.dumps(astuple(row)).encode())
             if len(lines) == spec.corpus.samples_per_block:
                 yield lines

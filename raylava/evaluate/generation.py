@@ -18,7 +18,7 @@ from raylava.cluster.session import error_summary
 from raylava.config.recipe import Resources
 from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.corpus.sources import resolve_image_path
+from raylava.corpus.rows import resolve_image_path
 from raylava.errors import RunError, UserError
 from raylava.evaluate.engines import GenerationEngine, TransformersEngine, load_engine
 from raylava.evaluate.prediction_store import PredictionStore

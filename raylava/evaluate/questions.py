@@ -14,7 +14,7 @@ from typing import Any
 from raylava.config.recipe import Benchmark
 from raylava.corpus.formats import FORMATS
 from raylava.corpus.quarantine import BadRow
-from raylava.corpus.sources import matches_filters, parse_row
+from raylava.corpus.rows import image_names, matches_filters, parse_row
 from raylava.errors import UserError
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath
@@ -115,7 +115,7 @@ def _read_jsonl(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
             continue
         try:
             fields = json.loads(line)
-            if matches_filters(fields, benchmark.include, benchmark.exclude):
+            if matches_filters(image_names(fields), benchmark.include, benchmark.exclude):
                 yield _jsonl_question(fields)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
@@ -133,7 +133,7 @@ def _jsonl_question(fields: dict[str, Any]) -> Question:
 
 def _read_llava(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
     for number, row_ref in enumerate(FORMATS["llava_json"].scan(file)):
-        if not matches_filters(row_ref.raw, benchmark.include, benchmark.exclude):
+        if not matches_filters(image_names(row_ref.raw), benchmark.include, benchmark.exclude):
             continue
         try:
             row = parse_row(row_ref.raw, f"#{number}")

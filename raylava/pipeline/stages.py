@@ -12,7 +12,7 @@ from raylava.config.recipe import Resources
 from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
 from raylava.corpus.prepare import ImageFolder, check_quarantine, prepare
 from raylava.corpus.shards import PrepareSpec
-from raylava.corpus.source_cache import SourceCache
+from raylava.corpus.source_cache import SourceCache, build_indexes
 from raylava.errors import UserError
 from raylava.evaluate.loading import LoadedBenchmark
 from raylava.models.registry import ResolvedModel
@@ -21,7 +21,7 @@ from raylava.progress import ProgressBar
 from raylava.storage import StoragePath
 from raylava.train.spec import TrainSpec
 
-SCANNED_SOURCES = "sources"  # folder of the storage; see corpus/source_cache.py
+INDEXED_SOURCES = "sources"  # folder of the storage; see corpus/row_index.py
 
 
 class PrepareStage(Stage):
@@ -48,7 +48,8 @@ class PrepareStage(Stage):
         return {
             "corpus": spec.corpus.fingerprint_fields(),
             "sources": [
-                self._sources.fingerprint_fields(source, self.storage / SCANNED_SOURCES) for source in spec.sources
+                self._sources.fingerprint_fields(source, self.storage / INDEXED_SOURCES, self._resources)
+                for source in spec.sources
             ],
             "tokenizer": self._tokenizer,
             "template": dataclasses.asdict(spec.language.template),
@@ -74,7 +75,9 @@ class PrepareStage(Stage):
         names = compared_benchmarks(load_operators(spec.corpus.operators, spec.name))
         loaded = {name: self._benchmarks[name] for name in names}
         folders = {name: ImageFolder(value.image_root, sorted(value.image_sizes)) for name, value in loaded.items()}
-        return prepare(spec, self._tokenizer, progress, node_labels, folders).counts()
+        indexes = self._sources.indexes(self.storage / INDEXED_SOURCES)
+        build_indexes(indexes, [file for source in spec.sources for file in source.annotation_files], self._resources)
+        return prepare(spec, self._tokenizer, progress, node_labels, folders, indexes).counts()
 
     def verify(self, metrics: Mapping[str, Any]) -> None:
         """Raise UserError when more rows are quarantined than the recipe, whose limit may have changed, allows."""

@@ -9,6 +9,7 @@ PLAN = "tests/unit/train/test_batch_plan.py"
 LOADER = "tests/unit/train/test_data_loader.py"
 RAY = "tests/ray/train/test_ray_backend.py"
 PREPARE = "tests/unit/corpus/test_prepare.py"
+OPERATORS = "tests/unit/corpus/test_operators.py"
 GROUPS = "tests/unit/train/test_loss_groups.py"
 CONNECTOR = "tests/unit/models/test_connector.py"
 STUDY = "tests/unit/tune/test_study.py"
@@ -218,11 +219,11 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/corpus/source_cache.py",
+        "raylava/corpus/row_index.py",
         (
             "a file is scanned once",
-            "        return _read(cached.uri)\n",
-            "        raise FileNotFoundError\n",
+            "        self._indexes[file] = self._stored(identity, record)\n        return True\n",
+            "        return False\n",
             "tests/unit/corpus/test_source_cache.py::test_unchanged_file_is_scanned_once",
         ),
         (
@@ -230,6 +231,99 @@ MUTANTS = [
             "time.time() - info.mtime_ns / 1e9 < _RECENT_SECONDS",
             "False",
             "tests/unit/corpus/test_source_cache.py::test_file_that_was_just_modified_is_scanned_every_time",
+        ),
+        (
+            "an index that was not completed is not used",
+            "        except (FileNotFoundError, NotADirectoryError):\n            return False\n",
+            "        except (FileNotFoundError, NotADirectoryError):\n            return True\n",
+            "tests/unit/corpus/test_row_index.py::test_index_that_is_not_complete_is_built_again",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/source_cache.py",
+        (
+            "large files are indexed on the cluster",
+            "if sum(missing.values()) < CLUSTER_BYTES:",
+            "if True:",
+            "tests/ray/corpus/test_row_index.py",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/formats.py",
+        (
+            "every byte of a JSON list is hashed",
+            "        cursor.read_rest()\n",
+            "",
+            "tests/unit/corpus/test_row_index.py::test_every_byte_of_a_json_file_counts_in_its_hash",
+        ),
+        (
+            "a line belongs to the part in which it begins",
+            "offset += len(reader.readline()) - 1",
+            "offset += len(reader.readline())",
+            "tests/unit/corpus/test_row_index.py",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/operators.py",
+        (
+            "several rows have ids of their own",
+            'replace(value, sample_id=f"{row.sample_id}/{number}")',
+            "replace(value, sample_id=row.sample_id)",
+            f"{OPERATORS}::test_one_row_may_become_several_with_ids_of_their_own",
+        ),
+        (
+            "duplicates are taken out",
+            "if self.dropped[position](row.sample_id):",
+            "if False:",
+            f"{OPERATORS}::test_of_duplicates_the_first_in_source_order_stays_whatever_the_shards",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/block_writer.py",
+        (
+            "filtered rows do not count as quarantined",
+            "content.filtered += isinstance(bad, FilteredRow)",
+            "pass",
+            f"{OPERATORS}::test_filtered_rows_are_counted_apart_from_quarantined_ones_and_listed_with_the_operator",
+        ),
+        (
+            "de-duplication sees the rows of the operators before it",
+            "_row_outcomes(spec, shard, chain, [], stop=operator)",
+            "_row_outcomes(spec, shard, chain, [], stop=0)",
+            f"{OPERATORS}::test_operators_apply_in_their_order",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/deduplication.py",
+        (
+            "similar images share one of several bands",
+            "edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)",
+            "edges = np.linspace(0, _HASH_BITS, distance + 1).astype(int) if distance else [0, _HASH_BITS]",
+            "tests/unit/corpus/test_deduplication.py",
+        ),
+        (
+            "a partition has all rows that share a band",
+            "selected |= (mixed",
+            "selected = (mixed",
+            "tests/unit/corpus/test_deduplication.py",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/operator_library.py",
+        (
+            "images of benchmarks are taken out",
+            "if len(benchmarks) and",
+            "if False and",
+            f"{OPERATORS}::test_images_of_a_benchmark_are_taken_out",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/stages.py",
+        (
+            "a user's operator is identified by its source",
+            'return ({"operator_sources": sources} if sources else {}) |',
+            "return",
+            "tests/unit/pipeline/test_operators.py",
         ),
     ),
     *_in(
@@ -740,6 +834,9 @@ MUTANTS = [
             "pass",
             f"{PREPARE}::test_corpus_that_lost_a_row_is_never_published",
         ),
+    ),
+    *_in(
+        "raylava/corpus/parallel.py",
         (
             "blocks are made on the nodes of the role",
             "compute=pool, label_selector=node_labels or None",
@@ -778,7 +875,7 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/corpus/sources.py",
+        "raylava/corpus/rows.py",
         (
             "image paths stay below their root",
             'if name.startswith(("/", "~")) or "://" in name or ".." in parts or "\\0" in name:',
@@ -786,9 +883,18 @@ MUTANTS = [
             "tests/unit/corpus/test_sources.py::test_image_path_cannot_escape_its_root",
         ),
         (
+            "rows are excluded",
+            "return included and not any(fnmatch(name, pattern) for name in names for pattern in exclude)",
+            "return included",
+            f"{KEYS}[corpora.instruction.sources.exclude]",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/sources.py",
+        (
             "sources are limited",
-            "itertools.islice(self.matching_rows(), self.source.max_rows)",
-            "self.matching_rows()",
+            "itertools.islice(self.matching_rows(indexes), self.source.max_rows)",
+            "self.matching_rows(indexes)",
             f"{KEYS}[corpora.instruction.sources.max_rows]",
         ),
         (
@@ -796,12 +902,6 @@ MUTANTS = [
             "_copies(self.source.sampling_weight,",
             "_copies(1.0,",
             f"{KEYS}[corpora.instruction.sources.sampling_weight]",
-        ),
-        (
-            "rows are excluded",
-            "return included and not any(fnmatch(name, pattern) for name in names for pattern in exclude)",
-            "return included",
-            f"{KEYS}[corpora.instruction.sources.exclude]",
         ),
     ),
     *_in(

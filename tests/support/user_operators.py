@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from raylava.corpus.operators import DuplicateKey, deduplicates, reads_images
-from raylava.corpus.sources import SourceRow
+from raylava.corpus.rows import SourceRow
 
 
 def one_row_per_exchange(row: SourceRow) -> Iterator[SourceRow]:

@@ -217,7 +217,7 @@ def test_blocks_are_made_on_the_nodes_of_the_role(
         return map_rows(dataset, function, **settings)
 
     monkeypatch.setattr(ray.data.Dataset, "map", spy)
-    monkeypatch.setattr("raylava.corpus.prepare.matching_resources", lambda labels: {"CPU": 1.0})
-    monkeypatch.setattr("raylava.corpus.prepare.eventual_resources", lambda labels: {"CPU": 1.0})
+    monkeypatch.setattr("raylava.corpus.parallel.matching_resources", lambda labels: {"CPU": 1.0})
+    monkeypatch.setattr("raylava.corpus.parallel.eventual_resources", lambda labels: {"CPU": 1.0})
     prepare(dataclasses.replace(prepare_spec, output=str(tmp_path)), "tokenizer", NullProgressBar(), {"disk": "ssd"})
     assert selectors == [{"disk": "ssd"}]

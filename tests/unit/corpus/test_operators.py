@@ -19,8 +19,8 @@ from raylava.corpus.operator_library import (
     without_repetition,
 )
 from raylava.corpus.prepare import ImageFolder
+from raylava.corpus.rows import SourceRow
 from raylava.corpus.shards import PrepareSpec
-from raylava.corpus.sources import SourceRow
 from raylava.errors import UserError
 from tests.support.corpora import prepare_serially, read_rows, read_samples, with_settings
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from raylava.config.recipe import Source
+from raylava.corpus import row_index
 from raylava.corpus.source_cache import SourceCache
 from raylava.corpus.sources import SourceFiles
 from raylava.errors import UserError
@@ -30,8 +31,10 @@ def make_source(folder: Path, images: list[str], **settings: Any) -> SourceFiles
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were scanned."""
     scanned: list[str] = []
-    scan = SourceFiles.image_names
-    monkeypatch.setattr(SourceFiles, "image_names", lambda self, file: scanned.append(file.name) or scan(self, file))
+    scan = row_index._scan
+    monkeypatch.setattr(
+        row_index, "_scan", lambda part, span: scanned.append(Path(part.file.uri).name) or scan(part, span)
+    )
     return scanned
 
 
@@ -82,10 +85,36 @@ def test_file_that_was_just_modified_is_scanned_every_time(tmp_path: Path, scans
     assert len(scans) == 2
 
 
-def test_other_filters_need_another_scan(tmp_path: Path, scans: list[str]) -> None:
-    fields(make_source(tmp_path / "corpus", ["a.png", "b.png"]), tmp_path / "scanned")
-    fields(make_source(tmp_path / "corpus", ["a.png", "b.png"], exclude=("b*",)), tmp_path / "scanned")
-    assert len(scans) == 2
+def test_sources_of_one_file_with_other_filters_share_its_index(tmp_path: Path, scans: list[str]) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "b.png").write_bytes(b"an image")
+    everything = fields(make_source(tmp_path / "corpus", ["a.png", "b.png"]), tmp_path / "scanned")
+    filtered = fields(make_source(tmp_path / "corpus", ["a.png", "b.png"], exclude=("b*",)), tmp_path / "scanned")
+    assert len(scans) == 2, "make_source writes the file again"
+    source = make_source(tmp_path / "corpus", ["a.png", "b.png"], exclude=("b*",))
+    fields(source, tmp_path / "scanned")
+    fields(
+        SourceFiles(source.source.model_copy(update={"exclude": ()}), source.annotations, source.images),
+        tmp_path / "scanned",
+    )
+    assert len(scans) == 3
+    assert everything["images"] != filtered["images"]
+
+
+def test_shards_are_staged_from_the_index_of_an_earlier_command(tmp_path: Path, scans: list[str]) -> None:
+    source = make_source(tmp_path / "corpus", ["a.png", "b.png", "c.png"])
+    fields(source, tmp_path / "scanned")
+    rows = list(source.selected_rows(0, SourceCache().indexes(storage_path(tmp_path / "scanned"))))
+    assert [row.row for row in rows] == [0, 1, 2]
+    assert scans == ["rows.json"]
+
+
+def test_tars_and_parquet_are_not_scanned_to_be_identified(tmp_path: Path, scans: list[str]) -> None:
+    (tmp_path / "rows.tar").write_bytes(b"not even a tar")
+    os.utime(tmp_path / "rows.tar", (OLD, OLD))
+    source = SourceFiles(Source(annotations="rows.tar"), str(tmp_path / "rows.tar"), "")
+    assert fields(source, tmp_path / "scanned")["annotations"][0]["bytes"] == 14
+    assert scans == []
 
 
 def test_results_of_another_process_are_used_without_reading_anything(tmp_path: Path, scans: list[str]) -> None:

@@ -9,7 +9,9 @@ import pytest
 from raylava.config.recipe import Source
 from raylava.corpus.conversation import Turn
 from raylava.corpus.quarantine import BadRow, Reason
-from raylava.corpus.sources import SourceFiles, image_names, parse_row, resolve_image_path
+from raylava.corpus.row_index import RowIndexes
+from raylava.corpus.rows import image_names, parse_row, resolve_image_path
+from raylava.corpus.sources import SourceFiles
 from raylava.errors import UserError
 from raylava.storage import storage_path
 
@@ -79,7 +81,7 @@ def test_malformed_row_raises_bad_row_with_its_reason(raw: Any, reason: Reason) 
 
 
 def selected_numbers(source: SourceFiles) -> list[int]:
-    return [row.row for row in source.selected_rows(0)]
+    return [row.row for row in source.selected_rows(0, RowIndexes())]
 
 
 def test_filters_select_rows_by_image_path_and_keep_row_numbers(tmp_path: Path) -> None:
@@ -94,9 +96,9 @@ def test_sampling_weight_keeps_a_fraction_of_rows_or_repeats_them(
     tmp_path: Path, weight: float, least: int, most: int
 ) -> None:
     source = make_source(tmp_path, [{"conversations": CONVERSATION}] * 400, sampling_weight=weight)
-    rows = list(source.selected_rows(0))
+    rows = list(source.selected_rows(0, RowIndexes()))
     assert least <= len(rows) <= most
-    assert rows == list(source.selected_rows(0)), "selection is deterministic"
+    assert rows == list(source.selected_rows(0, RowIndexes())), "selection is deterministic"
     assert len({row.id_suffix for row in rows}) == len(rows), "ids stay unique"
 
 
@@ -107,7 +109,13 @@ def test_folder_of_files_is_one_source_in_name_order(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     (tmp_path / "notes.md").write_text("not rows")
     source = SourceFiles(Source(annotations="."), str(tmp_path), str(tmp_path))
-    assert [(row.file, row.row) for row in source.selected_rows(0)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [(row.file, row.row) for row in source.selected_rows(0, RowIndexes())] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,7 @@ def test_folder_of_files_is_one_source_in_name_order(tmp_path: Path) -> None:
 def test_unreadable_annotations_raise_user_error(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "rows.xml").write_text("<rows/>")
     with pytest.raises(UserError, match=message):
-        list(SourceFiles(Source(annotations=name), str(tmp_path / name), "").selected_rows(0))
+        list(SourceFiles(Source(annotations=name), str(tmp_path / name), "").selected_rows(0, RowIndexes()))
 
 
 @pytest.mark.parametrize(
