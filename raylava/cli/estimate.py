@@ -60,7 +60,11 @@ Mfu = Annotated[
 ]
 Prices = Annotated[
     str | None,
-    typer.Option("--prices", metavar="FILE", help="YAML such as `h100x8: 60.0`, the price of a node per hour"),
+    typer.Option(
+        "--prices",
+        metavar="FILE",
+        help="YAML such as `h100x8: 60.0` or `cpux8: 0.4`, the price of a node per hour",
+    ),
 ]
 Corpora = Annotated[
     list[str] | None,
@@ -239,10 +243,12 @@ def _clusters(options: EstimateOptions, recipe: "Recipe") -> list["Cluster"]:
     workers = recipe.resources.workers
     prices = read_prices(options.prices) if options.prices else {}
     if options.gpu is None and prices:
-        node_types = [(name, int(gpus)) for name, _, gpus in (key.rpartition("x") for key in prices)]
+        keys = (key.rpartition("x") for key in prices)
+        node_types = [(name, int(gpus)) for name, _, gpus in keys if name != "cpu"]
         node_types = [node_type for node_type in node_types if options.gpus_per_node in (None, node_type[1])]
         if not node_types:
-            raise UserError(f"--prices {options.prices}: no node with {options.gpus_per_node} GPUs is listed")
+            count = options.gpus_per_node or "any"
+            raise UserError(f"--prices {options.prices}: no node with {count} GPUs is listed")
     else:
         gpus_per_node = options.gpus_per_node or min(_MAX_GPUS_PER_NODE, workers)
         node_types = [(options.gpu or _DEFAULT_GPU, gpus_per_node)]

@@ -62,8 +62,9 @@ def _sweep(
     if plan_only:
         hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
         return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
-    trials = sweep_run.run(console)
-    results = SweepResults(sweep, overrides, plan_of_results(trials, storage), trials)
+    price = _device_hour_price(options, plan.variants[0].recipe)
+    trials = sweep_run.run(console, price)
+    results = SweepResults(sweep, overrides, plan_of_results(trials, storage), trials, price)
     write_report(results, sweep_run.folder)
     console.show(results_table(results))
     report = escape(str(sweep_run.folder / "report.html"))
@@ -72,6 +73,16 @@ def _sweep(
     if failed:
         raise RunError(f"{len(failed)} of {len(trials)} trials failed, the first: {failed[0].failure}")
     return CommandResult({"results": results.table(), "folder": sweep_run.folder.uri})
+
+
+def _device_hour_price(options: EstimateOptions, recipe: "Recipe") -> float | None:
+    """Return the price of a GPU, or of a CPU core, for an hour; None without a price table."""
+    from raylava.perf.hardware import device_hour_price, read_prices
+
+    if options.prices is None:
+        return None
+    uses_gpus = recipe.resources.gpus_per_worker > 0
+    return device_hour_price(read_prices(options.prices), uses_gpus, options.gpu, options.gpus_per_node)
 
 
 def _show_hours(name: str, recipes: "list[Recipe]", options: EstimateOptions, console: Console) -> dict[str, Any]:

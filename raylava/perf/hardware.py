@@ -52,6 +52,9 @@ DEVICES = {
 }
 
 
+_CPU = "cpu"  # in place of a GPU's name in price tables
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Identical nodes with `gpus` GPUs each. `price_per_hour` is the price of one node, None if unknown."""
@@ -101,7 +104,8 @@ def peak_flops(cuda_name: str) -> float | None:
 def read_prices(path: str) -> dict[str, float]:
     """Read a price table: a YAML mapping of `<gpu>x<gpus per node>` to the price of such a node per hour.
 
-    The currency is the user's. Raises UserError if the file cannot be read or an entry has another form.
+    A node without GPUs is `cpux<cores>`. The currency is the user's. Raises UserError if the file cannot be read or an
+    entry has another form.
     """
     prices: dict[str, Any] = read_mapping(Path(path), "price table")
     for key, price in prices.items():
@@ -114,7 +118,24 @@ def read_prices(path: str) -> dict[str, float]:
 
 def _is_node_type(key: str) -> bool:
     name, _, gpus = key.rpartition("x")
-    return name in DEVICES and gpus.isdigit() and int(gpus) > 0
+    return name in (*DEVICES, _CPU) and gpus.isdigit() and int(gpus) > 0
+
+
+def device_hour_price(prices: dict[str, float], uses_gpus: bool, gpu: str | None, gpus_per_node: int | None) -> float:
+    """Return the price of one GPU (or CPU core) for an hour, as its share of a node's.
+
+    `gpu` and `gpus_per_node` select among the node types of the table. Raises UserError unless they leave one price.
+    """
+    found = set()
+    for key, price in prices.items():
+        name, _, count = key.rpartition("x")
+        if (name != _CPU) == uses_gpus and gpu in (None, name) and gpus_per_node in (None, int(count)):
+            found.add(price / int(count))
+    if len(found) != 1:
+        kind = "GPU" if uses_gpus else "CPU (such as `cpux8: 0.4`)"
+        problem = f"lists {len(found)} prices of a {kind}" if found else f"lists no price of a {kind}"
+        raise UserError(f"--prices: the table {problem}; list one, or select it by --gpu and --gpus-per-node")
+    return found.pop()
 
 
 def make_cluster(nodes: int, gpus: int, gpu: str, prices: dict[str, float] | None = None) -> Cluster:

@@ -18,6 +18,7 @@ from raylava.tune.variants import TrialRecord
 
 # Titles of the report's sections.
 COMMANDS_TITLE, CURVES_TITLE, SEARCH_TITLE = "Commands to reproduce each row", "Finetuning loss", "Search"
+PARETO_TITLE = "Best trials by several objectives"
 
 _INK, _ACCENT, _MUTED = "#1d1d22", "#3454d1", "#8a8a96"
 _COLOURS = ("#3454d1", "#d1495b", "#2a9d8f", "#e09f3e", "#7b2d8b", "#5c677d", "#9c6644", "#00798c")
@@ -69,6 +70,8 @@ def _plots(results: SweepResults, section: str) -> Iterator[tuple[str, go.Figure
         )
     elif section == SEARCH_TITLE and results.sweep.search:
         yield from _search_plots(results, results.sweep.search)
+    elif section == PARETO_TITLE and results.sweep.search:
+        yield "Every finished trial; those that no other trial surpasses in both are joined", _pareto_plot(results)
 
 
 def _effects_plot(effects: list[Effect]) -> go.Figure:
@@ -112,6 +115,28 @@ def _scores_plot(results: SweepResults, benchmark: str) -> go.Figure:
     return _styled(figure, results.headline_metric(benchmark), "", height=height)
 
 
+def _pareto_plot(results: SweepResults) -> go.Figure:
+    """Return the trials by their first two objectives."""
+    search = results.sweep.search
+    assert search is not None
+    first, second = list(search.objective)[:2]
+    best = {id(row) for row in results.pareto_rows}
+    figure = go.Figure()
+    for name, chosen, color in (("other trials", False, _MUTED), ("best", True, _ACCENT)):
+        rows = [row for row in results.rows if {first, second} <= row.objectives.keys() and (id(row) in best) == chosen]
+        rows.sort(key=lambda row: row.objectives[first])
+        figure.add_scatter(
+            x=[row.objectives[first] for row in rows],
+            y=[row.objectives[second] for row in rows],
+            text=[row.trial.variant.name for row in rows],
+            name=name,
+            mode="lines+markers" if chosen else "markers",
+            line={"shape": "hv", "dash": "dot"},
+            marker={"size": 10, "color": color},
+        )
+    return _styled(figure, first, second, height=_HEIGHT)
+
+
 def _curves_plot(curves: list[tuple[TrialRow, list[tuple[int, float]]]]) -> go.Figure:
     """Return the loss curves, one colour per cell, or per trial if the sweep has no axes."""
     figure = go.Figure()
@@ -150,14 +175,14 @@ ValuedTrials = list[tuple[TrialRecord, float]]
 
 
 def _compared_values(search: SearchConfig, trials: list[TrialRecord]) -> Iterator[tuple[str, ValuedTrials]]:
-    """Yield (name, trials with values) for each objective and, with ASHA, for the loss at the first rung.
+    """Yield (name, trials with values) for each objective and, with early stopping, for the loss at the first rung.
 
     Objectives exist only for finished trials, the loss at the first rung also for those that were stopped.
     """
     for objective in search.objective:
         yield objective, [(trial, trial.objectives[objective]) for trial in trials if objective in trial.objectives]
-    if search.asha:
-        first_rung = round(RUNGS * search.asha.grace)
+    if search.early_stopping:
+        first_rung = round(RUNGS * search.early_stopping.grace)
         name = f"loss after {100 * first_rung // RUNGS} % of finetuning"
         yield name, [(trial, trial.losses[first_rung]) for trial in trials if first_rung in trial.losses]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
-from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, SEARCH_TITLE, render_html
+from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, PARETO_TITLE, SEARCH_TITLE, render_html
 from raylava.tune.published_scores import SOURCE, published_scores
 from raylava.tune.results import SweepResults, TrialRow
 from raylava.tune.study import RUNGS
@@ -38,7 +38,14 @@ def render_markdown(results: SweepResults) -> str:
         effects = results.effects(benchmark)
         sections.append([f"## {benchmark}", *_effect_sentences(effects), "", *_score_table(results, benchmark)])
         sections.append(_effect_table(effects))
-    sections += [_published(results), _losses(results), _search(results), _cost(results), _failures(results)]
+    sections += [
+        _published(results),
+        _losses(results),
+        _search(results),
+        _pareto(results),
+        _cost(results),
+        _failures(results),
+    ]
     sections.append(_commands(results))
     return "\n".join(line for section in sections for line in (*section, ""))
 
@@ -175,6 +182,23 @@ def _search(results: SweepResults) -> Iterator[str]:
         yield f"results.csv lists {len(rows) - _MAX_TRIALS} more trials."
 
 
+def _pareto(results: SweepResults) -> Iterator[str]:
+    """Yield the trials of a search for several objectives between which only a preference can decide."""
+    search = results.sweep.search
+    if search is None or len(search.objective) < 2 or not results.pareto_rows:
+        return
+    first = next(iter(search.objective))
+    yield f"## {PARETO_TITLE}"
+    yield ""
+    yield "No other trial is better in one objective without being worse in another."
+    yield ""
+    yield from _table_head([*results.sweep.axes, *search.space, *search.objective])
+    for row in sorted(results.pareto_rows, key=lambda row: _sort_key(row, first, search.objective[first])):
+        settings = [format_value(value) for value in row.trial.variant.searched.values()]
+        objectives = [f"{row.objectives[objective]:.4g}" for objective in search.objective]
+        yield _table_row([*row.levels, *settings, *objectives])
+
+
 def _sort_key(row: TrialRow, name: str, direction: str) -> tuple[bool, float]:
     value = row.objectives.get(name, 0.0)
     return name not in row.objectives, -value if direction == "max" else value
@@ -205,10 +229,19 @@ def _cost(results: SweepResults) -> Iterator[str]:
         f"{len(results.plan.planned_stages)} are distinct."
     )
     yield ""
-    yield from _table_head(["trial", unit, f"{unit}, shared stages split"])
+    price = results.price
+    if price is not None:
+        yield (
+            f"At {price:g} for one of them, training cost {price * total:.2f}; sharing saved "
+            f"{price * (unshared - total):.2f}."
+        )
+        yield ""
+    prices = [] if price is None else ["cost", "cost, shared stages split"]
+    yield from _table_head(["trial", unit, f"{unit}, shared stages split", *prices])
     for row in results.rows[:_MAX_TRIALS]:
-        hours = [f"{row.device_hours:.3f}", f"{row.shared_device_hours:.3f}"]
-        yield _table_row([row.trial.variant.name or "the only variant", *hours])
+        hours = (row.device_hours, row.shared_device_hours)
+        costs = [] if price is None else [f"{price * value:.2f}" for value in hours]
+        yield _table_row([row.trial.variant.name or "the only variant", *(f"{value:.3f}" for value in hours), *costs])
 
 
 def _failures(results: SweepResults) -> Iterator[str]:

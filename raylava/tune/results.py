@@ -7,19 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from raylava.artifacts import Artifact
-from raylava.config.recipe import Resources
 from raylava.evaluate.compare import PER_QUESTION_SCORES
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.train.step_log import recorded_steps, training_seconds
 from raylava.tune.effects import Effect, GradedVariant, estimate_effects
 from raylava.tune.sweep import SweepConfig
 from raylava.tune.sweep_plan import SweepPlan
-from raylava.tune.trial import compute_objectives
+from raylava.tune.trial import TRAINING_STAGES, compute_objectives, device_hours_per_second
 from raylava.tune.variants import TrialResult
 
 _EVALUATE = "evaluate "
 _CURVE_POINTS = 60
-_TRAINING_STAGES = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,13 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A sweep that has run. Rows are in the order of the trials."""
+    """A sweep that has run. Rows are in the order of the trials; `price` is that of a device-hour, None if unknown."""
 
     sweep: SweepConfig
     overrides: Sequence[str]
     plan: SweepPlan
     trials: Sequence[TrialResult]
+    price: float | None = None
 
     @cached_property
     def rows(self) -> list[TrialRow]:
@@ -71,7 +70,7 @@ class SweepResults:
         Stages that were stopped or failed are included.
         """
         rate = device_hours_per_second(self.plan.variants[number].recipe.resources)
-        stages = [stage for stage in self.plan.stages[number] if stage.kind in _TRAINING_STAGES]
+        stages = [stage for stage in self.plan.stages[number] if stage.kind in TRAINING_STAGES]
         seconds = [training_seconds(stage.spec().path, artifacts.get(stage.label)) for stage in stages]
         users = [self._users[stage.spec().fingerprint] for stage in stages]
         return [(rate * stage_seconds, count) for stage_seconds, count in zip(seconds, users, strict=True)]
@@ -125,6 +124,12 @@ class SweepResults:
             if benchmark in row.scores
         ]
 
+    def _costs(self, row: TrialRow) -> dict[str, float]:
+        """Return the price of a trial's training, by itself and with shared stages split; nothing without a price."""
+        if self.price is None:
+            return {}
+        return {"cost": self.price * row.device_hours, "shared_cost": self.price * row.shared_device_hours}
+
     @property
     def total_device_hours(self) -> float:
         """Return the device-hours of training that the sweep used."""
@@ -134,6 +139,21 @@ class SweepResults:
     def unshared_device_hours(self) -> float:
         """Return the device-hours of training that the trials would have used without sharing stages."""
         return sum(row.device_hours for row in self.rows)
+
+    @cached_property
+    def pareto_rows(self) -> list[TrialRow]:
+        """Return the trials of a search that no other trial surpasses in one objective and equals in the others."""
+        search = self.sweep.search
+        if search is None:
+            return []
+        rows = [row for row in self.rows if row.objectives.keys() >= search.objective.keys()]
+        signs = {name: 1.0 if direction == "max" else -1.0 for name, direction in search.objective.items()}
+        values = [tuple(sign * row.objectives[name] for name, sign in signs.items()) for row in rows]
+        return [
+            row
+            for row, value in zip(rows, values, strict=True)
+            if not any(other != value and all(a >= b for a, b in zip(other, value, strict=True)) for other in values)
+        ]
 
     def loss_curves(self) -> Iterator[tuple[TrialRow, list[tuple[int, float]]]]:
         """Yield each trial's finetuning curve as (step, mean loss) points, including trials that were stopped."""
@@ -159,15 +179,11 @@ class SweepResults:
                     "failure": row.trial.failure,
                     "device_hours": row.device_hours,
                     "shared_device_hours": row.shared_device_hours,
+                    **self._costs(row),
                     "model_path": model and str(model.path),
                 }
             )
         return records
-
-
-def device_hours_per_second(resources: Resources) -> float:
-    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
-    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
 def _objectives(trial: TrialResult, artifacts: Mapping[str, Artifact]) -> Mapping[str, float]:

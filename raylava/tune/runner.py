@@ -5,8 +5,6 @@ ones resume from their checkpoints, and Ray Tune's own state is not needed.
 """
 
 import dataclasses
-import json
-import math
 import os
 import tempfile
 import time
@@ -26,9 +24,11 @@ from raylava.errors import UserError, first_line
 from raylava.pipeline.graph import InputCache, build_stages, make_absolute, pin_commits
 from raylava.pipeline.runner import check_capacity
 from raylava.progress import poll_in_background
-from raylava.storage import StoragePath, retry
+from raylava.storage import StoragePath
+from raylava.tune.budget import SearchBudget
 from raylava.tune.concurrency import ConcurrencyLimit
-from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher
+from raylava.tune.early_stopping import EarlyStopping
+from raylava.tune.searcher import SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
 from raylava.tune.tables import progress_table
@@ -36,7 +36,6 @@ from raylava.tune.tracker import TrialStatus, TrialTracker
 from raylava.tune.trial import run_trial
 from raylava.tune.variants import TrialRecord, TrialResult, Variant, variants, with_settings
 
-_SAVE_INTERVAL_SECONDS = 60.0
 _MAX_WORKER_FAILURES = 8  # restarts of a trial whose process died before the trial fails
 
 Sources = Sequence[SingleTrial] | Sequence[VariantStudy]
@@ -71,14 +70,19 @@ class SweepRun:
                     planned.append(self._apply_settings(variant, settings))
         return planned
 
-    def run(self, console: Console) -> list[TrialResult]:
-        """Run the missing trials and return the results of all trials, including those of earlier runs of the sweep."""
+    def run(self, console: Console, price: float | None = None) -> list[TrialResult]:
+        """Run the missing trials and return the results of all trials, including those of earlier runs of the sweep.
+
+        `price` is that of a device-hour. Raises UserError if the search has a budget in money and there is no price.
+        """
+        if price is None and self.sweep.search and self.sweep.search.max_cost:
+            raise UserError(f"search.max_cost={self.sweep.search.max_cost:g} needs prices; give --prices FILE")
         resources = [variant.recipe.resources for variant in self._variants]
         largest = max(resources, key=lambda request: request.workers * request.cpus_per_worker)
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
             self._check_capacity(console)
             sources = self._sources()
-            budget = self._search_budget()
+            budget = self._search_budget(price)
             labels = node_labels_for(TRAIN, largest)
             limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
             self._run_trials(sources, budget, limit, console)
@@ -91,14 +95,15 @@ class SweepRun:
             missing = {stage.kind for stage in stages if stage.spec().find() is None}
             check_capacity(variant.recipe, missing, console)
 
-    def _search_budget(self) -> "SearchBudget":
+    def _search_budget(self, price: float | None) -> SearchBudget:
         search = self.sweep.search
         if search is None:
             return SearchBudget(self.folder / "spent.json", None)
-        return SearchBudget(self.folder / f"spent-{self._study_name(search)}.json", search.hours)
+        file = self.folder / f"spent-{self._study_name(search)}.json"
+        return SearchBudget(file, search.hours, search.max_cost, price)
 
     def _planned_trials(self, sources: "Sources") -> int | None:
-        """Return the number of trials that this run will start, None for a search limited only by time."""
+        """Return the number of trials that this run will start, None for a search without a number of trials."""
         per_variant = self.sweep.search.trials if self.sweep.search else 1
         studies = [source for source in sources if isinstance(source, VariantStudy)]
         finished = [trial for study in studies for trial in study.trials if trial.outcome]
@@ -123,9 +128,7 @@ class SweepRun:
             return [SingleTrial(variant) for variant in self._variants]
         return self._studies(search).resume_studies(self._variants)
 
-    def _run_trials(
-        self, sources: "Sources", budget: "SearchBudget", limit: ConcurrencyLimit, console: Console
-    ) -> None:
+    def _run_trials(self, sources: "Sources", budget: SearchBudget, limit: ConcurrencyLimit, console: Console) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         # Otherwise Ray Tune would return normally on Ctrl-C, and interrupted trials would count as results.
@@ -138,7 +141,7 @@ class SweepRun:
                 tracker.add_trial.remote(variant.name, pin_commits(make_absolute(variant.recipe)).model_dump_json())
             ),
             lambda number, outcome: tracker.finish.remote(number, outcome),
-            budget.exhausted,
+            budget,
             limit,
         )
         config = {
@@ -155,7 +158,7 @@ class SweepRun:
                 param_space=config,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
-                    scheduler=EarlyStop(searcher),
+                    scheduler=EarlyStopping(searcher, self.sweep.search.early_stopping if self.sweep.search else None),
                     num_samples=-1,
                 ),
                 run_config=tune.RunConfig(
@@ -192,36 +195,9 @@ def _trial_bundles() -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[node])
 
 
-class SearchBudget:
-    """Time budget of a search. The time spent over all its runs is saved in a file in the sweep's folder."""
-
-    def __init__(self, file: StoragePath, hours: float | None) -> None:
-        self._file, self._limit_seconds = file, None if hours is None else 3600 * hours
-        self._seconds_before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
-        self._started = time.monotonic()
-        self._last_save = -math.inf
-
-    @property
-    def spent_seconds(self) -> float:
-        """Return the seconds spent on the search, including earlier runs."""
-        return float(self._seconds_before) + time.monotonic() - self._started
-
-    def exhausted(self) -> bool:
-        """Return whether no new trial may start. Also saves the time spent."""
-        self.save()
-        return self._limit_seconds is not None and self.spent_seconds >= self._limit_seconds
-
-    def save(self) -> None:
-        """Write the time spent to the file, at most once a minute; does nothing without a limit."""
-        if self._limit_seconds is not None and time.monotonic() - self._last_save > _SAVE_INTERVAL_SECONDS:
-            self._last_save = time.monotonic()
-            content = json.dumps({"seconds": self.spent_seconds}).encode()
-            retry(lambda: self._file.write_bytes(content), _SAVE_INTERVAL_SECONDS, f"writing {self._file}")
-
-
 @contextmanager
 def _live_progress_table(
-    tracker: Any, planned_trials: int | None, budget: "SearchBudget", console: Console
+    tracker: Any, planned_trials: int | None, budget: SearchBudget, console: Console
 ) -> Iterator[None]:
     """Display the progress of the trials, and save the budget, while Ray Tune blocks the main thread."""
 

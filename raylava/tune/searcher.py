@@ -1,4 +1,4 @@
-"""Ray Tune's interfaces to a sweep: a searcher that suggests the next trial and a scheduler that stops trials early.
+"""Ray Tune's interface to a sweep: a searcher that suggests the next trial and records how each one ends.
 
 Results and studies are in storage. What the searcher itself knows is which source and which tracked trial belong to
 each of Ray Tune's running trials; `save` and `restore` keep that as JSON, and so does the copy that Ray Tune pickles,
@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raylava.errors import UserError, first_line
+from raylava.tune.budget import SearchBudget
 from raylava.tune.variants import LOST, Variant
 
 TuneResult = Mapping[str, Any]
@@ -32,8 +31,11 @@ class TrialSource(Protocol):
         With `allow_new` False, only trials interrupted with an earlier driver are started.
         """
 
-    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
-        """Record a trial's loss at a rung and return whether the trial should stop there."""
+    def record_loss(self, trial_id: str, rung: int, loss: float) -> None:
+        """Record a trial's loss at a rung."""
+
+    def finished_losses(self) -> list[Mapping[int, float]]:
+        """Return the losses, by rung, of every trial that has ended, also with earlier drivers."""
 
     def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
         """Record the outcome of a trial."""
@@ -59,9 +61,12 @@ class SingleTrial:
         self._started, self.failure = True, "the trial did not finish"
         return {}
 
-    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
-        """Return False: without a search no trial is stopped early."""
-        return False
+    def record_loss(self, trial_id: str, rung: int, loss: float) -> None:
+        """Do nothing: without a search no trial is stopped early."""
+
+    def finished_losses(self) -> list[Mapping[int, float]]:
+        """Return nothing: no other trial is comparable."""
+        return []
 
     def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
         """See TrialSource."""
@@ -90,7 +95,7 @@ class SweepSearcher(Searcher):
         apply_settings: Callable[[Variant, Mapping[str, Any]], Variant],
         add_trial: Callable[[Variant], int],
         finish_trial: Callable[[int, str], None],
-        budget_exhausted: Callable[[], bool],
+        budget: SearchBudget,
         concurrency_limit: Callable[[], int],
     ) -> None:
         """`add_trial` registers a trial with the tracker and returns its number.
@@ -98,7 +103,7 @@ class SweepSearcher(Searcher):
         `finish_trial` receives the outcome, `stopped` or `failed`, of trials that cannot report it themselves.
         """
         super().__init__()
-        self._sources, self._apply_settings, self._budget_exhausted = list(sources), apply_settings, budget_exhausted
+        self._sources, self._apply_settings, self._budget = list(sources), apply_settings, budget
         self._add_trial, self._finish_trial, self._concurrency_limit = add_trial, finish_trial, concurrency_limit
         self._running: dict[str, tuple[TrialSource, int]] = {}
 
@@ -122,7 +127,7 @@ class SweepSearcher(Searcher):
         return str(Searcher.FINISHED)
 
     def _next_suggestion(self, trial_id: str) -> tuple[TrialSource, Mapping[str, Any]] | None:
-        allow_new = not self._budget_exhausted()
+        allow_new = not self._budget.exhausted()
         for _ in range(len(self._sources)):
             source = self._sources.pop(0)
             self._sources.append(source)
@@ -131,24 +136,27 @@ class SweepSearcher(Searcher):
                 return source, settings
         return None
 
-    def should_stop(self, trial_id: str, result: TuneResult) -> bool:
-        """Return whether a trial that reports a rung should stop there."""
-        if "rung" not in result:
-            return False
-        source, number = self._running[trial_id]
-        stop = source.should_stop(trial_id, result["rung"], result["loss"])
-        if stop:
-            self._finish_trial(number, "stopped")
-        return stop
+    def source(self, trial_id: str) -> TrialSource:
+        """Return the source of a running trial."""
+        return self._running[trial_id][0]
+
+    def record_loss(self, trial_id: str, rung: int, loss: float) -> None:
+        """Record a running trial's loss at a rung."""
+        self.source(trial_id).record_loss(trial_id, rung, loss)
+
+    def record_stop(self, trial_id: str) -> None:
+        """Tell the tracker that a running trial is stopped early."""
+        self._finish_trial(self._running[trial_id][1], "stopped")
 
     def on_trial_result(self, trial_id: str, result: TuneResult) -> None:
-        """Do nothing: EarlyStop passes intermediate results to should_stop."""
+        """Do nothing: EarlyStopping records intermediate results before it decides."""
 
     def on_trial_complete(self, trial_id: str, result: TuneResult | None = None, error: bool = False) -> None:
         """See Searcher."""
         source, number = self._running.pop(trial_id)
         if error:
             self._finish_trial(number, "failed")
+        self._budget.add_device_hours((result or {}).get("device_hours", 0.0))
         source.on_trial_complete(trial_id, result, error)
 
     def state(self) -> dict[str, Any]:
@@ -179,16 +187,3 @@ class SweepSearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state()
-
-
-class EarlyStop(FIFOScheduler):
-    """Runs trials in the order of their suggestion and stops those that the searcher rejects at a rung."""
-
-    def __init__(self, searcher: SweepSearcher) -> None:
-        super().__init__()
-        self._searcher = searcher
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: TuneResult) -> str:
-        """See TrialScheduler."""
-        stop = self._searcher.should_stop(trial.trial_id, result)
-        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
@@ -205,7 +205,7 @@ class VariantStudy:
             storage=storage,
             directions=[_DIRECTIONS[mode] for mode in search.objective.values()],
             sampler=_create_sampler(search, storage, name),
-            pruner=_create_pruner(search),
+            pruner=NopPruner(),  # Ray Tune stops trials, see early_stopping.py
             load_if_exists=True,
         )
         self.study.set_user_attr(_OWNER, identity)
@@ -251,17 +251,18 @@ class VariantStudy:
         self._interrupted = [trial for trial in self._interrupted if trial.number not in numbers]
         self._running = {trial_id: self._continued_trial(number) for trial_id, number in state["running"].items()}
 
-    def should_stop(self, trial_id: str, rung: int, loss: float) -> bool:
-        """Record a trial's loss at a rung (1 to RUNGS) and return whether successive halving stops the trial there.
+    def record_loss(self, trial_id: str, rung: int, loss: float) -> None:
+        """Record a trial's loss at a rung (1 to RUNGS).
 
-        The loss is recorded with the sign for which the study's direction prefers smaller losses: Optuna's sampler and
-        pruner rank intermediate values by that direction.
+        The loss is recorded with the sign for which the study's direction prefers smaller losses: Optuna's sampler
+        ranks the intermediate values of stopped trials by that direction.
         """
-        if len(self._objectives) > 1:
-            return False  # Optuna does not store intermediate values of multi-objective studies
-        trial = self._running[trial_id]
-        trial.report(self._loss_sign * loss, rung)
-        return self.search.asha is not None and rung < RUNGS and trial.should_prune()
+        if len(self._objectives) == 1:  # Optuna does not store intermediate values of multi-objective studies
+            self._running[trial_id].report(self._loss_sign * loss, rung)
+
+    def finished_losses(self) -> list[Mapping[int, float]]:
+        """See searcher.TrialSource."""
+        return [trial.losses for trial in self.trials if trial.outcome]
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Record the outcome of a trial in the study.
@@ -277,12 +278,6 @@ class VariantStudy:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, values)
-
-
-def _create_pruner(search: SearchConfig) -> BasePruner:
-    if search.asha is None:
-        return NopPruner()
-    return SuccessiveHalvingPruner(round(RUNGS * search.asha.grace), search.asha.reduction)
 
 
 def _trial_records(study: Study, search: SearchConfig) -> list[TrialRecord]:

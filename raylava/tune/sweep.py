@@ -17,6 +17,8 @@ _RESULT_COLUMNS = (
     "failure",
     "device_hours",
     "shared_device_hours",
+    "cost",
+    "shared_cost",
     "model_path",
 )
 
@@ -58,15 +60,29 @@ class SearchRange(ConfigModel):
         return self.choice or self.loguniform or self.uniform or self.integer or ()
 
 
-class AshaConfig(ConfigModel):
-    """Early stopping by finetuning loss: asynchronous successive halving (Li et al. 2020).
+class EarlyStoppingConfig(ConfigModel):
+    """Early stopping by finetuning loss, by a scheduler of Ray Tune.
 
-    A trial is first compared after the fraction `grace` of finetuning, then each time after `reduction` times as much.
-    It continues only if its loss is among the best 1/`reduction` of the trials that reached the same point.
+    A trial is first compared after the fraction `grace` of finetuning. With `asha` (Li et al. 2020) it is compared
+    again each time after `reduction` times as much, and continues only if its loss is among the best 1/`reduction` of
+    the trials that reached the same point. With `hyperband` (its asynchronous form) trials are spread over `brackets`,
+    each of which first compares them `reduction` times later than the one before. With `median` (Golovin et al. 2017)
+    it is compared ten times, and stops if its best loss is worse than the median of the mean losses so far of at least
+    `min_samples` other trials.
     """
 
+    algorithm: Literal["asha", "hyperband", "median"] = "asha"
     grace: float = Field(0.1, ge=0.1, le=1)
     reduction: int = Field(3, ge=2)
+    brackets: int = Field(3, ge=1, le=3)
+    min_samples: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_algorithm(self) -> Self:
+        used = {"asha": ("reduction",), "hyperband": ("reduction", "brackets"), "median": ("min_samples",)}
+        for key in sorted(self.model_fields_set - {"algorithm", "grace", *used[self.algorithm]}):
+            raise ValueError(f"{key} does not apply to algorithm={self.algorithm}; remove it")
+        return self
 
 
 class SearchConfig(ConfigModel):
@@ -74,26 +90,30 @@ class SearchConfig(ConfigModel):
 
     `space` maps recipe keys to ranges. `objective` maps objectives to a direction: `loss` (at the end of finetuning), a
     benchmark's name (its score), `seconds` (training time). `trials` limits the trials of each variant, `hours` the
-    whole search. `study_storage` is an SQLAlchemy URL in which `$NAME` is replaced by the environment variable; without
-    it, the study is stored next to the report.
+    time of the whole search, and `max_cost` the price of its training in the currency of `--prices`. `study_storage` is
+    an SQLAlchemy URL in which `$NAME` is replaced by the environment variable; without it, the study is stored next to
+    the report.
     """
 
     space: dict[str, SearchRange] = Field(min_length=1)
     objective: dict[str, Literal["min", "max"]] = Field(min_length=1)
     sampler: Literal["tpe", "random"] = "tpe"
-    asha: AshaConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = None
     trials: int | None = Field(None, ge=1)
     hours: float | None = Field(None, gt=0)
+    max_cost: float | None = Field(None, gt=0)
     study: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
     study_storage: str | None = None
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _validate_budget(self) -> Self:
-        if self.trials is None and self.hours is None:
-            raise ValueError("a search needs a budget; give trials (of each variant) or hours (of the whole search)")
-        if self.asha and len(self.objective) > 1:
-            raise ValueError("asha supports one objective; keep one objective, or remove asha")
+        if self.trials is None and self.hours is None and self.max_cost is None:
+            raise ValueError(
+                "a search needs a budget; give trials (of each variant), or hours or max_cost (of the whole search)"
+            )
+        if self.early_stopping and len(self.objective) > 1:
+            raise ValueError("early_stopping supports one objective; keep one objective, or remove early_stopping")
         return self
 
 

@@ -7,7 +7,7 @@ Tune restarts only trials whose process died.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,13 @@ from ray import tune
 
 from raylava.artifacts import Artifact
 from raylava.cluster.session import configure_ray_libraries
-from raylava.config.recipe import Recipe
+from raylava.config.recipe import Recipe, Resources
 from raylava.errors import first_line
 from raylava.pipeline.graph import InputCache, build_stages
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.pipeline.stage import run_stage
 from raylava.progress import NullProgressBar, ProgressBar
-from raylava.storage import storage_path
+from raylava.storage import StoragePath, storage_path
 from raylava.train.step_log import training_seconds
 from raylava.tune.study import RUNGS
 from raylava.tune.variants import LOSS, SECONDS
@@ -30,6 +30,7 @@ from raylava.tune.variants import LOSS, SECONDS
 logger = logging.getLogger(__name__)
 
 _REPORT_INTERVAL_SECONDS = 0.5
+TRAINING_STAGES = ("pretrain", "finetune")
 _COMPARED_STAGE = "finetune"  # the stage whose loss is compared between trials
 
 
@@ -39,36 +40,52 @@ def run_trial(config: dict[str, Any]) -> None:
     `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor, whether the sweep `joined` a
     running cluster, whether the trial belongs to a `search`, and what the driver has resolved of the corpora's
     `sources`. Trials of a search report `rung` and `loss` during finetuning. Every trial ends with a report of its
-    `objective/NAME` values or of its `failure`.
+    `objective/NAME` values or of its `failure`. All reports state the `device_hours` of the training stages that the
+    trial has built itself so far.
     """
     configure_ray_libraries(config["joined"])
     tracker, number = config["tracker"], config["trial"]
     recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
-    reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
+    reporter = _TrialReporter(tracker, number, device_hours_per_second(recipe.resources), config["search"])
     try:
         stages = build_stages(recipe, storage_path(config["storage"]), InputCache(config["sources"]))
+        reporter.training_paths = {stage.label: stage.spec().path for stage in stages if stage.kind in TRAINING_STAGES}
         artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
         report: dict[str, Any] = {"objective": compute_objectives(artifacts)}
     except Exception as error:  # any error of the stages is the result of this variant
         logger.exception("the trial failed")
         report = {"failure": first_line(error)}
     ray.get(tracker.finish.remote(number, "failed" if "failure" in report else "done"))
-    tune.report(report)
+    tune.report(report | {"device_hours": reporter.device_hours()})
 
 
 def compute_objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     """Return every objective of a finished variant by name: the final loss, training seconds, benchmark scores."""
     scores = {name: headline_score(artifacts[f"evaluate {name}"]) for name in scored_benchmarks(artifacts)}
-    trained = [artifact for artifact in artifacts.values() if artifact.stage in ("pretrain", "finetune")]
+    trained = [artifact for artifact in artifacts.values() if artifact.stage in TRAINING_STAGES]
     seconds = sum(training_seconds(artifact.path, artifact) for artifact in trained)
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
+
+
+def device_hours_per_second(resources: Resources) -> float:
+    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
+    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
 class _TrialReporter:
     """Progress reporter (progress.ProgressReporter) that forwards the progress of stages to the tracker."""
 
-    def __init__(self, tracker: Any, trial: int, compare_loss: bool) -> None:
+    def __init__(self, tracker: Any, trial: int, hours_per_second: float, compare_loss: bool) -> None:
+        """`hours_per_second` are the device-hours of a second of training."""
         self._tracker, self._trial, self._compare_loss = tracker, trial, compare_loss
+        self._hours_per_second = hours_per_second
+        self._built: list[str] = []
+        self.training_paths: dict[str, StoragePath] = {}  # of the training stages' artifacts, by label
+
+    def device_hours(self) -> float:
+        """Return the device-hours of the training stages that this trial has built, from their step logs."""
+        paths = [self.training_paths[label] for label in self._built if label in self.training_paths]
+        return self._hours_per_second * sum(training_seconds(path, None) for path in paths)
 
     def say(self, text: str) -> None:
         """Discard the line: a trial has no console, and its results are in the artifacts."""
@@ -76,15 +93,16 @@ class _TrialReporter:
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         self._tracker.start_stage.remote(self._trial, title)
+        self._built.append(title)
         rungs = Rungs() if self._compare_loss and title == _COMPARED_STAGE else None
-        yield _TrackerBar(self._tracker, self._trial, rungs)
+        yield _TrackerBar(self._tracker, self._trial, rungs, self.device_hours)
 
 
 class _TrackerBar(NullProgressBar):
     """Progress bar that reports to the tracker at most every half second, and to Ray Tune at each rung."""
 
-    def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None") -> None:
-        self._tracker, self._trial, self._rungs = tracker, trial, rungs
+    def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None", device_hours: Callable[[], float]) -> None:
+        self._tracker, self._trial, self._rungs, self._device_hours = tracker, trial, rungs, device_hours
         self._last_report = 0.0
 
     def update(self, done: float, total: float, **metrics: float) -> None:
@@ -94,7 +112,7 @@ class _TrackerBar(NullProgressBar):
             self._tracker.report_progress.remote(self._trial, done, total, metrics, time.time())
         reached = self._rungs.record_loss(done, total, metrics["loss"]) if self._rungs else None
         if reached:
-            tune.report({"rung": reached[0], "loss": reached[1]})
+            tune.report({"rung": reached[0], "loss": reached[1], "device_hours": self._device_hours()})
 
 
 class Rungs:

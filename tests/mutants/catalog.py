@@ -920,18 +920,48 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "raylava/tune/early_stopping.py",
+        (
+            "unpromising trials are stopped",
+            "return decision == TrialScheduler.STOP and result[_TIME] < RUNGS",
+            "return False",
+            "tests/unit/tune/test_early_stopping.py",
+        ),
+        (
+            "losses of earlier drivers count",
+            "_create_scheduler(self._config, source.finished_losses())",
+            "_create_scheduler(self._config, [])",
+            "tests/unit/tune/test_early_stopping.py",
+        ),
+        (
+            "variants are not compared",
+            "self._schedulers[source.variant.name] =",
+            "scheduler = self._schedulers[source.variant.name] = next(iter(self._schedulers.values()), None) or",
+            "tests/unit/tune/test_early_stopping.py",
+        ),
+    ),
+    *_in(
+        "raylava/tune/budget.py",
+        (
+            "a search ends when its money is spent",
+            "return out_of_time or (self._max_cost is not None and self.cost >= self._max_cost)",
+            "return out_of_time",
+            "tests/unit/tune/test_budget.py",
+        ),
+        (
+            "what earlier runs spent counts",
+            'saved.get("device_hours", 0.0)',
+            "0.0",
+            "tests/unit/tune/test_budget.py",
+        ),
+    ),
+    *_in(
         "raylava/tune/study.py",
         (
             "the search uses TPE",
             '    if search.sampler == "random":\n',
             "    if True:\n",
             f"{STUDY}::test_search_uses_the_sampler_that_it_names",
-        ),
-        (
-            "successive halving stops trials",
-            "return self.search.asha is not None and rung < RUNGS and trial.should_prune()",
-            "return False",
-            f"{STUDY}::test_successive_halving_stops_the_worse_trial_and_uses_losses_of_earlier_drivers",
         ),
         (
             "a search is not mixed with another",

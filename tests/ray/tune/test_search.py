@@ -25,7 +25,7 @@ from tests.support.sweeps import (
 SEARCH = {
     "space": {"finetune.lr": {"loguniform": [1e-5, 1e-1]}, "finetune.warmup_ratio": {"uniform": [0.0, 0.3]}},
     "objective": {"loss": "min"},
-    "asha": {"grace": 0.1, "reduction": 2},
+    "early_stopping": {"grace": 0.1, "reduction": 2},
     "trials": 5,
 }
 
@@ -53,7 +53,7 @@ def record_trials(file: str, storage: Path, losses: list[float]) -> None:
     for number, loss in enumerate(losses):
         assert study.next_settings(f"recorded-{number}", allow_new=True)
         for rung in range(1, RUNGS + 1):
-            study.should_stop(f"recorded-{number}", rung, loss)
+            study.record_loss(f"recorded-{number}", rung, loss)
         study.on_trial_complete(f"recorded-{number}", {"objective/loss": loss})
 
 

@@ -59,7 +59,10 @@ def test_json_lines_in_parts_have_the_rows_of_the_whole_file_whatever_the_sizes(
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_every_byte_of_a_json_file_counts_in_its_hash(name: str, tmp_path: Path) -> None:
+def test_every_byte_of_a_json_file_counts_in_its_hash(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "READ_BYTES", 2)
     row = json.dumps({"id": 1, "conversations": []})
     content = f"[{row}, {row}]  \n \n" if name == "rows.json" else f"{row}\n\n{row}\n \n"
     hashes = set()

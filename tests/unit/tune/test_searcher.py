@@ -6,15 +6,17 @@ from typing import Any
 
 from ray import cloudpickle
 
-from raylava.storage import StoragePath
-from raylava.tune.searcher import EarlyStop, SingleTrial, SweepSearcher, TrialSource
+from raylava.storage import StoragePath, storage_path
+from raylava.tune.budget import SearchBudget
+from raylava.tune.early_stopping import EarlyStopping
+from raylava.tune.searcher import SingleTrial, SweepSearcher, TrialSource
 from raylava.tune.study import VariantStudy
 from raylava.tune.variants import Variant, variants, with_settings
 from tests.support.studies import loss_result, make_sweep, resume_study
 
 
 def make_searcher(
-    sources: list[TrialSource], limit: list[int] | None = None
+    sources: list[TrialSource], limit: list[int] | None = None, **sweep: Any
 ) -> tuple[SweepSearcher, list[str], list[tuple[int, str]]]:
     """Return a searcher, the names of the trials that it adds, and the (number, outcome) of those that it finishes."""
     added: list[str] = []
@@ -25,14 +27,14 @@ def make_searcher(
         return len(added) - 1
 
     def apply_settings(variant: Variant, settings: Mapping[str, Any]) -> Variant:
-        return with_settings(make_sweep(), variant, settings, [])
+        return with_settings(make_sweep(**sweep), variant, settings, [])
 
     searcher = SweepSearcher(
         sources,
         apply_settings,
         add_trial,
         lambda *outcome: finished.append(outcome),
-        lambda: False,
+        SearchBudget(storage_path("unused"), None),
         lambda: limit[0] if limit else 100,
     )
     return searcher, added, finished
@@ -73,17 +75,6 @@ def test_studies_alternate_and_settings_that_form_no_valid_recipe_fail_alone(
     assert all("max_tokens_per_pack=16 is less than" in (trial.failure or "") for trial in too_small.trials)
 
 
-def test_trial_stopped_early_is_reported_to_the_tracker(variant: Variant, folder: StoragePath) -> None:
-    study = resume_study(variant, folder, asha={"grace": 0.1, "reduction": 2})
-    searcher, _, finished = make_searcher([study])
-    searcher.suggest("good")
-    searcher.suggest("bad")
-    assert not searcher.should_stop("good", {"rung": 1, "loss": 0.1})
-    assert searcher.should_stop("bad", {"rung": 1, "loss": 0.9})
-    assert finished == [(1, "stopped")]
-    assert not searcher.should_stop("good", loss_result(0.1))
-
-
 def test_restored_searcher_neither_repeats_nor_forgets_trials(
     variant: Variant, folder: StoragePath, tmp_path: Path
 ) -> None:
@@ -111,6 +102,6 @@ def test_pickled_copy_holds_the_state_and_no_connection(variant: Variant, folder
     url = f"sqlite:///{folder.path}/secret-studies.db"
     searcher, _, _ = make_searcher([resume_study(variant, folder, study_storage=url)])
     searcher.suggest("a")
-    pickled = cloudpickle.dumps(EarlyStop(searcher))
+    pickled = cloudpickle.dumps(EarlyStopping(searcher, None))
     assert b"secret-studies" not in pickled
     assert cloudpickle.loads(pickled)._searcher.__dict__ == searcher.state()

@@ -40,7 +40,7 @@ def test_trial_interrupted_with_its_driver_resumes_with_the_same_settings(
 ) -> None:
     killed = resume_study(variant, folder)
     interrupted = killed.next_settings("a", True)
-    killed.should_stop("a", 1, 0.9)
+    killed.record_loss("a", 1, 0.9)
     second = resume_study(variant, folder)
     assert second.next_settings("x", False) == interrupted, "even when the search budget is exhausted"
     assert second.next_settings("y", False) is None
@@ -73,38 +73,37 @@ def test_new_driver_does_not_repeat_points_of_earlier_drivers(variant: Variant, 
     assert len(rates) == 6
 
 
-def test_successive_halving_stops_the_worse_trial_and_uses_losses_of_earlier_drivers(
+def test_trial_that_was_stopped_is_no_result_and_later_drivers_know_its_losses(
     variant: Variant, folder: StoragePath
 ) -> None:
-    asha = {"grace": 0.2, "reduction": 2}
-    first = resume_study(variant, folder, asha=asha)
-    first.next_settings("good", True)
-    assert not first.should_stop("good", 1, 0.9), "no trial is stopped during the grace period"
-    assert not first.should_stop("good", 2, 0.5)
-    first.on_trial_complete("good", loss_result(0.4))
-    second = resume_study(variant, folder, asha=asha)
-    second.next_settings("bad", True)
-    assert second.should_stop("bad", 2, 0.8)
-    second.on_trial_complete("bad", {"rung": 2, "loss": 0.8})
-    assert [trial.outcome for trial in second.trials] == ["done", "stopped"]
+    first = resume_study(variant, folder)
+    first.next_settings("stopped", True)
+    first.record_loss("stopped", 1, 0.9)
+    first.record_loss("stopped", 2, 0.8)
+    first.on_trial_complete("stopped", {"rung": 2, "loss": 0.8})
+    second = resume_study(variant, folder)
+    second.next_settings("running", True)
+    second.record_loss("running", 1, 0.7)
+    assert [trial.outcome for trial in second.trials] == ["stopped", None]
+    assert second.finished_losses() == [{1: 0.9, 2: 0.8}]
     states = [trial.state for trial in second.study.trials]
-    assert states == [TrialState.COMPLETE, TrialState.PRUNED], "TPE must not treat a stopped trial's loss as final"
+    assert states == [TrialState.PRUNED, TrialState.RUNNING], "TPE must not treat a stopped trial's loss as final"
 
 
-def test_lower_losses_are_better_even_when_the_objective_is_maximized(variant: Variant, folder: StoragePath) -> None:
-    settings = {"objective": {"seconds": "max"}, "asha": {"grace": 0.2, "reduction": 2}}
-    study = resume_study(variant, folder, **settings)
-    study.next_settings("good", True)
-    assert not study.should_stop("good", 2, 0.5)
-    study.next_settings("bad", True)
-    assert study.should_stop("bad", 2, 0.8)
-    assert study.trials[1].losses == {2: 0.8}
+def test_losses_are_recorded_so_that_lower_is_better_even_when_the_objective_is_maximized(
+    variant: Variant, folder: StoragePath
+) -> None:
+    study = resume_study(variant, folder, objective={"seconds": "max"})
+    study.next_settings("a", True)
+    study.record_loss("a", 2, 0.8)
+    assert study.trials[0].losses == {2: 0.8}
+    assert study.study.trials[0].intermediate_values == {2: -0.8}
 
 
 def test_multiple_objectives_are_recorded_together(variant: Variant, folder: StoragePath) -> None:
     study = resume_study(variant, folder, objective={"loss": "min", "seconds": "min"})
     study.next_settings("a", True)
-    assert not study.should_stop("a", 5, 0.5)
+    study.record_loss("a", 5, 0.5)
     study.on_trial_complete("a", {"objective/loss": 0.5, "objective/seconds": 60.0})
     assert study.trials[0].objectives == {"loss": 0.5, "seconds": 60.0}
 

@@ -106,8 +106,12 @@ def test_there_is_exactly_one_variant_per_combination(sizes: list[int], seeds: l
         ({"search": {"space": {"finetune.lrr": {"int": [1, 2]}}, "objective": LOSS, "trials": 2}}, "'finetune.lr'?"),
         ({"axes": AXES, "search": {"space": SPACE, "objective": LOSS, "trials": 2}}, "is also set by an axis, `set`"),
         (
-            {"search": {"space": SPACE, "objective": LOSS | {"seconds": "min"}, "trials": 2, "asha": {}}},
+            {"search": {"space": SPACE, "objective": LOSS | {"seconds": "min"}, "trials": 2, "early_stopping": {}}},
             "one objective",
+        ),
+        (
+            {"search": {"space": SPACE, "objective": LOSS, "trials": 2, "early_stopping": {"brackets": 2}}},
+            "brackets does not apply to algorithm=asha; remove it",
         ),
     ],
 )
