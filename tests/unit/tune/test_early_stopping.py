@@ -67,8 +67,7 @@ def test_trials_of_earlier_drivers_are_compared(algorithm: str, variant: Variant
         first.on_trial_complete(str(number), loss_result(0.1))
     search = Search([resume_study(variant, folder, trials=9)], algorithm=algorithm)
     search.start("bad")
-    decisions = [search.continues("bad", rung, 5.0) for rung in range(1, RUNGS)]
-    assert not all(decisions)
+    assert any(not search.continues("bad", rung, 5.0) for rung in range(1, RUNGS))
 
 
 def test_a_good_trial_is_never_stopped_and_a_complete_one_is_evaluated(variant: Variant, folder: StoragePath) -> None:
