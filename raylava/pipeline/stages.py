@@ -1,12 +1,13 @@
 """The stage types of a recipe: prepare a corpus, train, export the untrained model. evaluation.py has the fourth."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from raylava.artifacts import ArtifactSpec
+from raylava.artifacts import ArtifactSpec, fingerprint
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
 from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
@@ -20,6 +21,7 @@ from raylava.pipeline.stage import Stage
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath
 from raylava.train.spec import TrainSpec
+from raylava.train.step_log import FINAL_STATE
 
 INDEXED_SOURCES = "sources"  # folder of the storage; see corpus/row_index.py
 
@@ -100,11 +102,52 @@ class TrainStage(Stage):
         connector_sha256: str | None = None,
     ) -> None:
         """`spec` lacks only the output, which follows from the fingerprint. `backbones` identify weights and pixels;
-        `connector_sha256` is that of a connector given in the recipe.
+        `connector_sha256` is that of a connector given in the recipe. The stage starts from the final state of its
+        `prefix`, if it has one, and keeps its own if `keep_state` is set.
         """
         super().__init__(spec.stage, spec.stage, storage, inputs)
         self._train_spec, self._backbones, self._resources = spec, dict(backbones), resources
         self._connector_sha256 = connector_sha256
+        self.prefix: TrainStage | None = None
+        self.keep_state = False
+
+    @property
+    def prefix_key(self) -> str | None:
+        """What two stages must have in common for the shorter one to be the beginning of the longer one.
+
+        None if the beginning depends on the length: by the schedule, or by the selection of the best state.
+        """
+        training = self._train_spec.training
+        if training.lr_schedule != "constant" or training.warmup_ratio or training.checkpoint.keep_best:
+            return None
+        fields = self.fingerprint_fields()
+        length = "epochs" if training.max_steps is None else "max_steps"
+        settings = {key: value for key, value in fields["training"].items() if key != length}
+        common = {**fields, "training": settings, "zero_stage": training.zero.stage}
+        return fingerprint(self.kind, common)
+
+    @property
+    def length(self) -> int:
+        """The length of the stage in epochs or, with `max_steps`, in steps."""
+        training = self._train_spec.training
+        return training.max_steps or training.epochs
+
+    def as_prefix(self, prefix: "TrainStage | None") -> "TrainStage":
+        """Return the stage as the beginning of a longer one: with a label of its own, keeping its final state."""
+        stage = self.continuing(prefix, keep_state=True)
+        unit = "epochs" if self._train_spec.training.max_steps is None else "steps"
+        stage.label = f"{self.label} (first {self.length} {unit})"
+        return stage
+
+    def continuing(self, prefix: "TrainStage | None", keep_state: bool) -> "TrainStage":
+        """Return the stage starting from the final state of a shorter one; `keep_state` keeps its own for others."""
+        stage = copy.copy(self)
+        stage.prefix, stage.keep_state = prefix, keep_state
+        return stage
+
+    def delete_final_state(self) -> None:
+        """Remove the state that was kept for longer stages."""
+        (self.spec().path / FINAL_STATE).delete()
 
     def fingerprint_fields(self) -> dict[str, Any]:
         spec = self._train_spec
@@ -121,7 +164,13 @@ class TrainStage(Stage):
 
     def train_spec(self) -> TrainSpec:
         """Return the description of the stage that every worker gets."""
-        return dataclasses.replace(self._train_spec, output=self.spec().path.uri)
+        state = self.prefix and self.prefix.spec().path / FINAL_STATE
+        return dataclasses.replace(
+            self._train_spec,
+            output=self.spec().path.uri,
+            initial_state=state.uri if state and state.exists() else None,
+            keep_final_state=self.keep_state,
+        )
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         from raylava.train import ray_backend  # imports torch

@@ -137,14 +137,27 @@ class CheckpointManager:
     def save(self, engine: "Engine", step_log: StepLog, next_step: int) -> float:
         """Save the state before `next_step`; return the seconds that training stood still."""
         started = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))  # the backend removes it after the upload
-        engine.save(folder, next_step)
-        if self._backend.rank == 0:
-            (folder / STEP_LOG).write_text(step_log.text())
+        folder = self._write(engine, step_log, next_step)  # the backend removes it after the upload
         self._backend.save_async(folder, next_step, self.mean_loss(), self._uploader(engine))
         self._saved_at, self._saved_step, self._losses = time.monotonic(), next_step, []
         self._checkpoints += 1
         return time.monotonic() - started
+
+    def keep_final(self, engine: "Engine", step_log: StepLog, target: StoragePath) -> None:
+        """Save the state after the last step to `target`, for longer runs to continue from. Every rank calls it."""
+        folder = self._write(engine, step_log, self._steps)
+        try:
+            self._uploader(engine)(folder, target)
+        finally:
+            shutil.rmtree(folder)
+
+    def _write(self, engine: "Engine", step_log: StepLog, next_step: int) -> Path:
+        """Start writing the state before `next_step` to a temporary folder, which is returned."""
+        folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))
+        engine.save(folder, next_step)
+        if self._backend.rank == 0:
+            (folder / STEP_LOG).write_text(step_log.text())
+        return folder
 
     def _uploader(self, engine: "Engine") -> Callable[[Path, StoragePath], None]:
         def wait_and_upload(folder: Path, target: StoragePath) -> None:

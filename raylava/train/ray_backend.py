@@ -348,6 +348,7 @@ class _RayBackend:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._checkpoints, self._monitor = storage_path(spec.output) / CHECKPOINTS, monitor
+        self._initial_state = spec.initial_state and storage_path(spec.initial_state)
         if self.rank == 0:
             ray.get(monitor.start_attempt.remote())
         self._gauges = Gauges(storage_path(spec.output).name, spec.stage, self.rank)
@@ -369,6 +370,8 @@ class _RayBackend:
     @contextmanager
     def last_checkpoint(self) -> Iterator[CheckpointRef | None]:
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self._initial_state:
+            checkpoint = Checkpoint(self._initial_state.path, self._initial_state.filesystem)
         if checkpoint is None:
             yield None
             return

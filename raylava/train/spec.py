@@ -22,6 +22,8 @@ class TrainSpec:
     """Everything a worker needs: model, settings, the location of the blocks and of the output.
 
     `connector` is the connector artifact that finetuning starts from; `image_aspect` goes into the exported processor.
+    A run without a checkpoint of its own continues from `initial_state`, the final state of a shorter run; one with
+    `keep_final_state` leaves such a state in its artifact.
     """
 
     stage: StageName
@@ -33,6 +35,8 @@ class TrainSpec:
     image_aspect: str
     output: str
     tracking: Tracking = field(default_factory=Tracking)
+    initial_state: str | None = None
+    keep_final_state: bool = False
 
 
 def build_batch_plan(training: Training, seed: int, blocks: Blocks) -> BatchPlan:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STEP_LOG = "steps.jsonl"
 METRICS_LOG = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints within its artifact; removed once the stage is complete
+FINAL_STATE = "final-state"  # the checkpoint after the last step, where a longer run of the sweep continues from it
 MECHANISMS = "mechanisms.json"  # what was in force, by name, as the initialized engine reports it
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of complete checkpoints, in that folder
 _FINAL_LOSS_FRACTION = 20  # the final loss is the mean over the last 1/20 of the steps
@@ -62,6 +63,7 @@ def summarize_run(output: StoragePath) -> dict[str, Any]:
     losses = [step["loss"] for step in steps if not step["skipped"]]
     final_losses = losses[-max(1, len(steps) // _FINAL_LOSS_FRACTION) :]
     durations = [_step_duration(step) for step in metrics]
+    measured = {step["step"] for step in metrics}  # without those of a shorter run that this one continued
     return {
         "steps": len(steps),
         "skipped_steps": sum(step["skipped"] for step in steps),
@@ -70,7 +72,7 @@ def summarize_run(output: StoragePath) -> dict[str, Any]:
         "loss_tokens": sum(step["loss_tokens"] for step in steps),
         "first_loss": losses[0],
         "final_loss": sum(final_losses) / len(final_losses),
-        "tokens_per_second": sum(step["tokens"] for step in steps) / sum(durations),
+        "tokens_per_second": sum(step["tokens"] for step in steps if step["step"] in measured) / sum(durations),
         "mechanisms": json.loads((output / MECHANISMS).read_bytes()),
         "data_wait_fraction": 1.0 - sum(step["step_time_s"] for step in metrics) / sum(durations),
     }

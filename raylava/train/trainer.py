@@ -34,7 +34,7 @@ from raylava.train.engine import Engine, StepResult
 from raylava.train.metrics import MetricsLogger, ThroughputMeter
 from raylava.train.replay import dump_step
 from raylava.train.spec import TrainSpec, build_batch_plan, build_collator
-from raylava.train.step_log import MECHANISMS, STEP_LOG, StepLog
+from raylava.train.step_log import FINAL_STATE, MECHANISMS, STEP_LOG, StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class Trainer:
         self._train(loader, metrics_logger)
         if metrics_logger is not None:
             metrics_logger.close()
+        if self._spec.keep_final_state:
+            self._checkpoints.keep_final(self._engine, self._step_log, storage_path(self._spec.output) / FINAL_STATE)
         self._write_result()
 
     def _build_engine(self, checkpoint: CheckpointRef | None) -> None:

@@ -158,10 +158,10 @@ class SweepResults:
     def loss_curves(self) -> Iterator[tuple[TrialRow, list[tuple[int, float]]]]:
         """Yield each trial's finetuning curve as (step, mean loss) points, including trials that were stopped."""
         for number, row in enumerate(self.rows):
-            for stage in self.plan.stages[number]:
-                steps = recorded_steps(stage.spec().path) if stage.label == "finetune" else []
-                if steps:
-                    yield row, _downsample(steps)
+            stages = [stage for stage in self.plan.stages[number] if stage.kind == "finetune"]
+            steps = [step for stage in stages for step in recorded_steps(stage.spec().path)]
+            if steps:
+                yield row, _downsample(steps)
 
     def table(self) -> list[dict[str, Any]]:
         """Return the rows of results.csv: one mapping per trial, all with the same keys."""

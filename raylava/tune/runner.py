@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -23,11 +24,14 @@ from raylava.console import Console
 from raylava.errors import UserError, first_line
 from raylava.pipeline.graph import InputCache, build_stages, make_absolute, pin_commits
 from raylava.pipeline.runner import check_capacity
+from raylava.pipeline.stage import Stage
+from raylava.pipeline.stages import TrainStage
 from raylava.progress import poll_in_background
 from raylava.storage import StoragePath
 from raylava.tune.budget import SearchBudget
 from raylava.tune.concurrency import ConcurrencyLimit
 from raylava.tune.early_stopping import EarlyStopping
+from raylava.tune.prefixes import PrefixPlan, plan_prefixes
 from raylava.tune.searcher import SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
@@ -86,14 +90,40 @@ class SweepRun:
             labels = node_labels_for(TRAIN, largest)
             limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
             self._run_trials(sources, budget, limit, console)
-            return [result for source in sources for result in self._trial_results(source)]
+            results = [result for source in sources for result in self._trial_results(source)]
+            if all(result.outcome == "done" for result in results):
+                self._delete_final_states()
+            return results
 
     def _check_capacity(self, console: Console) -> None:
         """Check that the cluster can run the missing stages of each variant (see pipeline.runner.check_capacity)."""
-        for variant in self._variants:
-            stages = build_stages(variant.recipe, self._storage, self._inputs)
+        for variant, stages in zip(self._variants, self._stages, strict=True):
             missing = {stage.kind for stage in stages if stage.spec().find() is None}
             check_capacity(variant.recipe, missing, console)
+
+    @cached_property
+    def _stages(self) -> list[list[Stage]]:
+        """The stages of each variant; of a search those of its base recipe."""
+        return [build_stages(variant.recipe, self._storage, self._inputs) for variant in self._variants]
+
+    @cached_property
+    def _prefixes(self) -> PrefixPlan:
+        """Which variants continue from others; the settings that a search will suggest are not known."""
+        if self.sweep.search is not None:
+            return PrefixPlan(frozenset(), ((),) * len(self._variants))
+        return plan_prefixes(self._stages)
+
+    def _trial_recipes(self, variant: Variant) -> list[str]:
+        """Return, as JSON, the variant's recipe and those of the variants that it continues from."""
+        numbers = self._prefixes.providers[self._variants.index(variant)] if self.sweep.search is None else ()
+        recipes = [variant.recipe, *(self._variants[number].recipe for number in numbers)]
+        return [pin_commits(make_absolute(recipe)).model_dump_json() for recipe in recipes]
+
+    def _delete_final_states(self) -> None:
+        """Remove the states from which variants continued."""
+        for stage in (stage for stages in self._stages for stage in stages):
+            if isinstance(stage, TrainStage) and stage.spec().fingerprint in self._prefixes.extended:
+                stage.delete_final_state()
 
     def _search_budget(self, price: float | None) -> SearchBudget:
         search = self.sweep.search
@@ -137,9 +167,7 @@ class SweepRun:
         searcher = SweepSearcher(
             sources,
             self._apply_settings,
-            lambda variant: ray.get(
-                tracker.add_trial.remote(variant.name, pin_commits(make_absolute(variant.recipe)).model_dump_json())
-            ),
+            lambda variant: ray.get(tracker.add_trial.remote(variant.name, self._trial_recipes(variant))),
             lambda number, outcome: tracker.finish.remote(number, outcome),
             budget,
             limit,
@@ -150,6 +178,7 @@ class SweepRun:
             "search": self.sweep.search is not None,
             "joined": joins_running_cluster(),
             "sources": self._inputs.resolved_sources,
+            "extended": sorted(self._prefixes.extended),
         }
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:

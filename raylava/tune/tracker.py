@@ -31,16 +31,19 @@ class TrialTracker:
 
     def __init__(self) -> None:
         self._trials: list[TrialStatus] = []
-        self._recipes: list[str] = []
+        self._recipes: list[list[str]] = []
 
-    def add_trial(self, variant: str, recipe: str) -> int:
-        """Register a trial with its variant's name and its recipe as JSON, and return the trial's number."""
+    def add_trial(self, variant: str, recipes: list[str]) -> int:
+        """Register a trial with its variant's name and return the trial's number.
+
+        `recipes` are, as JSON, its own and those of the variants with shorter stages that it continues from.
+        """
         self._trials.append(TrialStatus(variant))
-        self._recipes.append(recipe)
+        self._recipes.append(recipes)
         return len(self._trials) - 1
 
-    def recipe(self, trial: int) -> str:
-        """Return the trial's recipe as JSON."""
+    def recipes(self, trial: int) -> list[str]:
+        """Return the trial's recipes as `add_trial` got them."""
         return self._recipes[trial]
 
     def start_stage(self, trial: int, stage: str) -> None:

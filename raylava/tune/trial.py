@@ -24,6 +24,7 @@ from raylava.pipeline.stage import run_stage
 from raylava.progress import NullProgressBar, ProgressBar
 from raylava.storage import StoragePath, storage_path
 from raylava.train.step_log import training_seconds
+from raylava.tune.prefixes import with_prefixes
 from raylava.tune.study import RUNGS
 from raylava.tune.variants import LOSS, SECONDS
 
@@ -38,17 +39,19 @@ def run_trial(config: dict[str, Any]) -> None:
     """Run one trial: the trainable of Ray Tune.
 
     `config` holds the number of the `trial`, the `storage` URI, the `tracker` actor, whether the sweep `joined` a
-    running cluster, whether the trial belongs to a `search`, and what the driver has resolved of the corpora's
-    `sources`. Trials of a search report `rung` and `loss` during finetuning. Every trial ends with a report of its
-    `objective/NAME` values or of its `failure`. All reports state the `device_hours` of the training stages that the
-    trial has built itself so far.
+    running cluster, whether the trial belongs to a `search`, what the driver has resolved of the corpora's `sources`,
+    and the fingerprints of training stages that are `extended` by others (see prefixes.py). Trials of a search report
+    `rung` and `loss` during finetuning. Every trial ends with a report of its `objective/NAME` values or of its
+    `failure`. All reports state the `device_hours` of the training stages that the trial has built itself so far.
     """
     configure_ray_libraries(config["joined"])
     tracker, number = config["tracker"], config["trial"]
-    recipe = Recipe.model_validate_json(ray.get(tracker.recipe.remote(number)))
+    recipe, *providers = map(Recipe.model_validate_json, ray.get(tracker.recipes.remote(number)))
     reporter = _TrialReporter(tracker, number, device_hours_per_second(recipe.resources), config["search"])
     try:
-        stages = build_stages(recipe, storage_path(config["storage"]), InputCache(config["sources"]))
+        storage, inputs = storage_path(config["storage"]), InputCache(config["sources"])
+        provided = [build_stages(provider, storage, inputs) for provider in providers]
+        stages = with_prefixes(build_stages(recipe, storage, inputs), provided, config["extended"])
         reporter.training_paths = {stage.label: stage.spec().path for stage in stages if stage.kind in TRAINING_STAGES}
         artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
         report: dict[str, Any] = {"objective": compute_objectives(artifacts)}

@@ -920,6 +920,30 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "raylava/tune/prefixes.py",
+        (
+            "a longer variant continues from a shorter one",
+            "prefix = shorter[length].as_prefix(prefix)",
+            "prefix = None",
+            "tests/unit/tune/test_prefixes.py",
+        ),
+        (
+            "a shorter variant keeps its state",
+            "keep_state=stage.spec().fingerprint in extended",
+            "keep_state=False",
+            "tests/unit/tune/test_prefixes.py",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/stages.py",
+        (
+            "steps that depend on the length are not shared",
+            'if training.lr_schedule != "constant" or training.warmup_ratio or training.checkpoint.keep_best:',
+            "if False:",
+            "tests/unit/tune/test_prefixes.py",
+        ),
+    ),
+    *_in(
         "raylava/tune/early_stopping.py",
         (
             "unpromising trials are stopped",
