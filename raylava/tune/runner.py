@@ -8,7 +8,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,7 @@ from raylava.tune.variants import TrialRecord, TrialResult, Variant, variants, w
 _MAX_WORKER_FAILURES = 8  # restarts of a trial whose process died before the trial fails
 
 Sources = Sequence[SingleTrial] | Sequence[VariantStudy]
+Trainable = Callable[[dict[str, Any]], None]
 
 
 class SweepRun:
@@ -74,10 +75,11 @@ class SweepRun:
                     planned.append(self._apply_settings(variant, settings))
         return planned
 
-    def run(self, console: Console, price: float | None = None) -> list[TrialResult]:
+    def run(self, console: Console, price: float | None = None, trainable: Trainable = run_trial) -> list[TrialResult]:
         """Run the missing trials and return the results of all trials, including those of earlier runs of the sweep.
 
-        `price` is that of a device-hour. Raises UserError if the search has a budget in money and there is no price.
+        `price` is that of a device-hour. `trainable` is what Ray Tune runs; jobs/bench/sweep.py replaces it. Raises
+        UserError if the search has a budget in money and there is no price.
         """
         if price is None and self.sweep.search and self.sweep.search.max_cost:
             raise UserError(f"search.max_cost={self.sweep.search.max_cost:g} needs prices; give --prices FILE")
@@ -89,7 +91,7 @@ class SweepRun:
             budget = self._search_budget(price)
             labels = node_labels_for(TRAIN, largest)
             limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
-            self._run_trials(sources, budget, limit, console)
+            self._run_trials(sources, budget, limit, console, trainable)
             results = [result for source in sources for result in self._trial_results(source)]
             if all(result.outcome == "done" for result in results):
                 self._delete_final_states()
@@ -158,7 +160,14 @@ class SweepRun:
             return [SingleTrial(variant) for variant in self._variants]
         return self._studies(search).resume_studies(self._variants)
 
-    def _run_trials(self, sources: "Sources", budget: SearchBudget, limit: ConcurrencyLimit, console: Console) -> None:
+    def _run_trials(
+        self,
+        sources: "Sources",
+        budget: SearchBudget,
+        limit: ConcurrencyLimit,
+        console: Console,
+        trainable: Trainable,
+    ) -> None:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         # Otherwise Ray Tune would return normally on Ctrl-C, and interrupted trials would count as results.
@@ -183,7 +192,7 @@ class SweepRun:
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)
         with tempfile.TemporaryDirectory(prefix="raylava-tune-") as folder, live_table:
             tune.Tuner(
-                tune.with_resources(run_trial, _trial_bundles()),
+                tune.with_resources(trainable, _trial_bundles()),
                 param_space=config,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
