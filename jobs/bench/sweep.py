@@ -3,8 +3,8 @@
     python jobs/bench/sweep.py [--trials 200] [--kill-at 150] [--storage DIR] [--json]
 
 A training stage is replaced by a task that holds the recipe's resources for a second; everything else is that of
-`raylava sweep`: variants, stages, artifacts, locks, Ray Tune, the report. The driver and its Ray cluster are killed when
-`--kill-at` trainings are done, and the same command is started again.
+`raylava sweep`: variants, stages, artifacts, locks, Ray Tune, the report. The driver and its Ray cluster are killed
+when `--kill-at` trainings are done, and the same command is started again.
 """
 
 import argparse
@@ -37,7 +37,12 @@ def train_stub(stage: Any, progress: Any) -> dict[str, Any]:
     cpus = resources.workers * resources.cpus_per_worker
     gpus = resources.workers * resources.gpus_per_worker
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, label_selector=node_labels_for(TRAIN, resources))
+    @ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        label_selector=node_labels_for(TRAIN, resources),
+        scheduling_strategy="DEFAULT",  # not in the placement group of the trial
+    )
     def hold() -> tuple[float, float]:
         started = time.time()
         time.sleep(float(os.environ.get("BENCH_TRAINING_SECONDS", TRAINING_SECONDS)))

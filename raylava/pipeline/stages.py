@@ -215,7 +215,8 @@ class UntrainedStage(Stage):
         return {}
 
 
-@ray.remote(num_cpus=1)
+# In a trial, "DEFAULT" leaves the placement group of the trial, whose single bundle has no CPU.
+@ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")
 def _export_untrained(model: ResolvedModel, seed: int, image_aspect: str, precision: str, output: str) -> None:
     from raylava.models.export import export_untrained
 
