@@ -128,16 +128,12 @@ def trainings(storage: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_bytes()) for file in (storage_path(storage) / TRAINED).children()]
 
 
-def complete(storage: str) -> int:
-    """Return the number of finished training stages."""
+def complete(storage: str) -> set[str]:
+    """Return the fingerprints of the finished training stages."""
     from raylava.storage import storage_path
 
-    return sum((folder / "artifact.json").exists() for folder in (storage_path(storage) / "finetune").children())
-
-
-def concurrency(records: list[dict[str, Any]], second: float) -> int:
-    """Return how many trainings ran at a time in seconds since the epoch."""
-    return sum(record["started"] <= second < record["ended"] for record in records)
+    files = (storage_path(storage) / "finetune").walk_files()
+    return {name.partition("/")[0] for name, _ in files if name.endswith("/artifact.json")}
 
 
 def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dict[str, Any]:
@@ -145,14 +141,14 @@ def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dic
     sweep_file = write_sweep(folder, trials)
     started = time.monotonic()
     driver = start_driver(sweep_file, storage)
-    killed = None
+    killed_at, done = 0.0, set[str]()
     if kill_at is not None:
-        while complete(storage) < kill_at:
+        while len(complete(storage)) < kill_at:
             if driver.poll() is not None:
                 raise SystemExit("the sweep ended before the driver was to be killed")
             time.sleep(POLL_SECONDS)
         kill_with_children(driver)
-        killed = complete(storage)
+        killed_at, done = time.time(), complete(storage)
         driver = start_driver(sweep_file, storage)
     output, _ = driver.communicate()
     if driver.returncode:
@@ -164,11 +160,10 @@ def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dic
     return json.loads(output.splitlines()[-1]) | {
         "seconds": seconds,
         "overhead_per_trial_s": (seconds - trials * TRAINING_SECONDS / cpus) / trials,
-        "killed_after": killed,
-        "trained": len(counts),
-        # One that was running, or had just ended, when the driver was killed is run again; a complete one never is.
-        "repeated": sum(count - 1 for count in counts.values()),
-        "complete": complete(storage),
+        "complete_at_kill": len(done),
+        "complete": len(complete(storage)),
+        "interrupted": sum(count - 1 for count in counts.values()),  # trained again, as they were not complete
+        "repeated": sum(record["fingerprint"] in done and record["started"] > killed_at for record in records),
     }
 
 

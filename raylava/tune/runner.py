@@ -198,6 +198,7 @@ class SweepRun:
                     search_alg=searcher,
                     scheduler=EarlyStopping(searcher, self.sweep.search.early_stopping if self.sweep.search else None),
                     num_samples=-1,
+                    reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     storage_path=folder,
