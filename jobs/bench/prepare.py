@@ -16,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +55,17 @@ CONVERSATION = (
 
 @dataclass(frozen=True)
 class Result:
-    """Measurements of one method: images/s overall and in steady state, stored bytes per image, peak memory in MB."""
+    """Measurements of one method: images/s overall and in steady state, stored bytes per image, peak memory in MB.
+
+    `cpu_seconds` are those of its processes, by kind.
+    """
 
     name: str
     overall: float
     steady: float
     bytes_per_image: float
     peak_mb: float
+    cpu_seconds: dict[str, float]
 
 
 def make_corpus(folder: Path, images: int) -> None:
@@ -220,20 +226,20 @@ def measure(name: str, method: Method, folder: Path, images: int) -> Result:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
     process = context.Process(target=_run_method, args=(method, folder, images, sender))
-    peak, stop = [0.0], threading.Event()
+    watcher, stop = ProcessWatcher(), threading.Event()
     process.start()
     sender.close()  # only the child's end remains open, so that `recv` ends with the child
-    watcher = threading.Thread(target=_watch_memory, args=(process.pid, peak, stop))
-    watcher.start()
+    thread = threading.Thread(target=watcher.watch, args=(process.pid, stop))
+    thread.start()
     try:
         overall, steady, size = receiver.recv()
     except EOFError:
         raise SystemExit(f"{name} failed; its error is printed above") from None
     finally:
         stop.set()
-        watcher.join()
+        thread.join()
         process.join()
-    return Result(name, overall, steady, size, peak[0] / 2**20)
+    return Result(name, overall, steady, size, watcher.peak_bytes / 2**20, watcher.cpu_seconds())
 
 
 def _run_method(method: Method, folder: Path, images: int, sender: Any) -> None:
@@ -243,10 +249,50 @@ def _run_method(method: Method, folder: Path, images: int, sender: Any) -> None:
     sender.send((recorder.overall(), steady, size))
 
 
-def _watch_memory(pid: int | None, peak: list[float], stop: threading.Event) -> None:
-    """Store in `peak` the largest sum of unshared memory over the process tree, in bytes."""
-    while not stop.wait(0.5):
-        peak[0] = max(peak[0], sum(_unshared_bytes(process) for process in _process_tree(pid)))
+class ProcessWatcher:
+    """Samples a process tree: the largest sum of unshared memory in bytes, and the CPU seconds of each process."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0.0
+        self._cpu: dict[int, tuple[str, float]] = {}  # kind and seconds by process id; the last sample of each
+
+    def watch(self, pid: int | None, stop: threading.Event) -> None:
+        """Sample twice a second until `stop` is set."""
+        while not stop.wait(0.5):
+            processes = list(_process_tree(pid))
+            self.peak_bytes = max(self.peak_bytes, sum(_unshared_bytes(process) for process in processes))
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    self._cpu[process.pid] = (_kind(process, pid), times.user + times.system)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU seconds by kind of process, the most first."""
+        totals: Counter[str] = Counter()
+        for kind, seconds in self._cpu.values():
+            totals[kind] += seconds
+        return dict(totals.most_common())
+
+
+def _kind(process: psutil.Process, driver: int | None) -> str:
+    """Return what a process is: the driver, a worker, or one of Ray's own by its name."""
+    command = " ".join(process.cmdline())
+    if process.pid == driver:
+        return "driver"
+    if "ray::" in command or "spawn_main" in command:
+        return "idle worker of Ray" if "ray::IDLE" in command else "worker"
+    for name in (
+        "gcs_server",
+        "raylet",
+        "dashboard_agent",
+        "runtime_env/agent",
+        "dashboard",
+        "monitor.py",
+        "log_monitor",
+    ):
+        if name in command:
+            return f"Ray: {name}"
+    return "other"
 
 
 def _process_tree(pid: int | None) -> Iterator[psutil.Process]:
@@ -320,6 +366,19 @@ def main() -> None:
         _print_results(results, fidelity(folder), arguments.images)
 
 
+def _cpu_table(results: list[Result], images: int) -> Table:
+    """Return the CPU milliseconds per image of each kind of process, of the bare loop and of raylava."""
+    table = Table(title="CPU time per image, start-up included, ms", title_justify="left")
+    table.add_column("process")
+    for result in results[:2]:
+        table.add_column(result.name, justify="right")
+    for kind in dict.fromkeys(kind for result in results[:2] for kind in result.cpu_seconds):
+        table.add_row(kind, *(f"{1000 * result.cpu_seconds.get(kind, 0.0) / images:.3f}" for result in results[:2]))
+    table.add_section()
+    table.add_row("all", *(f"{1000 * sum(result.cpu_seconds.values()) / images:.3f}" for result in results[:2]))
+    return table
+
+
 def _print_results(results: list[Result], fidelity: dict[str, float], images: int) -> None:
     ceiling = results[0]
     table = Table(title=f"{images} JPEGs of 640×480, {WORKERS} workers", title_justify="left")
@@ -337,6 +396,7 @@ def _print_results(results: list[Result], fidelity: dict[str, float], images: in
         )
     console = Console(file=sys.stdout, width=120)
     console.print(table)
+    console.print(_cpu_table(results, images))
     for name, value in fidelity.items():
         console.print(f"default storage, {name}: {value:.4f}")
 

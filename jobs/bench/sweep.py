@@ -136,6 +136,13 @@ def complete(storage: str) -> set[str]:
     return {name.partition("/")[0] for name, _ in files if name.endswith("/artifact.json")}
 
 
+def concurrency(records: list[dict[str, Any]]) -> list[int]:
+    """Return how many trainings ran at the same time in each second, from the first start to the last end."""
+    first, last = min(record["started"] for record in records), max(record["ended"] for record in records)
+    seconds = [first + second for second in range(int(last - first) + 1)]
+    return [sum(record["started"] <= second < record["ended"] for record in records) for second in seconds]
+
+
 def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dict[str, Any]:
     """Run the sweep, with the driver killed once unless `kill_at` is None, and return the measurements."""
     sweep_file = write_sweep(folder, trials)
@@ -162,6 +169,7 @@ def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dic
         "overhead_per_trial_s": (seconds - trials * TRAINING_SECONDS / cpus) / trials,
         "complete_at_kill": len(done),
         "complete": len(complete(storage)),
+        "concurrency": concurrency(records),
         "interrupted": sum(count - 1 for count in counts.values()),  # trained again, as they were not complete
         "repeated": sum(record["fingerprint"] in done and record["started"] > killed_at for record in records),
     }
@@ -184,6 +192,7 @@ def main() -> None:
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
+    del result["concurrency"]  # with two CPUs, always two
     for name, value in result.items():
         sys.stdout.write(f"{name:22} {value:.2f}\n" if isinstance(value, float) else f"{name:22} {value}\n")
 
