@@ -1,10 +1,10 @@
 """A sweep of hundreds of trials: the driver's overhead and memory, and what a killed driver repeats or loses.
 
-    python jobs/bench/sweep.py [--trials 200] [--kill-at 150] [--storage DIR] [--json]
+    python jobs/bench/sweep.py [--trials 200] [--kill-at 150] [--seconds 1] [--storage DIR] [--json]
 
-A training stage is replaced by a task that holds the recipe's resources for a second; everything else is that of
-`raylava sweep`: variants, stages, artifacts, locks, Ray Tune, the report. The driver and its Ray cluster are killed
-when `--kill-at` trainings are done, and the same command is started again.
+A training stage is replaced by a task that holds the recipe's resources for a second (`--seconds`); everything else is
+that of `raylava sweep`: variants, stages, artifacts, locks, Ray Tune, the report. The driver and its Ray cluster are
+killed when `--kill-at` trainings are done, and the same command is started again.
 """
 
 import argparse
@@ -16,55 +16,55 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-TRAINING_SECONDS = 1.0
 POLL_SECONDS = 0.2
 TRAINED = "trained"  # folder of the storage with a record of each training
 
 
-def train_stub(stage: Any, progress: Any) -> dict[str, Any]:
-    """Hold the resources of a training stage for a second, and record that it ran; replaces TrainStage.run."""
-    import ray
+def stub_trainable(seconds: float) -> Callable[[dict[str, Any]], None]:
+    """Return a trial whose training stages hold their resources for so many seconds, and record that they ran."""
 
-    from raylava.cluster.roles import TRAIN, node_labels_for
+    def train(stage: Any, progress: Any) -> dict[str, Any]:
+        import ray
 
-    resources = stage._resources
-    cpus = resources.workers * resources.cpus_per_worker
-    gpus = resources.workers * resources.gpus_per_worker
+        from raylava.cluster.roles import TRAIN, node_labels_for
 
-    @ray.remote(
-        num_cpus=cpus,
-        num_gpus=gpus,
-        label_selector=node_labels_for(TRAIN, resources),
-        scheduling_strategy="DEFAULT",  # not in the placement group of the trial
-    )
-    def hold() -> tuple[float, float]:
-        started = time.time()
-        time.sleep(float(os.environ.get("BENCH_TRAINING_SECONDS", TRAINING_SECONDS)))
-        return started, time.time()
+        resources = stage._resources
 
-    started, ended = ray.get(hold.remote())
-    record = {"fingerprint": stage.spec().fingerprint, "started": started, "ended": ended}
-    (stage.storage / TRAINED / f"{uuid.uuid4().hex}.json").write_bytes(json.dumps(record).encode())
-    progress.update(1, 1, loss=1.0)
-    return {"final_loss": 1.0}
+        @ray.remote(
+            num_cpus=resources.workers * resources.cpus_per_worker,
+            num_gpus=resources.workers * resources.gpus_per_worker,
+            label_selector=node_labels_for(TRAIN, resources),
+            scheduling_strategy="DEFAULT",  # not in the placement group of the trial
+        )
+        def hold() -> tuple[float, float]:
+            started = time.time()
+            time.sleep(seconds)
+            return started, time.time()
+
+        started, ended = ray.get(hold.remote())
+        record = {"fingerprint": stage.spec().fingerprint, "started": started, "ended": ended}
+        (stage.storage / TRAINED / f"{uuid.uuid4().hex}.json").write_bytes(json.dumps(record).encode())
+        progress.update(1, 1, loss=1.0)
+        return {"final_loss": 1.0}
+
+    def run_stub_trial(config: dict[str, Any]) -> None:
+        from raylava.pipeline.stages import TrainStage
+        from raylava.tune.trial import run_trial
+
+        TrainStage.run = train  # type: ignore[method-assign]
+        run_trial(config)
+
+    return run_stub_trial
 
 
-def run_stub_trial(config: dict[str, Any]) -> None:
-    """Run a trial whose training stages are train_stub."""
-    from raylava.pipeline.stages import TrainStage
-    from raylava.tune.trial import run_trial
-
-    TrainStage.run = train_stub  # type: ignore[method-assign]
-    run_trial(config)
-
-
-def drive(sweep_file: str, storage: str) -> None:
+def drive(sweep_file: str, storage: str, seconds: float) -> None:
     """Run the sweep as `raylava sweep` does, write its report, and print the peak memory of this process in MB."""
     import resource
 
@@ -78,7 +78,7 @@ def drive(sweep_file: str, storage: str) -> None:
 
     root = writable(storage)
     run = SweepRun(load_sweep(sweep_file), [], root)
-    trials = run.run(Console(sys.stderr), trainable=run_stub_trial)
+    trials = run.run(Console(sys.stderr), trainable=stub_trainable(seconds))
     write_report(SweepResults(run.sweep, [], plan_of_results(trials, root), trials), run.folder)
     failed = [trial.failure for trial in trials if trial.outcome != "done"]
     if failed:
@@ -107,9 +107,9 @@ def write_sweep(folder: Path, trials: int) -> Path:
     return file
 
 
-def start_driver(sweep_file: Path, storage: str) -> "subprocess.Popen[str]":
+def start_driver(sweep_file: Path, storage: str, seconds: float) -> "subprocess.Popen[str]":
     """Start the sweep in a process of its own."""
-    command = [sys.executable, __file__, "--drive", str(sweep_file), "--storage", storage]
+    command = [sys.executable, __file__, "--drive", str(sweep_file), "--storage", storage, "--seconds", str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -143,11 +143,11 @@ def concurrency(records: list[dict[str, Any]]) -> list[int]:
     return [sum(record["started"] <= second < record["ended"] for record in records) for second in seconds]
 
 
-def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dict[str, Any]:
+def measure(trials: int, kill_at: int | None, seconds: float, storage: str, folder: Path) -> dict[str, Any]:
     """Run the sweep, with the driver killed once unless `kill_at` is None, and return the measurements."""
     sweep_file = write_sweep(folder, trials)
     started = time.monotonic()
-    driver = start_driver(sweep_file, storage)
+    driver = start_driver(sweep_file, storage, seconds)
     killed_at, done = 0.0, set[str]()
     if kill_at is not None:
         while len(complete(storage)) < kill_at:
@@ -156,17 +156,17 @@ def measure(trials: int, kill_at: int | None, storage: str, folder: Path) -> dic
             time.sleep(POLL_SECONDS)
         kill_with_children(driver)
         killed_at, done = time.time(), complete(storage)
-        driver = start_driver(sweep_file, storage)
+        driver = start_driver(sweep_file, storage, seconds)
     output, _ = driver.communicate()
     if driver.returncode:
         raise SystemExit(f"the sweep failed with exit status {driver.returncode}")
-    seconds = time.monotonic() - started
+    duration = time.monotonic() - started
     records = trainings(storage)
     counts = Counter(record["fingerprint"] for record in records)
     cpus = os.cpu_count() or 1
     return json.loads(output.splitlines()[-1]) | {
-        "seconds": seconds,
-        "overhead_per_trial_s": (seconds - trials * TRAINING_SECONDS / cpus) / trials,
+        "seconds": duration,
+        "overhead_per_trial_s": (duration - trials * seconds / cpus) / trials,
         "complete_at_kill": len(done),
         "complete": len(complete(storage)),
         "concurrency": concurrency(records),
@@ -179,16 +179,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--kill-at", type=int, default=150, help="0 to leave the driver alone")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a training stage")
     parser.add_argument("--storage", help="a folder or bucket; the default is temporary")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--drive", metavar="SWEEP.yaml", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive:
-        drive(arguments.drive, arguments.storage)
+        drive(arguments.drive, arguments.storage, arguments.seconds)
         return
     with tempfile.TemporaryDirectory(prefix="raylava-bench-") as folder:
         storage = arguments.storage or str(Path(folder) / "storage")
-        result = measure(arguments.trials, arguments.kill_at or None, storage, Path(folder))
+        result = measure(arguments.trials, arguments.kill_at or None, arguments.seconds, storage, Path(folder))
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return

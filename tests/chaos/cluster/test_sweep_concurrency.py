@@ -13,12 +13,12 @@ TRAIN_NODES = 3  # the most that cluster/local-cluster.yaml allows, with one CPU
 
 def test_sweep_of_8_begins_with_no_node_and_reaches_the_limit_of_the_cluster(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "bench" / "sweep.py"), "--trials", "8", "--kill-at", "0", "--json"]
+    command += ["--seconds", "8"]
     with running_cluster() as cluster:
         assert worker_nodes(cluster) == {}
         environment = cluster.environment() | {
             "RAY_ADDRESS": cluster.gcs,
             "RAYLAVA_NODE_ROLES": "1",
-            "BENCH_TRAINING_SECONDS": "8",
             "HOME": str(tmp_path),  # no file of `ray up` either
         }
         run = subprocess.run(
