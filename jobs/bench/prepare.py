@@ -57,7 +57,7 @@ CONVERSATION = (
 class Result:
     """Measurements of one method: images/s overall and in steady state, stored bytes per image, peak memory in MB.
 
-    `cpu_seconds` are those of its processes, by kind.
+    `cpu_ms` are the CPU milliseconds per image in steady state by kind of process; empty where none is measured.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Result:
     steady: float
     bytes_per_image: float
     peak_mb: float
-    cpu_seconds: dict[str, float]
+    cpu_ms: dict[str, float]
 
 
 def make_corpus(folder: Path, images: int) -> None:
@@ -120,12 +120,16 @@ class ThroughputRecorder(NullProgressBar):
 
     def steady(self) -> float:
         """Return the images/s between the first and the last tenth of the images."""
+        (first_time, first_done), (last_time, last_done) = self.steady_span()
+        return (last_done - first_done) / (last_time - first_time)
+
+    def steady_span(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return the (time, images done) at the first and at the last tenth."""
         total = self._updates[-1][1]
         middle = [update for update in self._updates if 0.1 * total <= update[1] <= 0.9 * total]
         if len(middle) < 2:
             raise ValueError(f"{total:.0f} images are too few to measure a steady rate; raise --images")
-        (first_time, first_done), (last_time, last_done) = middle[0], middle[-1]
-        return (last_done - first_done) / (last_time - first_time)
+        return middle[0], middle[-1]
 
 
 Method = Callable[[Path, int, ThroughputRecorder], float]  # (folder, images, recorder) → stored bytes per image
@@ -232,21 +236,24 @@ def measure(name: str, method: Method, folder: Path, images: int) -> Result:
     thread = threading.Thread(target=watcher.watch, args=(process.pid, stop))
     thread.start()
     try:
-        overall, steady, size = receiver.recv()
+        overall, steady, size, span = receiver.recv()
     except EOFError:
         raise SystemExit(f"{name} failed; its error is printed above") from None
     finally:
         stop.set()
         thread.join()
         process.join()
-    return Result(name, overall, steady, size, watcher.peak_bytes / 2**20, watcher.cpu_seconds())
+    cpu = watcher.cpu_ms(*span) if span else {}
+    return Result(name, overall, steady, size, watcher.peak_bytes / 2**20, cpu)
 
 
 def _run_method(method: Method, folder: Path, images: int, sender: Any) -> None:
     recorder = ThroughputRecorder()
     size = method(folder, images, recorder)
-    steady = recorder.steady() if method is not datasets_map else recorder.overall()
-    sender.send((recorder.overall(), steady, size))
+    if method is datasets_map:  # reports no progress
+        sender.send((recorder.overall(), recorder.overall(), size, None))
+    else:
+        sender.send((recorder.overall(), recorder.steady(), size, recorder.steady_span()))
 
 
 class ProcessWatcher:
@@ -254,24 +261,34 @@ class ProcessWatcher:
 
     def __init__(self) -> None:
         self.peak_bytes = 0.0
-        self._cpu: dict[int, tuple[str, float]] = {}  # kind and seconds by process id; the last sample of each
+        self._kinds: dict[int, str] = {}
+        self._samples: list[tuple[float, dict[int, float]]] = []  # time, and CPU seconds by process id
 
     def watch(self, pid: int | None, stop: threading.Event) -> None:
         """Sample twice a second until `stop` is set."""
         while not stop.wait(0.5):
             processes = list(_process_tree(pid))
             self.peak_bytes = max(self.peak_bytes, sum(_unshared_bytes(process) for process in processes))
+            seconds: dict[int, float] = {}
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     times = process.cpu_times()
-                    self._cpu[process.pid] = (_kind(process, pid), times.user + times.system)
+                    seconds[process.pid] = times.user + times.system
+                    self._kinds[process.pid] = _kind(process, pid)
+            self._samples.append((time.monotonic(), seconds))
 
-    def cpu_seconds(self) -> dict[str, float]:
-        """Return the CPU seconds by kind of process, the most first."""
+    def cpu_ms(self, first: tuple[float, float], last: tuple[float, float]) -> dict[str, float]:
+        """Return the CPU milliseconds per image between two (time, images done), by kind of process, the most first."""
+        (start, done), (stop, total) = first, last
+        inside = [sample for sample in self._samples if start <= sample[0] <= stop]
+        if len(inside) < 2:
+            return {}
+        (begin, before), (end, after) = inside[0], inside[-1]
+        images = (total - done) * (end - begin) / (stop - start)
         totals: Counter[str] = Counter()
-        for kind, seconds in self._cpu.values():
-            totals[kind] += seconds
-        return dict(totals.most_common())
+        for process, seconds in after.items():
+            totals[self._kinds[process]] += int(1e6 * (seconds - before.get(process, 0.0)) / images)  # ns
+        return {kind: nanoseconds / 1000 for kind, nanoseconds in totals.most_common()}
 
 
 def _kind(process: psutil.Process, driver: int | None) -> str:
@@ -366,16 +383,17 @@ def main() -> None:
         _print_results(results, fidelity(folder), arguments.images)
 
 
-def _cpu_table(results: list[Result], images: int) -> Table:
+def _cpu_table(results: list[Result]) -> Table:
     """Return the CPU milliseconds per image of each kind of process, of the bare loop and of raylava."""
-    table = Table(title="CPU time per image, start-up included, ms", title_justify="left")
+    table = Table(title="CPU time per image in steady state, ms", title_justify="left")
     table.add_column("process")
     for result in results[:2]:
         table.add_column(result.name, justify="right")
-    for kind in dict.fromkeys(kind for result in results[:2] for kind in result.cpu_seconds):
-        table.add_row(kind, *(f"{1000 * result.cpu_seconds.get(kind, 0.0) / images:.3f}" for result in results[:2]))
+    for kind in dict.fromkeys(kind for result in results[:2] for kind in result.cpu_ms):
+        table.add_row(kind, *(f"{result.cpu_ms.get(kind, 0.0):.3f}" for result in results[:2]))
     table.add_section()
-    table.add_row("all", *(f"{1000 * sum(result.cpu_seconds.values()) / images:.3f}" for result in results[:2]))
+    table.add_row("all", *(f"{sum(result.cpu_ms.values()):.3f}" for result in results[:2]))
+    table.add_row("available", *(f"{1000 * WORKERS / result.steady:.3f}" for result in results[:2]))
     return table
 
 
@@ -396,7 +414,7 @@ def _print_results(results: list[Result], fidelity: dict[str, float], images: in
         )
     console = Console(file=sys.stdout, width=120)
     console.print(table)
-    console.print(_cpu_table(results, images))
+    console.print(_cpu_table(results))
     for name, value in fidelity.items():
         console.print(f"default storage, {name}: {value:.4f}")
 
