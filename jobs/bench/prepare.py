@@ -95,9 +95,9 @@ def _draw_photo(rng: np.random.Generator, width: int = 640, height: int = 480) -
     return Image.fromarray(((total - low) / (high - low) * 255).astype(np.uint8))
 
 
-def prepare_spec(folder: Path) -> PrepareSpec:
+def prepare_spec(folder: Path, samples_per_block: int = 1024) -> PrepareSpec:
     """Return raylava's preparation of the corpus, with the default image encoding."""
-    corpus = Corpus(sources=(Source(annotations="rows.json", images="images"),), samples_per_block=256)
+    corpus = Corpus(sources=(Source(annotations="rows.json", images="images"),), samples_per_block=samples_per_block)
     source_paths = ((str(folder / "rows.json"), str(folder / "images")),)
     language = resolve_language(Language(name=str(folder / "tokenizer")))
     return PrepareSpec("bench", corpus, source_paths, language, VISION, str(folder / "blocks"))

@@ -15,16 +15,23 @@ import ray
 from raylava.corpus.prepare import prepare
 from raylava.progress import NullProgressBar
 spec = pickle.loads(bytes.fromhex(sys.argv[1]))
-nodes = int(sys.argv[2])
-if nodes:
+cluster = None
+if sys.argv[2] == "growing":
     from ray.cluster_utils import Cluster
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    for _ in range(nodes - 1):
-        cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
 else:
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-prepare(spec, "tokenizer", NullProgressBar())
+
+class AddNode(NullProgressBar):
+    "A progress bar that adds a node to the cluster once rows are done."
+    def update(self, done, total, **metrics):
+        global cluster
+        if done and cluster is not None:
+            cluster, growing = None, cluster
+            growing.add_node(num_cpus=1)
+
+prepare(spec, "tokenizer", AddNode())
 ray.shutdown()
 """
 
@@ -34,10 +41,10 @@ def environment_without_ray() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def start_prepare(spec: PrepareSpec, nodes: int) -> "subprocess.Popen[bytes]":
-    """Start preparing on a Ray cluster of `nodes` one-CPU nodes, or on a local Ray instance for 0."""
+def start_prepare(spec: PrepareSpec, growing: bool = False) -> "subprocess.Popen[bytes]":
+    """Start preparing on a local Ray instance, or on a node that a second one joins after the first block."""
     return subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, pickle.dumps(spec).hex(), str(nodes)],
+        [sys.executable, "-c", _SCRIPT, pickle.dumps(spec).hex(), "growing" if growing else "local"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment_without_ray(),

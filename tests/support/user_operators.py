@@ -1,7 +1,11 @@
 """Operators as a user of raylava would write them; recipes name them `tests.support.user_operators:NAME`."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import ray
 
 from raylava.corpus.operators import DuplicateKey, deduplicates, reads_images
 from raylava.corpus.rows import SourceRow
@@ -30,6 +34,13 @@ def larger_than(row: SourceRow, images: Sequence[bytes], size: int) -> SourceRow
 def one_per_second_word(row: SourceRow) -> DuplicateKey:
     """Keep one row per second word of its answer."""
     return DuplicateKey(row.turns[1].text.split()[1].encode())
+
+
+def slow(row: SourceRow, seconds: float, folder: str) -> SourceRow:
+    """Take some time, and leave a file named by the Ray node in `folder`."""
+    time.sleep(seconds)
+    (Path(folder) / ray.get_runtime_context().get_node_id()).touch()
+    return row
 
 
 def failing(row: SourceRow) -> SourceRow:

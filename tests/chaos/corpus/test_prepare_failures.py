@@ -26,7 +26,7 @@ def test_rerun_after_sigkill_keeps_finished_blocks_and_gives_the_same_bytes(
 ) -> None:
     killed = repeated(prepare_spec, tmp_path / "killed", samples_per_block=2)
     prepare_serially(dataclasses.replace(killed, output=str(tmp_path / "uninterrupted")))
-    process = start_prepare(killed, nodes=0)
+    process = start_prepare(killed)
     records = tmp_path / "killed" / "rows"
     wait_for_records(records, process)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -49,7 +49,7 @@ def test_rerun_after_sigkill_keeps_finished_blocks_and_gives_the_same_bytes(
 def test_killed_workers_do_not_change_the_result(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
     interrupted = repeated(prepare_spec, tmp_path / "interrupted", samples_per_block=4)
     prepare_serially(dataclasses.replace(interrupted, output=str(tmp_path / "uninterrupted")))
-    process = start_prepare(interrupted, nodes=0)
+    process = start_prepare(interrupted)
     wait_for_records(tmp_path / "interrupted" / "rows", process)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "MapWorker" in " ".join(child.cmdline())]

@@ -144,11 +144,19 @@ def test_corpus_on_s3_is_prepared_to_s3_with_the_same_bytes_and_without_secrets(
     assert not [name for name, content in file_tree(blocks.folder).items() if SECRET.encode() in content]
 
 
-def test_two_nodes_give_the_same_bytes_as_one(prepare_spec: PrepareSpec, reference: Blocks, tmp_path: Path) -> None:
-    process = start_prepare(dataclasses.replace(prepare_spec, output=str(tmp_path)), nodes=2)
+def test_preparation_spreads_to_a_node_that_joins_and_two_nodes_give_the_same_bytes_as_one(
+    prepare_spec: PrepareSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "nodes").mkdir()
+    slow = {"tests.support.user_operators:slow": {"seconds": 0.9, "folder": str(tmp_path / "nodes")}}
+    operators = Corpus.model_validate({"sources": prepare_spec.corpus.sources, "operators": [slow]}).operators
+    settings = {"operators": operators, "samples_per_block": 1}
+    process = start_prepare(with_settings(prepare_spec, tmp_path / "grown", **settings), growing=True)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error[-3000:]
-    assert file_tree(tmp_path) == file_tree(reference.folder)
+    assert len(list((tmp_path / "nodes").iterdir())) == 2
+    prepare_serially(with_settings(prepare_spec, tmp_path / "alone", samples_per_block=1))
+    assert file_tree(tmp_path / "grown") == file_tree(tmp_path / "alone")
 
 
 MEMORY_SCRIPT = """
