@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 
 IMAGES_PER_CORE = 100.0  # images/s: decode a 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md)
+ROWS_INDEXED_PER_CORE = 30_000.0  # rows/s of JSON Lines (jobs/bench/README.md)
+ROWS_STAGED = 60_000.0  # rows/s, by the driver (jobs/bench/README.md)
 UNLIMITED_NODES = 1_000_000  # value of IngestPlan.max_nodes if the storage limits no number of nodes
 _KEYS_PER_LIST = 1_000  # keys returned by one LIST request (S3)
 
@@ -45,6 +47,8 @@ class IngestSpec:
 
     `image_bytes` is the size of a source image, `block_bytes` that of a prepared sample. `images_per_shard` images are
     read with one request from packed sources (WebDataset, Parquet); it is 1 for single files.
+    `rows_indexed_per_core` and `rows_staged` are rows/s of a core that indexes annotations and of the driver that
+    divides rows among shards.
     """
 
     images: int
@@ -56,6 +60,8 @@ class IngestSpec:
     images_per_shard: int = 1
     prefixes: int = 1
     storage: StorageLimits = StorageLimits()
+    rows_indexed_per_core: float = ROWS_INDEXED_PER_CORE
+    rows_staged: float = ROWS_STAGED
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class IngestPlan:
 
     `bottleneck` names what limits `images_per_second`. `listing_hours` is the time to list the source files; raylava
     reads paths from the annotations and never lists, so it only matters for writing annotations from a listing.
+    `staging_hours` come before `hours`: indexing the annotations, once, on all nodes, and staging rows on the driver.
     `max_nodes` is the number of nodes beyond which the storage rejects requests (HTTP 503).
     """
 
@@ -75,6 +82,7 @@ class IngestPlan:
     requests: float
     requests_per_second: float
     listing_hours: float
+    staging_hours: float
     stored_bytes: float
     max_nodes: int
 
@@ -100,10 +108,17 @@ def plan_ingest(spec: IngestSpec, nodes: int | None = None, within_hours: float 
         node_hours=hours * planned_nodes,
         requests=requests,
         requests_per_second=requests / hours / 3600,
+        staging_hours=_staging_hours(spec, planned_nodes),
         listing_hours=spec.images / spec.images_per_shard / _KEYS_PER_LIST / list_rate / 3600,
         stored_bytes=spec.images * spec.block_bytes,
         max_nodes=max(1, max_nodes),
     )
+
+
+def _staging_hours(spec: IngestSpec, nodes: int) -> float:
+    """Return the hours of indexing annotations on all cores and of staging the rows on the driver."""
+    indexing = spec.images / (spec.rows_indexed_per_core * spec.cores * nodes)
+    return (indexing + spec.images / spec.rows_staged) / 3600
 
 
 def _node_rates(spec: IngestSpec) -> dict[str, float]:

@@ -151,7 +151,7 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
     """Return a table of corpus preparation with a row for each plan."""
     table = Table(title="corpus preparation", title_justify="left")
     table.add_column("corpus", no_wrap=True)
-    for heading in ("nodes", "images/s", "bottleneck", "time", "requests/s", "blocks", "max nodes"):
+    for heading in ("nodes", "images/s", "bottleneck", "index, stage", "time", "requests/s", "blocks", "max nodes"):
         table.add_column(heading, justify="left" if heading == "bottleneck" else "right", no_wrap=True)
     for name, plan in plans:
         table.add_row(
@@ -159,6 +159,7 @@ def ingest_table(plans: Iterable[tuple[str, IngestPlan]]) -> Table:
             f"{plan.nodes:,}",
             f"{plan.images_per_second:,.0f}",
             plan.bottleneck,
+            _time(3600 * plan.staging_hours),
             _time(3600 * plan.hours),
             f"{plan.requests_per_second:,.0f}",
             _bytes(plan.stored_bytes),
