@@ -28,7 +28,7 @@ TRAINED = "trained"  # folder of the storage with a record of each training
 
 
 def stub_trainable(seconds: float) -> Callable[[dict[str, Any]], None]:
-    """Return a trial whose training stages hold their resources for so many seconds, and record that they ran."""
+    """Return a trial whose training stages hold their resources for `seconds`, and record that they ran."""
 
     def train(stage: Any, progress: Any) -> dict[str, Any]:
         import ray
@@ -108,7 +108,7 @@ def write_sweep(folder: Path, trials: int) -> Path:
 
 
 def start_driver(sweep_file: Path, storage: str, seconds: float) -> "subprocess.Popen[str]":
-    """Start the sweep in a process of its own."""
+    """Start the sweep in a separate process."""
     command = [sys.executable, __file__, "--drive", str(sweep_file), "--storage", storage, "--seconds", str(seconds)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

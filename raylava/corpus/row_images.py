@@ -1,4 +1,4 @@
-"""Reads the image files of a row: bytes of its own, a path below the image folder, or a URL that was fetched."""
+"""Reads the image files of a row: bytes within the row, a path below the image folder, or a URL that was fetched."""
 
 import functools
 import os

@@ -79,8 +79,8 @@ class RowIndexes:
     def missing(self, files: Sequence[AnnotationFile]) -> dict[AnnotationFile, int]:
         """Return the files whose index has to be built, with their sizes in bytes."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="find-index") as pool:
-            found = list(pool.map(self._find, files))
-        return {file: self._versions[file].size for file, known in zip(files, found, strict=True) if not known}
+            is_known = list(pool.map(self._find, files))
+        return {file: self._versions[file].size for file, known in zip(files, is_known, strict=True) if not known}
 
     def build(self, files: Sequence[AnnotationFile], run: "Map | None" = None) -> None:
         """Build the missing indexes with `run`, or in this process without it.

@@ -94,7 +94,7 @@ def _shard_lines(spec: PrepareSpec, indexes: RowIndexes) -> Iterator[list[bytes]
 
 @dataclass(frozen=True)
 class RawRow:
-    """A selected row as it is in its file. Image paths of the row are relative to `image_root`."""
+    """A selected row with its content. Image paths of the row are relative to `image_root`."""
 
     selected: SelectedRow
     file: StoragePath

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 IMAGES_PER_CORE = 100.0  # images/s: decode a 640×480 JPEG, pad, resize to 336, encode (jobs/bench/README.md)
-ROWS_INDEXED_PER_CORE = 30_000.0  # rows/s of JSON Lines (jobs/bench/README.md)
+ROWS_INDEXED_PER_CORE = 80_000.0  # rows/s of JSON Lines (jobs/bench/README.md)
 ROWS_STAGED = 60_000.0  # rows/s, by the driver (jobs/bench/README.md)
 UNLIMITED_NODES = 1_000_000  # value of IngestPlan.max_nodes if the storage limits no number of nodes
 _KEYS_PER_LIST = 1_000  # keys returned by one LIST request (S3)

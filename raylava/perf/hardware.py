@@ -126,16 +126,16 @@ def device_hour_price(prices: dict[str, float], uses_gpus: bool, gpu: str | None
 
     `gpu` and `gpus_per_node` select among the node types of the table. Raises UserError unless they leave one price.
     """
-    found = set()
+    device_prices = set()
     for key, price in prices.items():
         name, _, count = key.rpartition("x")
         if (name != _CPU) == uses_gpus and gpu in (None, name) and gpus_per_node in (None, int(count)):
-            found.add(price / int(count))
-    if len(found) != 1:
+            device_prices.add(price / int(count))
+    if len(device_prices) != 1:
         kind = "GPU" if uses_gpus else "CPU (such as `cpux8: 0.4`)"
-        problem = f"lists {len(found)} prices of a {kind}" if found else f"lists no price of a {kind}"
+        problem = f"lists {len(device_prices)} prices of a {kind}" if device_prices else f"lists no price of a {kind}"
         raise UserError(f"--prices: the table {problem}; list one, or select it by --gpu and --gpus-per-node")
-    return found.pop()
+    return device_prices.pop()
 
 
 def make_cluster(nodes: int, gpus: int, gpu: str, prices: dict[str, float] | None = None) -> Cluster:

@@ -133,7 +133,7 @@ class TrainStage(Stage):
         return training.max_steps or training.epochs
 
     def as_prefix(self, prefix: "TrainStage | None") -> "TrainStage":
-        """Return the stage as the beginning of a longer one: with a label of its own, keeping its final state."""
+        """Return the stage as the beginning of a longer one: with another label, keeping its final state."""
         stage = self.continuing(prefix, keep_state=True)
         unit = "epochs" if self._train_spec.training.max_steps is None else "steps"
         stage.label = f"{self.label} (first {self.length} {unit})"

@@ -22,7 +22,7 @@ class TrainSpec:
     """Everything a worker needs: model, settings, the location of the blocks and of the output.
 
     `connector` is the connector artifact that finetuning starts from; `image_aspect` goes into the exported processor.
-    A run without a checkpoint of its own continues from `initial_state`, the final state of a shorter run; one with
+    A run that has saved no checkpoint continues from `initial_state`, the final state of a shorter run; one with
     `keep_final_state` leaves such a state in its artifact.
     """
 
