@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -25,10 +25,10 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.conversation import ChatTokenizer
-from raylava.corpus.deduplication import duplicate_ids, write_keys
+from raylava.corpus.deduplication import KeyedRow, row_verdicts, write_keys
 from raylava.corpus.fetch import UrlFetcher, is_url
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
-from raylava.corpus.operators import DuplicateKey, FilteredRow, Operator, OperatorChain
+from raylava.corpus.operators import FilteredRow, Operator, OperatorChain
 from raylava.corpus.quarantine import BadRow, QuarantinedRow, Reason, describe_error
 from raylava.corpus.row_images import ImageReader, RowImages
 from raylava.corpus.rows import SourceRow, image_names, parse_row, sample_id
@@ -71,18 +71,24 @@ def write_shard_keys(spec: PrepareSpec, operator: int, shard: int) -> int:
     Returns the number of rows.
     """
     chain = _operator_chain(spec, shard, operator)
-    deduplicate = chain.operators[operator]
-    keys: list[tuple[str, DuplicateKey | None]] = []
-    for outcome in _row_outcomes(spec, shard, chain, [], stop=operator):
-        if outcome.row is None or outcome.problem is not None:
-            continue
-        try:
-            key = deduplicate(outcome.row, RowImages(outcome.row.images, outcome.read_image))
-        except BadRow:  # an image that cannot be read: making the block will quarantine the row
-            key = None
-        keys.append((outcome.row.sample_id, key))
-    write_keys(storage_path(spec.output), operator, shard, keys)
-    return len(keys)
+    rows = [
+        _keyed_row(chain.operators[operator], outcome)
+        for outcome in _row_outcomes(spec, shard, chain, [], stop=operator)
+        if outcome.row is not None and outcome.problem is None
+    ]
+    write_keys(storage_path(spec.output), operator, shard, rows)
+    return len(rows)
+
+
+def _keyed_row(operator: Operator, outcome: "_RowOutcome") -> KeyedRow:
+    row, selected = outcome.row, outcome.raw.selected
+    assert row is not None
+    origin = row.sample_id.replace(selected.id_suffix, replace(selected, copy=0).id_suffix)
+    try:
+        key = operator.key(row, RowImages(row.images, outcome.read_image))
+    except BadRow as bad:
+        return KeyedRow(row.sample_id, origin, None, bad)
+    return KeyedRow(row.sample_id, origin, key)
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,14 @@ def _row_outcomes(
 ) -> Iterator[_RowOutcome]:
     """Yield the outcomes of the rows of a shard after the first `stop` operators (all, without it).
 
-    Appends a record of each image that was fetched to `fetched_records`.
+    Appends a record of each image that was fetched to `fetched_records`. Images are fetched only if they are needed.
     """
     fetcher = UrlFetcher(spec.corpus.fetch)
+    fetches = stop is None or any(operator.uses_images for operator in chain.operators[: stop + 1])
     rows = read_shard(spec, shard)
     while batch := list(itertools.islice(rows, _FETCHED_TOGETHER)):
-        fetched = fetcher.fetch_all(name for raw in batch for name in image_names(raw.content) if is_url(name))
+        names = (name for raw in batch for name in image_names(raw.content) if is_url(name))
+        fetched = fetcher.fetch_all(names if fetches else ())
         fetched_records += [image.record() for image in fetched.values()]
         for raw in batch:
             reader = ImageReader(raw.image_root, fetched)
@@ -126,12 +134,12 @@ def _operator_chain(spec: PrepareSpec, shard: int, known: int) -> OperatorChain:
     """Return the corpus's operators for a shard; the duplicates of the first `known` operators have been found."""
     settings = tuple(operator.model_dump_json() for operator in spec.corpus.operators)
     operators, output = _operators(spec.name, spec.output, settings), storage_path(spec.output)
-    dropped = {
-        position: duplicate_ids(output, position, shard, key_partitions(output)).__contains__
+    verdicts = {
+        position: row_verdicts(output, position, operator.name, shard, key_partitions(output))
         for position, operator in enumerate(operators[:known])
         if operator.deduplicates
     }
-    return OperatorChain(operators, dropped)
+    return OperatorChain(operators, verdicts)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,10 +1,11 @@
-"""Finds duplicate rows from their keys: in partitions that Ray Data tasks work on independently, at any corpus size.
+"""Finds duplicate rows from their keys, in partitions that Ray Data tasks work on independently.
 
-    keys-K-SHARD.arrow      the sample id and the DuplicateKey of each row that reaches operator K
+    keys-K-SHARD.arrow      the sample id of each row that reaches operator K, its DuplicateKey, or why it has none
     duplicates-K-PART.npy   rows of all shards that a partition found to be duplicates of an earlier row
 
 A row is a duplicate if its group equals that of an earlier row and their image hashes differ in at most `distance`
-bits, whether or not that earlier row is a duplicate itself. Every such pair of hashes has at least one of
+bits, whether or not that earlier row is a duplicate itself; the copies that `sampling_weight` makes of a row are no
+duplicates of each other. Every such pair of hashes has at least one of
 `distance` + 1 bands of bits in common, so that only rows that share a band are compared.
 """
 
@@ -13,36 +14,84 @@ import hashlib
 import io
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from raylava.corpus.image_hash import differing_bits
-from raylava.corpus.operators import DuplicateKey
+from raylava.corpus.operators import DuplicateKey, FilteredRow
+from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.shards import in_parallel, shard_file
 from raylava.storage import StoragePath, storage_path
 
 _HASH_BITS = 64
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_SCHEMA = pa.schema([("sample_id", pa.string()), ("group", pa.binary(16)), ("image_hash", pa.uint64())])
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("origin", pa.uint64()),
+        ("group", pa.binary(16)),
+        ("image_hash", pa.uint64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
 
 Words = npt.NDArray[np.uint64]
 Positions = npt.NDArray[np.int64]
 
 
-def write_keys(output: StoragePath, operator: int, shard: int, keys: Sequence[tuple[str, DuplicateKey | None]]) -> None:
-    """Write the (sample id, key) pairs of a shard, in the order of its rows; a row without a key has no duplicates."""
-    groups = [None if key is None else hashlib.blake2b(key.group, digest_size=16).digest() for _, key in keys]
+@dataclass(frozen=True)
+class KeyedRow:
+    """A row that reaches a de-duplication operator.
+
+    `origin` is the row's id without the number of its copy. `key` is None for a row that has no duplicates, and for one
+    that could not be compared, which has a `problem`.
+    """
+
+    sample_id: str
+    origin: str
+    key: DuplicateKey | None
+    problem: BadRow | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of n rows in source order, as uint64: origins (n,), groups (n, 2), image hashes (n,)."""
+
+    origins: Words
+    groups: Words
+    hashes: Words
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def take(self, rows: Any) -> "Keys":
+        """Return the keys of some rows, given by indices or a mask."""
+        return Keys(self.origins[rows], self.groups[rows], self.hashes[rows])
+
+
+def write_keys(output: StoragePath, operator: int, shard: int, rows: Sequence[KeyedRow]) -> None:
+    """Write the keys of a shard, in the order of its rows."""
     columns = {
-        "sample_id": [name for name, _ in keys],
-        "group": groups,
-        "image_hash": [0 if key is None else key.image_hash for _, key in keys],
+        "sample_id": [row.sample_id for row in rows],
+        "origin": [int.from_bytes(_digest(row.origin.encode(), 8), "big") for row in rows],
+        "group": [row.key and _digest(row.key.group, 16) for row in rows],
+        "image_hash": [row.key.image_hash if row.key else 0 for row in rows],
+        "reason": [row.problem and str(row.problem.reason) for row in rows],
+        "detail": [row.problem and row.problem.detail for row in rows],
     }
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
     _keys_file(output, operator, shard).write_bytes(sink.getvalue().to_pybytes())
+
+
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
 
 
 def find_partition(
@@ -51,47 +100,56 @@ def find_partition(
     """Write the duplicates that one partition of all keys contains; return their number."""
     reads = in_parallel(functools.partial(_read_keys, output, operator), range(shards))
     selected = [_select(*keys, distance, partition, partitions) for keys in reads]
-    groups, hashes, positions = (np.concatenate(parts) for parts in zip(*selected, strict=True))
-    duplicates = positions[find_duplicates(groups, hashes, distance)]
+    keys = Keys(*(np.concatenate([getattr(part, field.name) for part, _ in selected]) for field in fields(Keys)))
+    duplicates = np.concatenate([positions for _, positions in selected])[find_duplicates(keys, distance)]
     content = io.BytesIO()
     np.save(content, duplicates, allow_pickle=False)
     _duplicates_file(output, operator, partition).write_bytes(content.getvalue())
     return len(duplicates)
 
 
-def duplicate_ids(output: StoragePath, operator: int, shard: int, partitions: int) -> frozenset[str]:
-    """Return the sample ids of the duplicates in a shard."""
-    rows: set[int] = set()
+def row_verdicts(
+    output: StoragePath, operator: int, name: str, shard: int, partitions: int
+) -> dict[str, BadRow | FilteredRow]:
+    """Return the rows of a shard that are taken out, by sample id: duplicates, and those that could not be compared.
+
+    `name` is that of the operator, for the reason.
+    """
+    duplicates: set[int] = set()
     for partition in range(partitions):
         positions = _read_duplicates(_duplicates_file(output, operator, partition).uri)
         first, last = np.searchsorted(positions, [shard << 32, (shard + 1) << 32])
-        rows.update((positions[first:last] & 0xFFFFFFFF).tolist())
-    if not rows:
-        return frozenset()
-    names = _read_table(output, operator, shard)["sample_id"]
-    return frozenset(names[row].as_py() for row in rows)
+        duplicates.update((positions[first:last] & 0xFFFFFFFF).tolist())
+    table = _read_table(output, operator, shard)
+    names, reasons, details = (table[column].to_pylist() for column in ("sample_id", "reason", "detail"))
+    verdicts: dict[str, BadRow | FilteredRow] = {names[row]: FilteredRow(name) for row in duplicates}
+    failed = (row for row, reason in enumerate(reasons) if reason is not None)
+    return verdicts | {names[row]: BadRow(Reason(reasons[row]), details[row]) for row in failed}
 
 
-def find_duplicates(groups: Words, hashes: Words, distance: int) -> Positions:
-    """Return the sorted indices of rows that duplicate an earlier one; `groups` is (n, 2), `hashes` (n,)."""
-    identical = _repeated(groups[:, 0], groups[:, 1], hashes)
-    if not distance or not len(hashes):
+def find_duplicates(keys: Keys, distance: int) -> Positions:
+    """Return the sorted indices of rows that duplicate an earlier one."""
+    identical = _repeated(keys)
+    if not distance or not len(keys):
         return identical
-    distinct = np.setdiff1d(np.arange(len(hashes)), identical, assume_unique=True)
-    found = [identical]
-    for band in _bands(hashes[distinct], distance):
-        for bucket in _buckets(groups[distinct, 0], groups[distinct, 1], band):
-            found.append(_near_earlier(distinct[bucket], hashes, distance))
-    return np.unique(np.concatenate(found))
+    distinct = np.setdiff1d(np.arange(len(keys)), identical, assume_unique=True)
+    duplicates = [identical]
+    for band in _bands(keys.hashes[distinct], distance):
+        for bucket in _buckets(keys.groups[distinct, 0], keys.groups[distinct, 1], band):
+            duplicates.append(_near_earlier(distinct[bucket], keys, distance))
+    return np.unique(np.concatenate(duplicates))
 
 
-def _repeated(*columns: Words) -> Positions:
-    """Return the indices of rows whose values all equal those of an earlier row."""
+def _repeated(keys: Keys) -> Positions:
+    """Return the indices of rows with the group and hash of an earlier row of another origin."""
+    columns = (keys.groups[:, 0], keys.groups[:, 1], keys.hashes)
     order = np.lexsort(columns)  # stable: equal rows stay in their order
-    equal = np.ones(max(0, len(order) - 1), dtype=bool)
+    starts = np.zeros(len(order), dtype=bool)
+    starts[:1] = True
     for column in columns:
-        equal &= column[order[1:]] == column[order[:-1]]
-    return np.sort(order[1:][equal])
+        starts[1:] |= column[order[1:]] != column[order[:-1]]
+    first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]  # of the rows equal to each
+    return np.sort(order[keys.origins[order] != keys.origins[first]])
 
 
 def _buckets(*columns: Words) -> Iterator[Positions]:
@@ -107,10 +165,13 @@ def _buckets(*columns: Words) -> Iterator[Positions]:
             yield bucket
 
 
-def _near_earlier(rows: Positions, hashes: Words, distance: int) -> Positions:
-    """Return those of the rows whose hash is within `distance` bits of an earlier one's."""
-    values = hashes[rows]
-    near = [(differing_bits(values[:number], values[number]) <= distance).any() for number in range(1, len(rows))]
+def _near_earlier(rows: Positions, keys: Keys, distance: int) -> Positions:
+    """Return those of the rows whose hash is within `distance` bits of an earlier one's of another origin."""
+    hashes, origins = keys.hashes[rows], keys.origins[rows]
+    near = [
+        ((differing_bits(hashes[:row], hashes[row]) <= distance) & (origins[:row] != origins[row])).any()
+        for row in range(1, len(rows))
+    ]
     return rows[1:][np.array(near, dtype=bool)]
 
 
@@ -122,26 +183,28 @@ def _bands(hashes: Words, distance: int) -> Iterator[Words]:
         yield (hashes >> np.uint64(start)) & mask
 
 
-def _select(
-    groups: Words, hashes: Words, positions: Positions, distance: int, partition: int, partitions: int
-) -> tuple[Words, Words, Positions]:
+def _select(keys: Keys, positions: Positions, distance: int, partition: int, partitions: int) -> tuple[Keys, Positions]:
     """Return the rows of a shard that belong to a partition: those of which a band falls into it."""
     if partitions == 1:
-        return groups, hashes, positions
-    selected = np.zeros(len(hashes), dtype=bool)
-    for number, band in enumerate(_bands(hashes, distance)):
-        mixed = (groups[:, 0] ^ (band * _MULTIPLIER) ^ np.uint64(number)) * _MULTIPLIER
+        return keys, positions
+    selected = np.zeros(len(keys), dtype=bool)
+    for number, band in enumerate(_bands(keys.hashes, distance)):
+        mixed = (keys.groups[:, 0] ^ (band * _MULTIPLIER) ^ np.uint64(number)) * _MULTIPLIER
         selected |= (mixed >> np.uint64(32)) % np.uint64(partitions) == np.uint64(partition)
-    return groups[selected], hashes[selected], positions[selected]
+    return keys.take(selected), positions[selected]
 
 
-def _read_keys(output: StoragePath, operator: int, shard: int) -> tuple[Words, Words, Positions]:
-    """Return the groups (n, 2), the hashes and the positions in the corpus of a shard's rows that have a key."""
+def _read_keys(output: StoragePath, operator: int, shard: int) -> tuple[Keys, Positions]:
+    """Return the keys of a shard's rows that have one, and the rows' positions in the corpus."""
     table = _read_table(output, operator, shard)
     present = table["group"].is_valid().to_numpy()
     groups = b"".join(table["group"].drop_null().to_pylist())
-    positions = np.flatnonzero(present).astype(np.int64) | (shard << 32)
-    return np.frombuffer(groups, dtype=np.uint64).reshape(-1, 2), table["image_hash"].to_numpy()[present], positions
+    keys = Keys(
+        table["origin"].to_numpy()[present],
+        np.frombuffer(groups, dtype=np.uint64).reshape(-1, 2),
+        table["image_hash"].to_numpy()[present],
+    )
+    return keys, np.flatnonzero(present).astype(np.int64) | (shard << 32)
 
 
 def _read_table(output: StoragePath, operator: int, shard: int) -> pa.Table:

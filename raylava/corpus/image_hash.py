@@ -1,29 +1,35 @@
 """A perceptual hash of images: equal or close for images that look alike, whatever their size, format and quality."""
 
 import io
+import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
-from raylava.corpus.images import IMAGE_FORMATS
+from raylava.corpus.images import IMAGE_FORMATS, as_rgb
 from raylava.corpus.quarantine import BadRow, Reason, describe_error
 
 _SIDE = 8  # rows and columns of the hash: 64 bits
 _DRAFT_SIDE = 72  # pixels; the JPEG decoder may return any size from here on, which saves most of the decoding
 
 
-def difference_hash(content: bytes) -> int:
-    """Return the 64-bit difference hash (dHash; Krawetz 2013) of an encoded image.
+def difference_hash(content: bytes, max_pixels: int = 64_000_000) -> int:
+    """Return the 64-bit difference hash (dHash; Krawetz 2013) of an encoded image as a viewer displays it.
 
     The image is reduced to 9 × 8 grey pixels; each bit tells whether a pixel is darker than its right neighbour. Raises
-    BadRow when it cannot be decoded.
+    BadRow when it cannot be decoded or has more than `max_pixels` pixels, the default of a corpus.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            raise BadRow(Reason.IMAGE_TOO_LARGE, f"{image.width}×{image.height} pixels, more than {max_pixels}")
         image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
-        grey = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), dtype=np.int16)
-    except MemoryError:
+        displayed = as_rgb(ImageOps.exif_transpose(image)).convert("L")
+        grey = np.asarray(displayed.resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), dtype=np.int16)
+    except (BadRow, MemoryError):
         raise
     except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
         raise BadRow(Reason.IMAGE_UNREADABLE, describe_error(error)) from error

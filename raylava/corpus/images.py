@@ -45,7 +45,7 @@ def decode_image(content: bytes, max_pixels: int) -> Pixels:
         pixels = _decode_plain_jpeg(image, content)
         if pixels is None:
             image.load()
-            pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+            pixels = np.asarray(as_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:
         raise _unreadable(error) from error
     return pixels
@@ -75,7 +75,8 @@ def _decode_plain_jpeg(image: Image.Image, content: bytes) -> Pixels | None:
         return None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, with alpha composited over white and 16-bit grey scaled to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

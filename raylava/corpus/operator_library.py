@@ -19,6 +19,7 @@ from raylava.corpus.image_hash import difference_hash, differing_bits
 from raylava.corpus.operators import DuplicateKey, Operator, deduplicates, reads_images
 from raylava.corpus.rows import SourceRow
 from raylava.errors import UserError, first_line
+from raylava.models.templates import IMAGE_TOKEN
 
 DECONTAMINATE = "decontaminate"
 _MAX_DISTANCE = 7  # bits; beyond that unrelated images of similar layout are equal
@@ -48,8 +49,9 @@ def without_repetition(row: SourceRow, words: int = 5, max_fraction: float = 0.3
 
 
 def first_exchanges(row: SourceRow, count: int) -> SourceRow:
-    """Keep the first `count` questions and answers of each row."""
-    return replace(row, turns=row.turns[: 2 * count])
+    """Keep the first `count` questions and answers of each row, and the images that they refer to."""
+    turns = row.turns[: 2 * count]
+    return replace(row, turns=turns, images=row.images[: sum(turn.text.count(IMAGE_TOKEN) for turn in turns)])
 
 
 @deduplicates
@@ -167,8 +169,8 @@ def load_operators(configs: Sequence[OperatorConfig], key: str) -> list[Operator
 
 def _load(config: OperatorConfig, key: str) -> Operator:
     if ":" in config.name:
-        function = _import(config.name, key)
-        operator = Operator(config.name, function, config.arguments, _source_sha256(function))
+        function, source_sha256 = _import(config.name, key)
+        operator = Operator(config.name, function, config.arguments, source_sha256)
     elif config.name in OPERATORS:
         operator = Operator(config.name, OPERATORS[config.name], config.arguments)
     else:
@@ -184,25 +186,22 @@ def _load(config: OperatorConfig, key: str) -> Operator:
     return operator
 
 
-def _import(name: str, key: str) -> Callable[..., Any]:
-    """Import `module:function`, also from the current directory."""
+def _import(name: str, key: str) -> tuple[Callable[..., Any], str]:
+    """Import `module:function`, also from the current directory; return also the SHA-256 of the module's source.
+
+    The source includes the helpers that the function calls there.
+    """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
+        function, source = getattr(module, function_name), inspect.getsource(module)
     except Exception as error:  # the import runs the user's code
         raise UserError(
-            f"{key}: {name} cannot be imported ({first_line(error)}); its module must be installed or lie in the "
-            "current directory"
+            f"{key}: {name} cannot be imported ({first_line(error)}); its module must be written in Python, and be "
+            "installed or lie in the current directory"
         ) from error
     if not callable(function):
         raise UserError(f"{key}: {name} is a {type(function).__name__}; name a function")
-    return function  # type: ignore[no-any-return]
-
-
-def _source_sha256(function: Callable[..., Any]) -> str:
-    """Return the SHA-256 of the module's source, which includes the helpers that the function calls there."""
-    module = inspect.getmodule(function)
-    assert module is not None
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    return function, hashlib.sha256(source.encode()).hexdigest()

@@ -6,7 +6,8 @@ deduplication.py). operator_library.py has raylava's operators, and imports thos
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -79,6 +80,11 @@ class Operator:
         return _mark(self.function).reads_images
 
     @property
+    def uses_images(self) -> bool:
+        """Whether the function may read the images that it takes; with `compare: text` it does not."""
+        return self.reads_images and self.arguments.get("compare") != "text"
+
+    @property
     def deduplicates(self) -> bool:
         """Whether the function returns a DuplicateKey."""
         return _mark(self.function).deduplicates
@@ -94,10 +100,16 @@ class Operator:
         """Return the operator with other values for some of its arguments."""
         return replace(self, arguments={**self.arguments, **arguments})
 
-    def __call__(self, row: SourceRow, images: Sequence[bytes]) -> Any:
-        """Call the function. Raises BadRow with the operator's name for any error but those of storage and memory."""
+    def _call(self, row: SourceRow, images: Sequence[bytes]) -> Any:
+        """Call the function, and run it to its end if it is a generator."""
+        result = self.function(row, *([images] if self.reads_images else []), **self.arguments)
+        return list(result) if isinstance(result, Iterable) else result
+
+    @contextmanager
+    def _errors_of_the_row(self) -> Iterator[None]:
+        """Turn any error but those of storage and memory into a BadRow that names the operator."""
         try:
-            return self.function(row, *([images] if self.reads_images else []), **self.arguments)
+            yield
         except (BadRow, OSError, MemoryError):
             raise
         except Exception as error:
@@ -108,8 +120,9 @@ class Operator:
 
         Several rows get ids of their own (`ID/0`, `ID/1`, …), so that ids stay unique in the corpus.
         """
-        result = self(row, images)
-        results = [] if result is None else [result] if isinstance(result, SourceRow) else list(result)
+        with self._errors_of_the_row():
+            result = self._call(row, images)
+        results = [] if result is None else result if isinstance(result, list) else [result]
         for value in results:
             if not isinstance(value, SourceRow):
                 raise BadRow(Reason.FAILED, f"operator {self.name} returned a {type(value).__name__}, not a SourceRow")
@@ -119,6 +132,15 @@ class Operator:
             return [replace(results[0], sample_id=row.sample_id)]
         return [replace(value, sample_id=f"{row.sample_id}/{number}") for number, value in enumerate(results)]
 
+    def key(self, row: SourceRow, images: Sequence[bytes]) -> DuplicateKey | None:
+        """Return the key that a de-duplication operator gives to a row. Raises BadRow."""
+        with self._errors_of_the_row():
+            key = self._call(row, images)
+        is_key = isinstance(key, DuplicateKey) and isinstance(key.group, bytes) and 0 <= key.image_hash < 1 << 64
+        if key is not None and not is_key:
+            raise BadRow(Reason.FAILED, f"operator {self.name} returned {key!r}, not a DuplicateKey"[:200])
+        return key
+
 
 RowOutcome = tuple[SourceRow, BadRow | FilteredRow | None]
 
@@ -127,12 +149,12 @@ RowOutcome = tuple[SourceRow, BadRow | FilteredRow | None]
 class OperatorChain:
     """The operators of a corpus in their order.
 
-    `dropped` maps the position of a de-duplication operator to a predicate of sample ids: whether the row is one of the
-    duplicates that it found. It lacks the operators whose duplicates are not known yet.
+    `verdicts` maps the position of a de-duplication operator to the rows that it takes out, by sample id: duplicates,
+    and rows that could not be compared. It lacks the operators that have not been run yet.
     """
 
     operators: Sequence[Operator]
-    dropped: Mapping[int, Callable[[str], bool]] = field(default_factory=dict)
+    verdicts: Mapping[int, Mapping[str, "BadRow | FilteredRow"]] = field(default_factory=dict)
 
     def apply(
         self, row: SourceRow, read_image: Callable[[str | bytes], bytes], stop: int | None = None
@@ -162,6 +184,7 @@ class OperatorChain:
         operator = self.operators[position]
         if not operator.deduplicates:
             return operator.rows(row, RowImages(row.images, read_image))
-        if self.dropped[position](row.sample_id):
-            raise FilteredRow(operator.name)
+        problem = self.verdicts[position].get(row.sample_id)
+        if problem is not None:
+            raise problem
         return [row]

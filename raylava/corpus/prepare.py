@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from raylava.corpus.blocks import (
     Lengths,
     Manifest,
     concatenate_lengths,
-    count_reasons,
     decode_lengths,
     decode_quarantine,
     encode_lengths,
@@ -42,7 +42,7 @@ from raylava.corpus.deduplication import duplicates_kind, find_partition, keys_k
 from raylava.corpus.image_hash import difference_hash
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
 from raylava.corpus.parallel import Function, map_with_ray_data
-from raylava.corpus.quarantine import BadRow, QuarantinedRow
+from raylava.corpus.quarantine import BadRow
 from raylava.corpus.row_index import RowIndexes
 from raylava.corpus.shards import (
     SHARDS,
@@ -143,9 +143,10 @@ def _hash_benchmark_images(
 def _image_hashes(chunks: Sequence[Sequence[tuple[str, str]]], chunk: int) -> dict[str, Any]:
     """Return the hashes of a chunk of (folder, name) images; an image that cannot be read has no hash."""
     hashes = []
+    roots = {root: storage_path(root) for root, _ in chunks[chunk]}  # making one of a bucket takes a tenth of a second
     for root, name in chunks[chunk]:
         try:
-            hashes.append(difference_hash((storage_path(root) / name).read_bytes()))
+            hashes.append(difference_hash((roots[root] / name).read_bytes()))
         except BadRow as bad:
             logger.warning("%s: not compared by %s: %s", name, DECONTAMINATE, bad)
     return {"hashes": np.array(hashes, dtype=np.uint64)}
@@ -198,14 +199,16 @@ def publish_corpus(spec: PrepareSpec, output: StoragePath, shards: int, rows_in:
     """
     records = list(in_parallel(functools.partial(_read_record, output), range(shards)))
     lengths = concatenate_lengths(in_parallel(functools.partial(_read_lengths, output), range(shards)))
-    parts = in_parallel(functools.partial(_read_quarantine, output), range(shards))
-    taken_out = [row for part in parts for row in part]
-    filtered, added = sum(record.filtered for record in records), sum(record.added for record in records)
     if not len(lengths):
         raise UserError(
             f"corpora.{spec.name}: every row was quarantined or filtered out; see {output / SHARDS}/quarantine*.csv, "
             "then fix the corpus or its operators"
         )
+    output.remove_partial_files()
+    with tempfile.TemporaryDirectory() as folder:
+        reasons = _merge_quarantine(output, shards, Path(folder) / QUARANTINE)
+        load_tokenizer(spec.language).save_pretrained(Path(folder) / TOKENIZER)  # blocks can be decoded with it alone
+        output.upload_folder(Path(folder))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         tokenizer=tokenizer,
@@ -217,26 +220,32 @@ def publish_corpus(spec: PrepareSpec, output: StoragePath, shards: int, rows_in:
         loss_tokens=int(lengths.loss_tokens.sum()),
         images=int(lengths.images.sum()),
         truncated=sum(record.truncated for record in records),
-        quarantined=len(taken_out) - filtered,
-        filtered=filtered,
-        added=added,
-        quarantine=count_reasons(taken_out),
+        quarantined=sum(record.quarantined for record in records),
+        filtered=sum(record.filtered for record in records),
+        added=sum(record.added for record in records),
+        quarantine=dict(reasons.most_common()),
     )
-    assert manifest.rows + len(taken_out) == rows_in + added, "a source row was lost"
-    output.remove_partial_files()
-    _save_tokenizer(spec, output)
+    assert manifest.rows + reasons.total() == rows_in + manifest.added, "a source row was lost"
+    assert manifest.quarantined + manifest.filtered == reasons.total(), "records and quarantined rows differ"
     (output / LENGTHS).write_bytes(encode_lengths(lengths))
-    (output / QUARANTINE).write_bytes(encode_quarantine(taken_out))
     (output / MANIFEST).write_bytes(manifest.to_json())
     (output / SHARDS).delete()
     return manifest
 
 
-def _save_tokenizer(spec: PrepareSpec, output: StoragePath) -> None:
-    """Store the tokenizer with the blocks, so that they can be decoded without the language model."""
-    with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(spec.language).save_pretrained(folder)
-        (output / TOKENIZER).upload_folder(Path(folder))
+def _merge_quarantine(output: StoragePath, shards: int, file: Path) -> Counter[str]:
+    """Write the rows of all shards that became no sample as one CSV file; count them by reason.
+
+    Filters may take out most rows of a large corpus: only a few shards' rows are in memory.
+    """
+    reasons: Counter[str] = Counter()
+    with file.open("wb") as merged:
+        merged.write(encode_quarantine([]))
+        header = merged.tell()
+        for content in in_parallel(functools.partial(_read_quarantine, output), range(shards)):
+            reasons.update(row.reason for row in decode_quarantine(content))
+            merged.write(content[header:])
+    return reasons
 
 
 class _QuarantineMonitor:
@@ -248,7 +257,7 @@ class _QuarantineMonitor:
 
     def add(self, record: BlockRecord) -> None:
         """Add the rows of a completed block. Raises UserError (see `check_quarantine`)."""
-        self.rows += record.rows + record.quarantined
+        self.rows += record.rows + record.quarantined + record.filtered - record.added
         self.quarantined += record.quarantined
         counts = {"rows_in": self._rows_in, "quarantined": self.quarantined}
         check_quarantine(counts, self._spec.name, self._spec.corpus, self._output / SHARDS)
@@ -275,5 +284,5 @@ def _read_lengths(output: StoragePath, shard: int) -> Lengths:
     return decode_lengths(shard_file(output, "lengths", shard, "arrow").read_bytes())
 
 
-def _read_quarantine(output: StoragePath, shard: int) -> list[QuarantinedRow]:
-    return decode_quarantine(shard_file(output, "quarantine", shard, "csv").read_bytes())
+def _read_quarantine(output: StoragePath, shard: int) -> bytes:
+    return shard_file(output, "quarantine", shard, "csv").read_bytes()

@@ -95,9 +95,11 @@ class RowIndexes:
             if result["user_error"]:
                 raise UserError(result["user_error"])
             results[int(result["part"])] = result
-        for file in missing:
-            numbers = [number for number, part in enumerate(parts) if part.file == file]
-            self._complete(file, [results[number] for number in numbers])
+        by_file: dict[AnnotationFile, list[dict[str, Any]]] = {}
+        for number, part in enumerate(parts):
+            by_file.setdefault(part.file, []).append(results[number])
+        for file, file_results in by_file.items():
+            self._complete(file, file_results)
 
     def _find(self, file: AnnotationFile) -> bool:
         """Return whether the index of a file is known, or found in storage."""
@@ -130,8 +132,10 @@ class RowIndexes:
                 [functools.partial(_decode, table) for table in tables],
             )
             return
-        (self._folder / f"{identity}.json").write_bytes(json.dumps(record).encode())
         self._indexes[file] = self._stored(identity, record)
+        if _file_version(file).identity != identity:
+            raise UserError(f"{file.uri}: was modified while it was read; run the command again once it is complete")
+        _write(self._folder / f"{identity}.json", json.dumps(record).encode())
 
     def _stored(self, identity: str, record: Mapping[str, Any]) -> RowIndex:
         assert self._folder is not None
@@ -190,8 +194,9 @@ def _index_part(parts: Sequence[_FilePart], folder: str | None, number: int) -> 
         encoded, rows = _scan(part, span)
     except UserError as error:
         return {"part": number, "user_error": str(error), "rows": 0, "digest": "", "table": b""}
-    if folder is not None and part.identity is not None and _write(storage_path(folder), part, encoded):
-        encoded = b""
+    if folder is not None and part.identity is not None:
+        file = _part_file(storage_path(folder), part.identity, part.number)
+        encoded = b"" if _write(file, encoded) else encoded
     return {"part": number, "user_error": "", "rows": rows, "digest": span.digest.hexdigest(), "table": encoded}
 
 
@@ -225,12 +230,10 @@ def _scan(part: _FilePart, span: Part) -> tuple[bytes, int]:
     return sink.getvalue().to_pybytes(), row_count
 
 
-def _write(folder: StoragePath, part: _FilePart, encoded: bytes) -> bool:
-    """Write the index of a part; return False where commands that only read, such as `status`, may not write."""
-    assert part.identity is not None
-    file = _part_file(folder, part.identity, part.number)
+def _write(file: StoragePath, content: bytes) -> bool:
+    """Write a file of an index; return False where commands that only read, such as `status`, may not write."""
     try:
-        file.write_bytes(encoded)
+        file.write_bytes(content)
     except OSError as error:
         logger.warning("the index of a source could not be kept in %s: %s", file, first_line(error))
         return False

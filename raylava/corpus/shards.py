@@ -129,7 +129,13 @@ def existing_shards(output: StoragePath, kind: str, suffix: str, shards: int) ->
 def in_parallel(read: Callable[[int], T], shards: Sequence[int]) -> Iterator[T]:
     """Yield `read(shard)` in order; a store in the network answers many requests at the same time."""
     with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="read-shard") as pool:
-        yield from pool.map(read, shards)
+        reads: deque[Future[T]] = deque()
+        for shard in shards:
+            reads.append(pool.submit(read, shard))
+            if len(reads) > 2 * _THREADS:  # bounds the memory
+                yield reads.popleft().result()
+        while reads:
+            yield reads.popleft().result()
 
 
 def key_partitions(output: StoragePath) -> int:

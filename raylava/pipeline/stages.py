@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from raylava.artifacts import ArtifactSpec, fingerprint
+from raylava.artifacts import ArtifactSpec, fingerprint, lock
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
 from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
@@ -23,6 +25,7 @@ from raylava.storage import StoragePath
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import FINAL_STATE
 
+CONTINUED_FROM = "continued_from"  # metric of a training stage: fingerprint of the shorter one that it continued
 INDEXED_SOURCES = "sources"  # folder of the storage; see corpus/row_index.py
 
 
@@ -68,7 +71,7 @@ class PrepareStage(Stage):
             if name not in self._benchmarks:
                 known = ", ".join(self._benchmarks) or "none is there"
                 raise UserError(f"{key}: {DECONTAMINATE}: {name!r} is no benchmark of evaluate; choose one of: {known}")
-        images = [sorted(self._benchmarks[name].image_sizes.items()) for name in names]
+        images = [_sha256(sorted(self._benchmarks[name].image_sizes.items())) for name in names]
         return ({"operator_sources": sources} if sources else {}) | ({"benchmark_images": images} if images else {})
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
@@ -85,6 +88,10 @@ class PrepareStage(Stage):
         """Raise UserError when more rows are quarantined than the recipe, whose limit may have changed, allows."""
         spec = self._prepare_spec
         check_quarantine(dict(metrics), spec.name, spec.corpus, self.spec().path)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 class TrainStage(Stage):
@@ -145,9 +152,15 @@ class TrainStage(Stage):
         stage.prefix, stage.keep_state = prefix, keep_state
         return stage
 
+    @property
+    def can_be_continued(self) -> bool:
+        """Whether a longer stage can start from this one's end: it is still to be built, or its state was kept."""
+        return self.spec().find() is None or (self.spec().path / FINAL_STATE).exists()
+
     def delete_final_state(self) -> None:
-        """Remove the state that was kept for longer stages."""
-        (self.spec().path / FINAL_STATE).delete()
+        """Remove the state that was kept for longer stages, once no run uses it."""
+        with lock(self.spec().path, self.label):
+            (self.spec().path / FINAL_STATE).delete()
 
     def fingerprint_fields(self) -> dict[str, Any]:
         spec = self._train_spec
@@ -175,7 +188,11 @@ class TrainStage(Stage):
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         from raylava.train import ray_backend  # imports torch
 
-        return ray_backend.run(self.train_spec(), self._resources, progress)
+        if self.prefix is None:
+            return ray_backend.run(self.train_spec(), self._resources, progress)
+        with lock(self.prefix.spec().path, self.prefix.label):  # the state must not be removed meanwhile
+            metrics = ray_backend.run(self.train_spec(), self._resources, progress)
+        return metrics | ({CONTINUED_FROM: self.prefix.spec().fingerprint} if metrics["first_step"] else {})
 
 
 class UntrainedStage(Stage):

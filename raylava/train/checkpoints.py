@@ -145,6 +145,9 @@ class CheckpointManager:
 
     def keep_final(self, engine: "Engine", step_log: StepLog, target: StoragePath) -> None:
         """Save the state after the last step to `target`, for longer runs to continue from. Every rank calls it."""
+        if self._backend.rank == 0:
+            target.delete()  # of an attempt that failed later, perhaps with more ranks
+        dist.barrier()
         folder = self._write(engine, step_log, self._steps)
         try:
             self._uploader(engine)(folder, target)

@@ -66,6 +66,7 @@ def summarize_run(output: StoragePath) -> dict[str, Any]:
     measured = {step["step"] for step in metrics}  # without those of a shorter run that this one continued
     return {
         "steps": len(steps),
+        "first_step": metrics[0]["step"],  # above 0 if the run continued from a shorter one
         "skipped_steps": sum(step["skipped"] for step in steps),
         "samples": sum(step["samples"] for step in steps),
         "tokens": sum(step["tokens"] for step in steps),

@@ -60,6 +60,8 @@ class Trainer:
     def run(self) -> None:
         """Train from the latest checkpoint, or from the start, and write the result."""
         with self._backend.last_checkpoint() as checkpoint:
+            if checkpoint and read_checkpoint_meta(storage_path(checkpoint.folder)).step >= self._plan.steps:
+                checkpoint = None  # the state of another run that was, in steps, not shorter than this one
             self._build_engine(checkpoint)
             self._resume(checkpoint)
         first_step = self._engine.first_step

@@ -3,57 +3,90 @@
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 
+from raylava.config.recipe import Resources
+from raylava.pipeline.stages import TrainStage
 from raylava.storage import StoragePath, retry
+from raylava.train.step_log import training_seconds
+from raylava.tune.study import VariantStudy
+from raylava.tune.variants import TrialRecord, Variant
 
 _SAVE_INTERVAL_SECONDS = 60.0
 
 
-class SearchBudget:
-    """Counts what a search has spent. The counts of all its runs are saved in a file in the sweep's folder.
+def device_hours_per_second(resources: Resources) -> float:
+    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
+    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
-    `hours` limits the time, `max_cost` the price of the device-hours of training, at `price` for one; None for no
-    limit. When a limit is reached no new trial starts: the cost may exceed it by that of the trials that are running.
+
+class TrainingHours:
+    """Computes the device-hours of training of all trials of studies from the step logs in storage.
+
+    Stages that trials share count once. Trials of earlier drivers, and those that failed or are running, count, too.
     """
 
     def __init__(
-        self, file: StoragePath, hours: float | None, max_cost: float | None = None, price: float | None = None
+        self, studies: Sequence[VariantStudy], stages_of: Callable[[Variant, TrialRecord], Sequence[TrainStage]]
     ) -> None:
-        assert max_cost is None or price is not None, "the command line refuses max_cost without prices"
+        """`stages_of` returns the training stages of a trial."""
+        self._studies, self._stages_of = studies, stages_of
+        self._hours: dict[str, float] = {}  # by the location of the stage's artifact
+        self._ended: set[tuple[str, int]] = set()  # trials whose hours no longer change
+
+    def __call__(self) -> float:
+        """Return the device-hours so far."""
+        for study in self._studies:
+            for record in study.trials:
+                trial = (study.variant.name, record.number)
+                if trial not in self._ended:
+                    self._read(study.variant, record)
+                if record.outcome:
+                    self._ended.add(trial)
+        return sum(self._hours.values())
+
+    def _read(self, variant: Variant, record: TrialRecord) -> None:
+        rate = device_hours_per_second(variant.recipe.resources)
+        for stage in self._stages_of(variant, record):
+            path = stage.spec().path
+            self._hours[path.uri] = rate * training_seconds(path, stage.spec().find())
+
+
+class SearchBudget:
+    """Counts what a search has spent over all its runs. The time is saved in a file in the sweep's folder.
+
+    `hours` limits the time, `max_cost` the value that `cost` returns; None for no limit. When a limit is reached no new
+    trial starts: it may be exceeded by the trials that are running.
+    """
+
+    def __init__(
+        self,
+        file: StoragePath,
+        hours: float | None,
+        max_cost: float | None = None,
+        cost: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._file, self._limit_seconds = file, None if hours is None else 3600 * hours
-        self._max_cost, self._price = max_cost, price
-        self._limited = hours is not None or max_cost is not None
-        saved = json.loads(file.read_bytes()) if file.exists() else {}
-        self._seconds_before: float = saved.get("seconds", 0.0)
-        self.device_hours: float = saved.get("device_hours", 0.0)
+        self._max_cost, self._cost = max_cost, cost
+        self._seconds_before = json.loads(file.read_bytes())["seconds"] if file.exists() else 0.0
         self._started = time.monotonic()
         self._last_save = -math.inf
 
     @property
     def spent_seconds(self) -> float:
         """Return the seconds spent on the search, including earlier runs."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    @property
-    def cost(self) -> float:
-        """Return the price of the device-hours of the trials that have ended, including earlier runs."""
-        return self.device_hours * (self._price or 0.0)
-
-    def add_device_hours(self, device_hours: float) -> None:
-        """Count the device-hours of a trial that has ended, and save them."""
-        self.device_hours += device_hours
-        self._last_save = -math.inf
-        self.save()
+        return float(self._seconds_before) + time.monotonic() - self._started
 
     def exhausted(self) -> bool:
-        """Return whether no new trial may start. Also saves the counts."""
+        """Return whether no new trial may start. Also saves the time spent."""
         self.save()
-        out_of_time = self._limit_seconds is not None and self.spent_seconds >= self._limit_seconds
-        return out_of_time or (self._max_cost is not None and self.cost >= self._max_cost)
+        if self._limit_seconds is not None and self.spent_seconds >= self._limit_seconds:
+            return True
+        return self._max_cost is not None and self._cost() >= self._max_cost
 
     def save(self) -> None:
-        """Write the counts to the file, at most once a minute; does nothing without a limit."""
-        if self._limited and time.monotonic() - self._last_save > _SAVE_INTERVAL_SECONDS:
+        """Write the time spent to the file, at most once a minute; does nothing without a limit of time."""
+        if self._limit_seconds is not None and time.monotonic() - self._last_save > _SAVE_INTERVAL_SECONDS:
             self._last_save = time.monotonic()
-            content = json.dumps({"seconds": self.spent_seconds, "device_hours": self.device_hours}).encode()
+            content = json.dumps({"seconds": self.spent_seconds}).encode()
             retry(lambda: self._file.write_bytes(content), _SAVE_INTERVAL_SECONDS, f"writing {self._file}")

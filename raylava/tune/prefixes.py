@@ -1,4 +1,4 @@
-"""Sharing within a stage: a variant that trains longer starts from the end of one that trains shorter. Pure.
+"""Sharing within a stage: a variant that trains longer starts from the end of one that trains shorter.
 
 Two training stages share their first steps exactly if they differ in nothing but their length and the learning rate
 does not depend on it (a constant schedule without warm-up): the batch plan of an epoch depends on the seed and the
@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from raylava.pipeline.stage import Stage
-from raylava.pipeline.stages import TrainStage
+from raylava.pipeline.stages import CONTINUED_FROM, TrainStage
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,27 @@ class PrefixPlan:
 
 
 def plan_prefixes(variants: Sequence[Sequence[Stage]]) -> PrefixPlan:
-    """Determine which training stages of the variants, given by their stages, are prefixes of others."""
-    by_key: dict[str, dict[int, tuple[str, int]]] = {}  # length → fingerprint and first variant, by what must be equal
+    """Determine which training stages of the variants, given by their stages, are prefixes of others.
+
+    A stage that is complete needs no prefix, and is none unless its final state was kept.
+    """
+    by_key: dict[str, dict[int, tuple[int, TrainStage]]] = {}  # first variant and stage, by what is equal and length
     for number, stages in enumerate(variants):
         for stage in _training_stages(stages):
             if stage.prefix_key is not None:
-                entry = (stage.spec().fingerprint, number)
-                by_key.setdefault(stage.prefix_key, {}).setdefault(stage.length, entry)
-    extended, providers = set(), []
+                by_key.setdefault(stage.prefix_key, {}).setdefault(stage.length, (number, stage))
+    shared = {key: lengths for key, lengths in by_key.items() if len(lengths) > 1}
+    extended, providers = set[str](), list[tuple[int, ...]]()
     for stages in variants:
         needed: set[int] = set()
         for stage in _training_stages(stages):
-            shorter = [
-                entry for length, entry in by_key.get(stage.prefix_key or "", {}).items() if length < stage.length
-            ]
-            extended |= {fingerprint for fingerprint, _ in shorter}
-            needed |= {number for _, number in shorter}
+            lengths = shared.get(stage.prefix_key or "", {})
+            if not lengths or stage.spec().find() is not None:
+                continue
+            shorter = [(number, provider) for number, provider in lengths.values() if provider.length < stage.length]
+            usable = [(number, provider) for number, provider in shorter if provider.can_be_continued]
+            extended |= {provider.spec().fingerprint for _, provider in usable}
+            needed |= {number for number, _ in usable}
         providers.append(tuple(sorted(needed)))
     return PrefixPlan(frozenset(extended), tuple(providers))
 
@@ -69,6 +74,42 @@ def with_prefixes(
             linked.append(prefix)
         linked.append(stage.continuing(prefix, keep_state=stage.spec().fingerprint in extended))
     return linked
+
+
+def linked_stages(variants: Sequence[Sequence[Stage]], plan: PrefixPlan) -> list[list[Stage]]:
+    """Return the stages of all variants with the prefixes of a plan, see `with_prefixes`."""
+    return [
+        with_prefixes(stages, [variants[number] for number in providers], plan.extended)
+        for stages, providers in zip(variants, plan.providers, strict=True)
+    ]
+
+
+def with_recorded_prefixes(variants: Sequence[Sequence[Stage]]) -> list[list[Stage]]:
+    """Return the stages of variants, each training stage after those of other variants from which it was continued."""
+    known = {stage.spec().fingerprint: stage for stages in variants for stage in _training_stages(stages)}
+
+    def chain(stage: Stage) -> list[Stage]:
+        artifact = stage.spec().find() if isinstance(stage, TrainStage) else None
+        provider = known.get(artifact.metrics.get(CONTINUED_FROM, "")) if artifact else None
+        return [*(chain(provider.as_prefix(None)) if provider else []), stage]
+
+    return [[linked for stage in stages for linked in chain(stage)] for stages in variants]
+
+
+def unneeded_states(variants: Sequence[Sequence[Stage]]) -> list[TrainStage]:
+    """Return the prefixes, among stages that `with_prefixes` linked, whose every continuation is complete."""
+    continuations: dict[str, list[TrainStage]] = {}
+    prefixes: dict[str, TrainStage] = {}
+    for stage in (stage for stages in variants for stage in _training_stages(stages)):
+        if stage.prefix is not None:
+            fingerprint = stage.prefix.spec().fingerprint
+            prefixes[fingerprint] = stage.prefix
+            continuations.setdefault(fingerprint, []).append(stage)
+    return [
+        prefix
+        for fingerprint, prefix in prefixes.items()
+        if all(stage.spec().find() is not None for stage in continuations[fingerprint])
+    ]
 
 
 def _training_stages(stages: Sequence[Stage]) -> list[TrainStage]:

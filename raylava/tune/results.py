@@ -10,10 +10,11 @@ from raylava.artifacts import Artifact
 from raylava.evaluate.compare import PER_QUESTION_SCORES
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.train.step_log import recorded_steps, training_seconds
+from raylava.tune.budget import device_hours_per_second
 from raylava.tune.effects import Effect, GradedVariant, estimate_effects
 from raylava.tune.sweep import SweepConfig
 from raylava.tune.sweep_plan import SweepPlan
-from raylava.tune.trial import TRAINING_STAGES, compute_objectives, device_hours_per_second
+from raylava.tune.trial import TRAINING_STAGES, compute_objectives
 from raylava.tune.variants import TrialResult
 
 _EVALUATE = "evaluate "

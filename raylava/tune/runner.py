@@ -28,10 +28,10 @@ from raylava.pipeline.stage import Stage
 from raylava.pipeline.stages import TrainStage
 from raylava.progress import poll_in_background
 from raylava.storage import StoragePath
-from raylava.tune.budget import SearchBudget
+from raylava.tune.budget import SearchBudget, TrainingHours
 from raylava.tune.concurrency import ConcurrencyLimit
 from raylava.tune.early_stopping import EarlyStopping
-from raylava.tune.prefixes import PrefixPlan, plan_prefixes
+from raylava.tune.prefixes import PrefixPlan, linked_stages, plan_prefixes, unneeded_states
 from raylava.tune.searcher import SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
@@ -88,14 +88,13 @@ class SweepRun:
         with lock(self.folder, f"sweep {self.sweep.name}"), ray_session(largest):
             self._check_capacity(console)
             sources = self._sources()
-            budget = self._search_budget(price)
+            budget = self._search_budget(sources, price)
             labels = node_labels_for(TRAIN, largest)
             limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
             self._run_trials(sources, budget, limit, console, trainable)
-            results = [result for source in sources for result in self._trial_results(source)]
-            if all(result.outcome == "done" for result in results):
-                self._delete_final_states()
-            return results
+            for prefix in unneeded_states(linked_stages(self._stages, self._prefixes)):
+                prefix.delete_final_state()
+            return [result for source in sources for result in self._trial_results(source)]
 
     def _check_capacity(self, console: Console) -> None:
         """Check that the cluster can run the missing stages of each variant (see pipeline.runner.check_capacity)."""
@@ -121,18 +120,26 @@ class SweepRun:
         recipes = [variant.recipe, *(self._variants[number].recipe for number in numbers)]
         return [pin_commits(make_absolute(recipe)).model_dump_json() for recipe in recipes]
 
-    def _delete_final_states(self) -> None:
-        """Remove the states from which variants continued."""
-        for stage in (stage for stages in self._stages for stage in stages):
-            if isinstance(stage, TrainStage) and stage.spec().fingerprint in self._prefixes.extended:
-                stage.delete_final_state()
-
-    def _search_budget(self, price: float | None) -> SearchBudget:
+    def _search_budget(self, sources: "Sources", price: float | None) -> SearchBudget:
         search = self.sweep.search
         if search is None:
             return SearchBudget(self.folder / "spent.json", None)
         file = self.folder / f"spent-{self._study_name(search)}.json"
-        return SearchBudget(file, search.hours, search.max_cost, price)
+        if search.max_cost is None:
+            return SearchBudget(file, search.hours)
+        assert price is not None, "run() refuses max_cost without prices"
+        studies = [source for source in sources if isinstance(source, VariantStudy)]
+        device_hours = TrainingHours(studies, self._trial_stages)
+        return SearchBudget(file, search.hours, search.max_cost, lambda: price * device_hours())
+
+    def _trial_stages(self, variant: Variant, record: TrialRecord) -> list[TrainStage]:
+        """Return the training stages of a trial; none if its settings form no valid recipe."""
+        try:
+            recipe = self._apply_settings(variant, record.settings).recipe
+        except UserError:
+            return []
+        stages = build_stages(recipe, self._storage, self._inputs)
+        return [stage for stage in stages if isinstance(stage, TrainStage)]
 
     def _planned_trials(self, sources: "Sources") -> int | None:
         """Return the number of trials that this run will start, None for a search without a number of trials."""
@@ -198,7 +205,8 @@ class SweepRun:
                     search_alg=searcher,
                     scheduler=EarlyStopping(searcher, self.sweep.search.early_stopping if self.sweep.search else None),
                     num_samples=-1,
-                    reuse_actors=True,
+                    # A process whose trial was stopped early is still training, and cannot be reused.
+                    reuse_actors=not (self.sweep.search and self.sweep.search.early_stopping),
                 ),
                 run_config=tune.RunConfig(
                     storage_path=folder,

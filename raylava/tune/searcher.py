@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from ray.tune.search import Searcher
 
 from raylava.errors import UserError, first_line
-from raylava.tune.budget import SearchBudget
 from raylava.tune.variants import LOST, Variant
 
 TuneResult = Mapping[str, Any]
@@ -45,6 +44,13 @@ class TrialSource(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same source."""
+
+
+class Budget(Protocol):
+    """The budget of a search, see budget.py."""
+
+    def exhausted(self) -> bool:
+        """Return whether no new trial may start."""
 
 
 class SingleTrial:
@@ -95,7 +101,7 @@ class SweepSearcher(Searcher):
         apply_settings: Callable[[Variant, Mapping[str, Any]], Variant],
         add_trial: Callable[[Variant], int],
         finish_trial: Callable[[int, str], None],
-        budget: SearchBudget,
+        budget: Budget,
         concurrency_limit: Callable[[], int],
     ) -> None:
         """`add_trial` registers a trial with the tracker and returns its number.
@@ -156,7 +162,6 @@ class SweepSearcher(Searcher):
         source, number = self._running.pop(trial_id)
         if error:
             self._finish_trial(number, "failed")
-        self._budget.add_device_hours((result or {}).get("device_hours", 0.0))
         source.on_trial_complete(trial_id, result, error)
 
     def state(self) -> dict[str, Any]:

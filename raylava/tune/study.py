@@ -125,7 +125,7 @@ class StudyRegistry:
 
         Budgets are not part of it, so that a study can be extended.
         """
-        search = self._search.model_dump(mode="json", exclude={"trials", "hours", "study", "study_storage"})
+        search = self._search.model_dump(mode="json", exclude={"trials", "hours", "max_cost", "study", "study_storage"})
         return fingerprint("study", {"search": search, "about": self._describe(variant), "sweep": self._folder.uri})
 
     def _check_owner(self, storage: BaseStorage, name: str, variant: Variant) -> None:

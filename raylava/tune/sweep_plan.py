@@ -9,7 +9,7 @@ from raylava.errors import UserError
 from raylava.pipeline.graph import InputCache, build_stages
 from raylava.pipeline.stage import Stage
 from raylava.storage import StoragePath
-from raylava.tune.prefixes import plan_prefixes, with_prefixes
+from raylava.tune.prefixes import linked_stages, plan_prefixes, with_recorded_prefixes
 from raylava.tune.variants import TrialResult, Variant
 
 
@@ -78,22 +78,13 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
                 raise
             stages.append([])
     variants = tuple(result.variant for result in trial_results)
-    return SweepPlan(variants, _linked(stages, [bool(variant.searched) for variant in variants]))
+    return SweepPlan(variants, tuple(map(tuple, with_recorded_prefixes(stages))))
 
 
 def plan_sweep(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
     """Resolve the stages of every variant. Raises UserError for invalid input, before any worker starts."""
     inputs = InputCache()
     stages = [build_stages(variant.recipe, storage, inputs) for variant in variants]
-    return SweepPlan(tuple(variants), _linked(stages, [bool(variant.searched) for variant in variants]))
-
-
-def _linked(stages: list[list[Stage]], searched: Sequence[bool]) -> tuple[tuple[Stage, ...], ...]:
-    """Return the stages with those of shorter variants that they continue from; a search has none."""
-    if any(searched):
-        return tuple(tuple(variant) for variant in stages)
-    prefixes = plan_prefixes(stages)
-    return tuple(
-        tuple(with_prefixes(variant, [stages[number] for number in providers], prefixes.extended))
-        for variant, providers in zip(stages, prefixes.providers, strict=True)
-    )
+    if not any(variant.searched for variant in variants):
+        stages = linked_stages(stages, plan_prefixes(stages))
+    return SweepPlan(tuple(variants), tuple(map(tuple, stages)))

@@ -6,8 +6,9 @@ Tune restarts only trials whose process died.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +17,13 @@ from ray import tune
 
 from raylava.artifacts import Artifact
 from raylava.cluster.session import configure_ray_libraries
-from raylava.config.recipe import Recipe, Resources
+from raylava.config.recipe import Recipe
 from raylava.errors import first_line
 from raylava.pipeline.graph import InputCache, build_stages
 from raylava.pipeline.results import headline_score, scored_benchmarks
 from raylava.pipeline.stage import run_stage
 from raylava.progress import NullProgressBar, ProgressBar
-from raylava.storage import StoragePath, storage_path
+from raylava.storage import storage_path
 from raylava.train.step_log import training_seconds
 from raylava.tune.prefixes import with_prefixes
 from raylava.tune.study import RUNGS
@@ -42,24 +43,23 @@ def run_trial(config: dict[str, Any]) -> None:
     running cluster, whether the trial belongs to a `search`, what the driver has resolved of the corpora's `sources`,
     and the fingerprints of training stages that are `extended` by others (see prefixes.py). Trials of a search report
     `rung` and `loss` during finetuning. Every trial ends with a report of its `objective/NAME` values or of its
-    `failure`. All reports state the `device_hours` of the training stages that the trial has built itself so far.
+    `failure`.
     """
     configure_ray_libraries(config["joined"])
     tracker, number = config["tracker"], config["trial"]
     recipe, *providers = map(Recipe.model_validate_json, ray.get(tracker.recipes.remote(number)))
-    reporter = _TrialReporter(tracker, number, device_hours_per_second(recipe.resources), config["search"])
+    reporter = _TrialReporter(tracker, number, compare_loss=config["search"])
     try:
         storage, inputs = storage_path(config["storage"]), InputCache(config["sources"])
         provided = [build_stages(provider, storage, inputs) for provider in providers]
         stages = with_prefixes(build_stages(recipe, storage, inputs), provided, config["extended"])
-        reporter.training_paths = {stage.label: stage.spec().path for stage in stages if stage.kind in TRAINING_STAGES}
         artifacts = {stage.label: run_stage(stage, reporter) for stage in stages}
         report: dict[str, Any] = {"objective": compute_objectives(artifacts)}
     except Exception as error:  # any error of the stages is the result of this variant
         logger.exception("the trial failed")
         report = {"failure": first_line(error)}
     ray.get(tracker.finish.remote(number, "failed" if "failure" in report else "done"))
-    tune.report(report | {"device_hours": reporter.device_hours()})
+    tune.report(report)
 
 
 def compute_objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
@@ -70,25 +70,11 @@ def compute_objectives(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     return {LOSS: artifacts["finetune"].metrics["final_loss"], SECONDS: seconds} | scores
 
 
-def device_hours_per_second(resources: Resources) -> float:
-    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
-    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
-
-
 class _TrialReporter:
     """Progress reporter (progress.ProgressReporter) that forwards the progress of stages to the tracker."""
 
-    def __init__(self, tracker: Any, trial: int, hours_per_second: float, compare_loss: bool) -> None:
-        """`hours_per_second` are the device-hours of a second of training."""
+    def __init__(self, tracker: Any, trial: int, compare_loss: bool) -> None:
         self._tracker, self._trial, self._compare_loss = tracker, trial, compare_loss
-        self._hours_per_second = hours_per_second
-        self._built: list[str] = []
-        self.training_paths: dict[str, StoragePath] = {}  # of the training stages' artifacts, by label
-
-    def device_hours(self) -> float:
-        """Return the device-hours of the training stages that this trial has built, from their step logs."""
-        paths = [self.training_paths[label] for label in self._built if label in self.training_paths]
-        return self._hours_per_second * sum(training_seconds(path, None) for path in paths)
 
     def say(self, text: str) -> None:
         """Discard the line: a trial has no console, and its results are in the artifacts."""
@@ -96,16 +82,15 @@ class _TrialReporter:
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         self._tracker.start_stage.remote(self._trial, title)
-        self._built.append(title)
         rungs = Rungs() if self._compare_loss and title == _COMPARED_STAGE else None
-        yield _TrackerBar(self._tracker, self._trial, rungs, self.device_hours)
+        yield _TrackerBar(self._tracker, self._trial, rungs)
 
 
 class _TrackerBar(NullProgressBar):
     """Progress bar that reports to the tracker at most every half second, and to Ray Tune at each rung."""
 
-    def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None", device_hours: Callable[[], float]) -> None:
-        self._tracker, self._trial, self._rungs, self._device_hours = tracker, trial, rungs, device_hours
+    def __init__(self, tracker: Any, trial: int, rungs: "Rungs | None") -> None:
+        self._tracker, self._trial, self._rungs = tracker, trial, rungs
         self._last_report = 0.0
 
     def update(self, done: float, total: float, **metrics: float) -> None:
@@ -115,7 +100,7 @@ class _TrackerBar(NullProgressBar):
             self._tracker.report_progress.remote(self._trial, done, total, metrics, time.time())
         reached = self._rungs.record_loss(done, total, metrics["loss"]) if self._rungs else None
         if reached:
-            tune.report({"rung": reached[0], "loss": reached[1], "device_hours": self._device_hours()})
+            tune.report({"rung": reached[0], "loss": reached[1]})
 
 
 class Rungs:
@@ -128,14 +113,18 @@ class Rungs:
     def record_loss(self, done: float, total: float, loss: float) -> tuple[int, float] | None:
         """Record the loss of step `done` of `total` (1-based, in order); steps repeated after a restart are ignored.
 
-        Returns (rung, mean loss since the previous rung) when the step completes a rung (1 to RUNGS), else None.
+        Returns (rung, mean loss since the previous rung) when the step completes a rung (1 to RUNGS), else None. Steps
+        that were skipped, whose loss is not finite, are left out of the mean.
         """
         if done <= self._done:
             return None
         self._done = done
-        self._losses.append(loss)
+        if math.isfinite(loss):
+            self._losses.append(loss)
         rung = int(RUNGS * done // total)
         if rung == int(RUNGS * (done - 1) // total):
+            return None
+        if not self._losses:
             return None
         mean = sum(self._losses) / len(self._losses)
         self._losses = []

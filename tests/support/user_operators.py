@@ -48,6 +48,26 @@ def failing(row: SourceRow) -> SourceRow:
     raise ZeroDivisionError(f"a mistake at 0x7f0123456789 in {len(row.turns)}")
 
 
-def wrong_type(row: SourceRow) -> dict[str, str]:
-    """Return what no operator may return."""
-    return {"id": row.sample_id}
+def wrong_type(row: SourceRow) -> bool:
+    """Return what no operator may return: whether to keep the row."""
+    return bool(row.turns)
+
+
+def failing_generator(row: SourceRow) -> Iterator[SourceRow]:
+    """Fail after the first row."""
+    yield row
+    raise ZeroDivisionError
+
+
+@deduplicates
+def failing_key(row: SourceRow) -> DuplicateKey:
+    """Fail for every other row."""
+    if int(row.sample_id.rpartition(".")[2]) % 2:
+        raise ZeroDivisionError
+    return DuplicateKey(row.sample_id.encode())
+
+
+@deduplicates
+def wrong_key(row: SourceRow) -> str:
+    """Return a text instead of a DuplicateKey."""
+    return row.sample_id

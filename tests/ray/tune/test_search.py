@@ -26,7 +26,7 @@ SEARCH = {
     "space": {"finetune.lr": {"loguniform": [1e-5, 1e-1]}, "finetune.warmup_ratio": {"uniform": [0.0, 0.3]}},
     "objective": {"loss": "min"},
     "early_stopping": {"grace": 0.1, "reduction": 2},
-    "trials": 5,
+    "trials": 6,
 }
 
 
@@ -37,7 +37,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished_search(toy_assets: Artifact, storage: Path, ray_cluster: None) -> tuple[SweepRun, SweepResults]:
-    """Run the last of five trials; the study has four with smaller losses than training can reach."""
+    """Run the last two of six trials; the study has four with smaller losses than training can reach."""
     write_base_recipe(storage, toy_assets, SMALL_RECIPE)
     settings = {"pretrain.enabled": False, "finetune.epochs": 4, "finetune.global_batch_size": 12, "evaluate": []}
     file = write_sweep(storage, "rates", search=SEARCH, set=settings, max_concurrent_trials=1)
@@ -61,8 +61,10 @@ def test_trial_worse_than_those_of_earlier_runs_is_stopped_early(
     finished_search: tuple[SweepRun, SweepResults],
 ) -> None:
     run, results = finished_search
-    assert [status.built_stages for status in run.trial_statuses] == [["prepare instruction", "finetune"]]
-    assert [row.trial.outcome for row in results.rows] == ["done"] * 4 + ["stopped"]
+    assert [status.built_stages for status in run.trial_statuses] == [["prepare instruction", "finetune"], ["finetune"]]
+    assert [row.trial.outcome for row in results.rows] == ["done"] * 4 + ["stopped"] * 2, (
+        "a trial follows one that was stopped"
+    )
     assert results.best_rows[0].objectives["loss"] == 0.001
     record = results.rows[-1].trial.record
     assert record

@@ -1,70 +1,96 @@
 """Searching for duplicates: equal to comparing all pairs, whatever the number of partitions."""
 
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
-from raylava.corpus.deduplication import duplicate_ids, find_duplicates, find_partition, write_keys
+from raylava.corpus.deduplication import KeyedRow, Keys, find_duplicates, find_partition, row_verdicts, write_keys
 from raylava.corpus.image_hash import difference_hash
 from raylava.corpus.operators import DuplicateKey
 from raylava.corpus.quarantine import BadRow
 from raylava.storage import storage_path
 
-# Few groups and hashes that differ in few bits, so that duplicates are frequent.
-KEYS = st.lists(
-    st.none()
-    | st.builds(
-        DuplicateKey,
-        group=st.sampled_from([b"a", b"b", b"longer than sixteen bytes, and longer"]),
-        image_hash=st.sets(st.integers(0, 63), max_size=4).map(lambda bits: sum(1 << bit for bit in bits)),
-    ),
-    max_size=40,
+# Few origins, groups and hashes that differ in few bits, so that duplicates are frequent.
+KEYS = st.none() | st.builds(
+    DuplicateKey,
+    group=st.sampled_from([b"a", b"b", b"longer than sixteen bytes, and longer"]),
+    image_hash=st.sets(st.integers(0, 63), max_size=4).map(lambda bits: sum(1 << bit for bit in bits)),
+)
+ROWS = st.lists(st.tuples(st.sampled_from("xyz0123456789"), KEYS), max_size=40).map(
+    lambda rows: [KeyedRow(str(number), origin, key) for number, (origin, key) in enumerate(rows)]
 )
 
 
-def duplicates_by_comparing_all_pairs(keys: list[DuplicateKey | None], distance: int) -> set[str]:
-    return {
-        str(number)
-        for number, key in enumerate(keys)
-        for earlier in keys[:number]
-        if key is not None
-        and earlier is not None
-        and key.group == earlier.group
-        and (key.image_hash ^ earlier.image_hash).bit_count() <= distance
+def duplicates_by_comparing_all_pairs(rows: list[KeyedRow], distance: int) -> set[str]:
+    """Of rows with equal keys, all but the first and its copies; of the others, those near an earlier one."""
+    first: dict[DuplicateKey, KeyedRow] = {}
+    for row in rows:
+        if row.key is not None:
+            first.setdefault(row.key, row)
+    compared = [row for row in rows if row.key is not None and row.origin == first[row.key].origin]
+    identical = {row.sample_id for row in rows if row.key is not None and row not in compared}
+    near = {
+        row.sample_id
+        for number, row in enumerate(compared)
+        for earlier in compared[:number]
+        if row.origin != earlier.origin and are_near(row.key, earlier.key, distance)
     }
+    return identical | near
 
 
-@given(KEYS, st.integers(0, 7), st.integers(1, 5), st.integers(1, 9))
+def are_near(key: DuplicateKey | None, other: DuplicateKey | None, distance: int) -> bool:
+    assert key is not None
+    assert other is not None
+    return key.group == other.group and (key.image_hash ^ other.image_hash).bit_count() <= distance
+
+
+@given(ROWS, st.integers(0, 7), st.integers(1, 5), st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
 def test_duplicates_are_those_of_comparing_all_pairs_at_any_number_of_partitions_and_shards(
-    keys: list[DuplicateKey | None], distance: int, partitions: int, shard_size: int
+    rows: list[KeyedRow], distance: int, partitions: int, shard_size: int
 ) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         output = storage_path(folder)
-        names = [(str(number), key) for number, key in enumerate(keys)]
-        shards = [names[start : start + shard_size] for start in range(0, len(names), shard_size)] or [[]]
+        shards = [rows[start : start + shard_size] for start in range(0, len(rows), shard_size)] or [[]]
         for shard, content in enumerate(shards):
             write_keys(output, 2, shard, content)
         for partition in range(partitions):
             find_partition(output, 2, distance, len(shards), partition, partitions)
-        found = [duplicate_ids(output, 2, shard, partitions) for shard in range(len(shards))]
-    assert set().union(*found) == duplicates_by_comparing_all_pairs(keys, distance)
-    for shard, ids in zip(shards, found, strict=True):
-        assert ids <= {name for name, _ in shard}
+        verdicts = [row_verdicts(output, 2, "x", shard, partitions) for shard in range(len(shards))]
+    assert set().union(*verdicts) == duplicates_by_comparing_all_pairs(rows, distance)
+    for content, found in zip(shards, verdicts, strict=True):
+        assert found.keys() <= {row.sample_id for row in content}
+        assert {str(problem.reason) for problem in found.values()} <= {"filtered by x"}
 
 
 def test_a_million_distinct_hashes_are_searched_without_comparing_all_pairs() -> None:
     hashes = np.random.default_rng(0).integers(0, 1 << 63, 1_000_000, dtype=np.uint64)
     groups = np.arange(2_000_000, dtype=np.uint64).reshape(-1, 2) % 50_000
     hashes[-1], groups[-1] = hashes[7] ^ np.uint64(0b101), groups[7]
-    assert find_duplicates(groups, hashes, 3).tolist() == [999_999]
+    keys = Keys(np.arange(1_000_000, dtype=np.uint64), groups, hashes)
+    assert find_duplicates(keys, 3).tolist() == [999_999]
+
+
+def test_transparent_images_are_compared_as_they_are_displayed() -> None:
+    def drawing(shape: str) -> bytes:
+        image = Image.new("RGBA", (200, 200), (0, 0, 0, 0))
+        getattr(ImageDraw.Draw(image), shape)((20, 50, 150, 190), fill=(0, 0, 0, 255))
+        return encoded(image, "PNG")
+
+    blank = difference_hash(encoded(Image.new("RGB", (200, 200), "white"), "PNG"))
+    hashes = [blank, difference_hash(drawing("ellipse")), difference_hash(drawing("rectangle"))]
+    assert len(set(hashes)) == 3
+
+
+def test_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(BadRow, match="image too large: 320×240 pixels, more than 1000"):
+        difference_hash(encoded(photo(0), "PNG"), max_pixels=1000)
 
 
 def photo(seed: int) -> Image.Image:

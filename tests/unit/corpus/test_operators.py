@@ -148,11 +148,42 @@ def test_failing_operator_quarantines_the_row_with_its_name(prepare_spec: Prepar
     )
 
 
-def test_operator_that_returns_another_type_quarantines_the_row(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        ("wrong_type", "returned a bool, not a SourceRow"),
+        ("failing_generator", "operator tests.support.user_operators:failing_generator: ZeroDivisionError"),
+        ("wrong_key", "not a DuplicateKey"),
+    ],
+)
+def test_operator_with_a_mistake_quarantines_the_row_with_its_name(
+    name: str, detail: str, prepare_spec: PrepareSpec, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="every row was quarantined"):
-        prepared(prepare_spec, tmp_path, f"{USER}:wrong_type")
+        prepared(prepare_spec, tmp_path, f"{USER}:{name}")
     first = decode_quarantine(next((tmp_path / "rows").glob("quarantine-*.csv")).read_bytes())[0]
-    assert "returned a str, not a SourceRow" in first.detail
+    assert first.reason == "row failed"
+    assert detail in first.detail
+
+
+def test_row_that_could_not_be_compared_is_quarantined(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
+    manifest, ids = prepared(prepare_spec, tmp_path, f"{USER}:failing_key", quarantine_limit=1.0)
+    assert manifest.quarantined == manifest.rows_in / 2
+    assert manifest.quarantine == {"row failed": manifest.quarantined}
+    assert all(int(name.rpartition(".")[2]) % 2 == 0 for name in ids)
+
+
+def test_copies_of_a_row_are_no_duplicates_of_each_other(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
+    (source,) = prepare_spec.corpus.sources
+    weighted = (source.model_copy(update={"sampling_weight": 3.0}),)
+    once, _ = prepared(prepare_spec, tmp_path / "once", "exact_duplicates")
+    thrice, _ = prepared(prepare_spec, tmp_path / "thrice", "exact_duplicates", sources=weighted)
+    assert thrice.rows == 3 * once.rows
+
+
+def test_first_exchanges_keep_their_images_only() -> None:
+    turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", "A"), Turn("human", "<image>\nAnd?"), Turn("gpt", "B"))
+    assert first_exchanges(SourceRow("id", ("a.png", "b.png"), turns), count=1).images == ("a.png",)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +193,7 @@ def test_operator_that_returns_another_type_quarantines_the_row(prepare_spec: Pr
         ("no_such_module:run", "no_such_module:run cannot be imported (ModuleNotFoundError"),
         ("json:no_such", "json:no_such cannot be imported (AttributeError"),
         ("json:__name__", "json:__name__ is a str; name a function"),
+        ("math:sqrt", "math:sqrt cannot be imported ("),
         ({"answer_words": {"least": 3}}, "answer_words does not take these arguments: got an unexpected keyword"),
         ({"without_pattern": {"pattern": "("}}, "pattern='(' is not a regular expression"),
         ("without_pattern", "missing a required argument: 'pattern'"),

@@ -8,11 +8,11 @@ import pytest
 from raylava.artifacts import Artifact
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.stage import Stage
-from raylava.pipeline.stages import TrainStage
+from raylava.pipeline.stages import CONTINUED_FROM, TrainStage
 from raylava.storage import storage_path
 from raylava.toy.demo import toy_recipe
 from raylava.train.step_log import FINAL_STATE
-from raylava.tune.prefixes import plan_prefixes, with_prefixes
+from raylava.tune.prefixes import linked_stages, plan_prefixes, unneeded_states, with_recorded_prefixes
 
 CONSTANT = ("finetune.lr_schedule=constant", "finetune.warmup_ratio=0")
 
@@ -27,11 +27,7 @@ def stages(toy_assets: Artifact, tmp_path: Path) -> Any:
 
 
 def linked(variants: list[list[Stage]]) -> list[list[Stage]]:
-    plan = plan_prefixes(variants)
-    return [
-        with_prefixes(stages, [variants[number] for number in providers], plan.extended)
-        for stages, providers in zip(variants, plan.providers, strict=True)
-    ]
+    return linked_stages(variants, plan_prefixes(variants))
 
 
 def labels(stages: list[Stage]) -> list[str]:
@@ -55,15 +51,42 @@ def test_longer_variant_continues_from_each_shorter_one(stages: Any) -> None:
     assert spec(two[-1]).keep_final_state
 
 
-def test_state_is_used_where_it_was_kept(stages: Any) -> None:
-    _, two = linked([stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2)])
-    assert spec(two[-1]).initial_state is None, "the shorter run was complete before the sweep, and kept no state"
+def test_state_is_used_while_it_is_kept(stages: Any) -> None:
+    one, two = linked([stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2)])
+    assert spec(two[-1]).initial_state is None, "the shorter stage is still to be built"
     state = two[1].spec().path / FINAL_STATE
     (state / "checkpoint.json").write_bytes(b"{}")
     assert spec(two[-1]).initial_state == state.uri
     assert spec(two[1]).initial_state is None
-    two[1].delete_final_state()
-    assert spec(two[-1]).initial_state is None
+    one[1].spec().commit({}, {}, 1.0)
+    assert unneeded_states([one, two]) == []
+    two[-1].spec().commit({}, {}, 1.0)
+    (prefix,) = unneeded_states([one, two])
+    prefix.delete_final_state()
+    assert not state.exists()
+
+
+def test_shorter_stage_whose_state_was_not_kept_is_no_prefix(stages: Any) -> None:
+    one, two = (stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2))
+    one[1].spec().commit({}, {}, 1.0)
+    assert [labels(variant)[1:] for variant in linked([one, two])] == [["finetune"], ["finetune"]]
+
+
+def test_complete_stage_waits_for_no_prefix(stages: Any) -> None:
+    one, two = (stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2))
+    two[1].spec().commit({}, {}, 1.0)
+    assert [labels(variant)[1:] for variant in linked([one, two])] == [["finetune"], ["finetune"]]
+    assert plan_prefixes([one, two]).extended == frozenset()
+
+
+def test_report_follows_what_stages_recorded_and_not_the_plan(stages: Any) -> None:
+    one, two, three = (stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2, 3))
+    one[1].spec().commit({}, {}, 1.0)
+    two[1].spec().commit({CONTINUED_FROM: one[1].spec().fingerprint}, {}, 1.0)
+    three[1].spec().commit({}, {}, 1.0)  # trained from the start
+    shown = with_recorded_prefixes([one, two, three])
+    expected = [["finetune"], ["finetune (first 1 epochs)", "finetune"], ["finetune"]]
+    assert [labels(variant)[1:] for variant in shown] == expected
 
 
 def test_variants_that_differ_in_max_steps_share_steps(stages: Any) -> None:

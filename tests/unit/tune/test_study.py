@@ -111,7 +111,7 @@ def test_multiple_objectives_are_recorded_together(variant: Variant, folder: Sto
 def test_study_of_another_search_under_the_same_name_is_refused(variant: Variant, folder: StoragePath) -> None:
     url = f"sqlite:///{folder.path}/studies.db"
     resume_study(variant, folder, study_storage=url).next_settings("a", True)
-    resume_study(variant, folder, study_storage=url, trials=9)  # a larger budget extends the same search
+    resume_study(variant, folder, study_storage=url, trials=9, max_cost=7)  # a larger budget extends the same search
     with pytest.raises(
         UserError,
         match=r"the study 'rates' already exists and belongs to another search .* set search.study to another name",
