@@ -4,8 +4,8 @@
     duplicates-K-PART.npy   rows of all shards that a partition found to be duplicates of an earlier row
 
 A row is a duplicate if its group equals that of an earlier row and their image hashes differ in at most `distance`
-bits, whether or not that earlier row is a duplicate itself; the copies that `sampling_weight` makes of a row are no
-duplicates of each other. Every such pair of hashes has at least one of
+bits, whether or not that earlier row is a duplicate itself. The copies that `sampling_weight` makes of a row share its
+fate: they are no duplicates of each other. Every such pair of hashes has at least one of
 `distance` + 1 bands of bits in common, so that only rows that share a band are compared.
 """
 
