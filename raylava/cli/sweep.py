@@ -57,14 +57,14 @@ def _sweep(
 
     sweep, storage = load_sweep(file), writable(options.storage)
     sweep_run = SweepRun(sweep, overrides, storage)
-    plan = plan_sweep(sweep_run.planned_variants(), storage)
+    plan = plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
     console.show(plan_table(plan))
     if plan_only:
         hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
         return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
     price = _device_hour_price(options, plan.variants[0].recipe)
     trials = sweep_run.run(console, price)
-    results = SweepResults(sweep, overrides, plan_of_results(trials, storage), trials, price)
+    results = SweepResults(sweep, overrides, plan_of_results(trials, storage, sweep_run.inputs), trials, price)
     write_report(results, sweep_run.folder)
     console.show(results_table(results))
     report = escape(str(sweep_run.folder / "report.html"))

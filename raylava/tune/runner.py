@@ -53,7 +53,7 @@ class SweepRun:
         """Expand the sweep into variants. Raises UserError for a sweep whose variants are not valid recipes."""
         self.sweep, self._overrides, self._storage = sweep, overrides, storage
         self.folder = storage / "sweeps" / sweep.name
-        self._inputs = InputCache()  # shared by all variants; trials get what it has resolved
+        self.inputs = InputCache()  # shared by all variants, plan and report; trials get what it has resolved
         self._variants = variants(sweep, overrides)
         self.trial_statuses: list[TrialStatus] = []  # final status of the trials of the last `run`, in starting order
 
@@ -105,7 +105,7 @@ class SweepRun:
     @cached_property
     def _stages(self) -> list[list[Stage]]:
         """The stages of each variant; of a search those of its base recipe."""
-        return [build_stages(variant.recipe, self._storage, self._inputs) for variant in self._variants]
+        return [build_stages(variant.recipe, self._storage, self.inputs) for variant in self._variants]
 
     @cached_property
     def _prefixes(self) -> PrefixPlan:
@@ -138,7 +138,7 @@ class SweepRun:
             recipe = self._apply_settings(variant, record.settings).recipe
         except UserError:
             return []
-        stages = build_stages(recipe, self._storage, self._inputs)
+        stages = build_stages(recipe, self._storage, self.inputs)
         return [stage for stage in stages if isinstance(stage, TrainStage)]
 
     def _planned_trials(self, sources: "Sources") -> int | None:
@@ -150,7 +150,7 @@ class SweepRun:
 
     def _studies(self, search: SearchConfig) -> StudyRegistry:
         def stage_fingerprints(variant: Variant) -> list[str]:
-            stages = build_stages(variant.recipe, self._storage, self._inputs)
+            stages = build_stages(variant.recipe, self._storage, self.inputs)
             return [stage.spec().fingerprint for stage in stages]
 
         return StudyRegistry(search, self._study_name(search), self.folder, stage_fingerprints)
@@ -193,7 +193,7 @@ class SweepRun:
             "tracker": tracker,
             "search": self.sweep.search is not None,
             "joined": joins_running_cluster(),
-            "sources": self._inputs.resolved_sources,
+            "sources": self.inputs.resolved_sources,
             "extended": sorted(self._prefixes.extended),
         }
         live_table = _live_progress_table(tracker, self._planned_trials(sources), budget, console)

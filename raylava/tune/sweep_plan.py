@@ -63,12 +63,14 @@ class SweepPlan:
         return {label: artifact for label, artifact in artifacts.items() if artifact is not None}
 
 
-def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) -> SweepPlan:
-    """Return the plan of finished trials.
+def plan_of_results(
+    trial_results: Sequence[TrialResult], storage: StoragePath, inputs: InputCache | None = None
+) -> SweepPlan:
+    """Return the plan of finished trials. `inputs` are those that the sweep has resolved.
 
     A trial that failed because its settings are no valid recipe, or its inputs cannot be resolved, has no stages.
     """
-    inputs, stages = InputCache(), list[list[Stage]]()
+    inputs, stages = inputs or InputCache(), list[list[Stage]]()
     for result in trial_results:
         try:
             recipe = result.variant.recipe
@@ -81,9 +83,9 @@ def plan_of_results(trial_results: Sequence[TrialResult], storage: StoragePath) 
     return SweepPlan(variants, tuple(map(tuple, with_recorded_prefixes(stages))))
 
 
-def plan_sweep(variants: Sequence[Variant], storage: StoragePath) -> SweepPlan:
+def plan_sweep(variants: Sequence[Variant], storage: StoragePath, inputs: InputCache | None = None) -> SweepPlan:
     """Resolve the stages of every variant. Raises UserError for invalid input, before any worker starts."""
-    inputs = InputCache()
+    inputs = inputs or InputCache()
     stages = [build_stages(variant.recipe, storage, inputs) for variant in variants]
     if not any(variant.searched for variant in variants):
         stages = linked_stages(stages, plan_prefixes(stages))

@@ -8,11 +8,13 @@ import pytest
 
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Model
-from raylava.storage import storage_path
+from raylava.corpus import source_cache
+from raylava.storage import StoragePath, storage_path
 from raylava.toy.demo import recipes_folder
 from raylava.tune.runner import SweepRun
 from raylava.tune.sweep import load_sweep
-from raylava.tune.sweep_plan import SweepPlan, plan_sweep
+from raylava.tune.sweep_plan import SweepPlan, plan_of_results, plan_sweep
+from raylava.tune.variants import TrialResult
 from tests.support.sweeps import write_sweep_with_broken_model
 
 
@@ -27,6 +29,31 @@ def test_plan_counts_shared_stages_before_anything_runs(toy_assets: Artifact, to
         ("finetune", 1): 3,
         ("evaluate heldout", 1): 3,
     }
+
+
+def test_plan_trials_and_report_resolve_each_source_once(
+    toy_assets: Artifact, toy_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    list_images = source_cache.file_sizes
+
+    def count(root: StoragePath, names: set[str]) -> dict[str, int]:
+        listed.append(root.uri)
+        return list_images(root, names)
+
+    monkeypatch.setattr(source_cache, "file_sizes", count)
+    run = SweepRun(
+        load_sweep(write_sweep_with_broken_model(tmp_path, toy_assets, toy_model)), [], storage_path(tmp_path)
+    )
+    variants = run.planned_variants()
+    plan = plan_sweep(variants, storage_path(tmp_path), run.inputs)
+    run._stages
+    results = [TrialResult(variant, "done") for variant in variants]
+    report = plan_of_results(results, storage_path(tmp_path), run.inputs)
+    assert [stage.fingerprint for stage in report.planned_stages] == [
+        stage.fingerprint for stage in plan.planned_stages
+    ]
+    assert len(listed) == 2, "the alignment and the instruction corpus"
 
 
 PlanShipped = Callable[[str], SweepPlan]
