@@ -47,7 +47,7 @@ def test_plan_trials_and_report_resolve_each_source_once(
     )
     variants = run.planned_variants()
     plan = plan_sweep(variants, storage_path(tmp_path), run.inputs)
-    run._stages
+    assert len(run._stages) == len(variants), "what the capacity check and the recipes of trials need"
     results = [TrialResult(variant, "done") for variant in variants]
     report = plan_of_results(results, storage_path(tmp_path), run.inputs)
     assert [stage.fingerprint for stage in report.planned_stages] == [
