@@ -191,9 +191,11 @@ class Corpus(ConfigModel):
 
     `image_aspect` pads an image to a square or crops its center. A sample longer than `max_length` tokens (image tokens
     included) is quarantined, loses whole exchanges at its end with `on_overlong: truncate_exchanges`, or is cut at the
-    token with `truncate_tokens`; it is quarantined if the loss covers nothing of what is left. An image of more than
-    `max_pixels` is quarantined before it is decoded. Preparing fails when more than the fraction `quarantine_limit` of
-    all rows is quarantined. An Arrow block holds `samples_per_block` samples. `fetch` applies to images named by URL.
+    token with `truncate_tokens`; it is quarantined if the loss covers nothing of what is left. A conversation of more
+    than `max_chars` characters is quarantined before it is tokenized, an image file of more than `max_image_bytes`
+    before it is read, and one of more than `max_pixels` before it is decoded. Preparing fails when more than the
+    fraction `quarantine_limit` of all rows is quarantined. An Arrow block holds `samples_per_block` samples. `fetch`
+    applies to images named by URL.
     """
 
     sources: tuple[Source, ...] = Field(..., min_length=1)
@@ -202,15 +204,18 @@ class Corpus(ConfigModel):
     on_overlong: Literal["quarantine", "truncate_exchanges", "truncate_tokens"] = "quarantine"
     image_encoding: ImageEncoding = ImageEncoding()
     max_pixels: int = Field(64_000_000, ge=1)
+    max_chars: int = Field(1_000_000, ge=1)
+    max_image_bytes: int = Field(64_000_000, ge=1)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
     operators: tuple[Annotated[OperatorConfig, BeforeValidator(_parse_operator)], ...] = ()
     quarantine_limit: _Fraction = not_fingerprinted(0.01)
     fetch: FetchConfig = not_fingerprinted(FetchConfig())
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """See ConfigModel. Includes `operators` if there are any."""
-        fields = super().fingerprint_fields()
-        return fields if self.operators else {key: value for key, value in fields.items() if key != "operators"}
+        """See ConfigModel. Settings that were added after the first release are left out at their defaults."""
+        added = ("operators", "max_chars", "max_image_bytes")
+        unset = {key for key in added if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in super().fingerprint_fields().items() if key not in unset}
 
 
 class Corpora(ConfigModel):

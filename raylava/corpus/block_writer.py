@@ -120,7 +120,7 @@ def _row_outcomes(
         fetched = fetcher.fetch_all(names if fetches else ())
         fetched_records += [image.record() for image in fetched.values()]
         for raw in batch:
-            reader = ImageReader(raw.image_root, fetched)
+            reader = ImageReader(raw.image_root, spec.corpus.max_image_bytes, fetched)
             try:
                 parsed = parse_row(raw.content, raw.selected.id_suffix)
             except BadRow as bad:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 
-from raylava.corpus.quarantine import describe_error
+from raylava.corpus.quarantine import BadRow, Reason, describe_error
 from raylava.errors import UserError
 from raylava.storage import READ_BYTES, StoragePath
 
@@ -63,8 +63,11 @@ class Format(Protocol):
         format.
         """
 
-    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
-        """Yield the raw rows at these offsets, in their order; for a malformed row, a string that describes it."""
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
+        """Yield the raw rows at these offsets, in their order; for a malformed row, a string that describes it.
+
+        For a row with an image of more than `max_image_bytes` in a file of its own, a BadRow; the image is not read.
+        """
 
 
 class LlavaJson:
@@ -85,7 +88,7 @@ class LlavaJson:
         if not conversations:
             raise UserError(f"{file}: not LLaVA JSON: no row has `conversations`")
 
-    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
         """See Format."""
         return (_parse_json(content) for content in _read_ranges(file, offsets))
 
@@ -219,7 +222,7 @@ class JsonLines:
         if not rows and part.stop is None:
             raise UserError(f"{file}: contains no rows")
 
-    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
         """See Format."""
         return (_parse_json(content) for content in _read_ranges(file, offsets))
 
@@ -281,7 +284,7 @@ class Parquet:
             for row in range(metadata.row_group(group).num_rows):
                 yield RowRef([group, row])
 
-    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
         """See Format."""
         table, loaded_group = None, -1
         with pq.ParquetFile(file.path, filesystem=file.filesystem) as parquet:
@@ -319,11 +322,17 @@ class WebDataset:
             raise UserError(f"{file}: contains no samples")
         yield RowRef({"key": key, **members})
 
-    def read_rows(self, file: StoragePath, offsets: Sequence[Any]) -> Iterator[Any]:
+    def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
         """See Format."""
         with file.open_random() as stream:
             for offset in offsets:
                 spans = {suffix: span for suffix, span in offset.items() if suffix != "key"}
+                large = [suffix for suffix, (_, size) in spans.items() if max_image_bytes and size > max_image_bytes]
+                if any(map(_is_image, large)):
+                    size = max(spans[suffix][1] for suffix in large)
+                    detail = f"{offset['key']}: {size} bytes, more than max_image_bytes={max_image_bytes}"
+                    yield BadRow(Reason.IMAGE_TOO_LARGE, detail)
+                    continue
                 yield self._row(offset["key"], {suffix: _read_span(stream, span) for suffix, span in spans.items()})
 
     def _row(self, key: str, members: dict[str, bytes]) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import overload
@@ -15,18 +16,23 @@ from raylava.storage import StoragePath
 class ImageReader:
     """Reads the images of one source row, each once: operators and the sample may need the same one."""
 
-    def __init__(self, root: StoragePath, fetched: Mapping[str, FetchedImage] | None = None) -> None:
-        """`root` is the folder of image paths; `fetched` has the images that are named by URL."""
-        self._root, self._fetched = root, fetched or {}
+    def __init__(self, root: StoragePath, max_bytes: int, fetched: Mapping[str, FetchedImage] | None = None) -> None:
+        """`root` is the folder of image paths; files of more than `max_bytes` are not read; `fetched` has the images
+        that are named by URL.
+        """
+        self._root, self._max_bytes, self._fetched = root, max_bytes, fetched or {}
         self._contents: dict[str, bytes] = {}
 
     def __call__(self, image: str | bytes) -> bytes:
         """Return the bytes of an image as a row gives it. Raises BadRow, and OSError when the folder is missing."""
         if isinstance(image, bytes):
+            check_size("the image", len(image), self._max_bytes)
             return image
         if image not in self._contents:
             self._contents[image] = (
-                fetched_content(image, self._fetched) if is_url(image) else _read_file(self._root, image)
+                fetched_content(image, self._fetched)
+                if is_url(image)
+                else _read_file(self._root, image, self._max_bytes)
             )
         return self._contents[image]
 
@@ -53,13 +59,23 @@ class RowImages(Sequence[bytes]):
         return self._read_image(self._images[index])
 
 
-def _read_file(root: StoragePath, name: str) -> bytes:
+def check_size(name: str, size: int, max_bytes: int) -> None:
+    """Raise BadRow for an image file of more than `max_bytes`."""
+    if size > max_bytes:
+        raise BadRow(Reason.IMAGE_TOO_LARGE, f"{name}: {size} bytes, more than max_image_bytes={max_bytes}")
+
+
+def _read_file(root: StoragePath, name: str, max_bytes: int) -> bytes:
     """Read an image below `root`. Raises OSError when `root` itself is missing, else BadRow."""
     file = resolve_image_path(root, name)
     if root.is_local:
         _reject_escaping_link(root, file, name)
     try:
-        return file.read_bytes()
+        if root.is_local:
+            _reject_special_file(file, name)  # reading a pipe or a device might never end
+        with file.filesystem.open_input_file(file.path) as stream:
+            check_size(name, stream.size(), max_bytes)
+            return stream.read()
     except OSError as error:
         if not root.exists():  # the image folder is gone, which is not the fault of this row
             raise
@@ -68,6 +84,12 @@ def _read_file(root: StoragePath, name: str) -> bytes:
         if file.is_folder():
             raise BadRow(Reason.IMAGE_MISSING, f"{name} is a folder") from error
         raise BadRow(Reason.IMAGE_UNREADABLE, f"{name}: {error}"[:200]) from error
+
+
+def _reject_special_file(file: StoragePath, name: str) -> None:
+    mode = os.stat(file.path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise BadRow(Reason.IMAGE_UNREADABLE, f"{name} is not a regular file")
 
 
 def _reject_escaping_link(root: StoragePath, file: StoragePath, name: str) -> None:

@@ -34,6 +34,8 @@ def matches_filters(names: Sequence[str], include: Sequence[str], exclude: Seque
 
 def parse_row(raw: Any, id_suffix: str) -> SourceRow:
     """Parse a raw row (`conversations`, or `messages` of role and content). Raises BadRow when it is malformed."""
+    if isinstance(raw, BadRow):  # found while it was read
+        raise raw
     if not isinstance(raw, dict):
         raise BadRow(Reason.NOT_A_ROW, raw if isinstance(raw, str) else f"a {type(raw).__name__}, not an object")
     turns = raw.get("conversations") or raw.get("messages")

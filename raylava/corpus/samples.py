@@ -26,6 +26,9 @@ def make_sample(
 
     Cheap checks run first, so that no image is read for a row that fails them. `read_image` is an ImageReader.
     """
+    characters = sum(len(turn.text) for turn in row.turns)
+    if characters > corpus.max_chars:
+        raise BadRow(Reason.TOO_LONG, f"{characters} characters, more than max_chars={corpus.max_chars}")
     check_turns(row.turns, len(row.images))
     chat, truncated = _tokenize_within_limit(row, chat_tokenizer, corpus, vision.image_tokens)
     images = [

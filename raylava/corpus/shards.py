@@ -110,7 +110,9 @@ def read_shard(spec: PrepareSpec, shard: int) -> Iterator[RawRow]:
     for (source_number, file_number), group in itertools.groupby(rows, key=lambda row: (row.source, row.file)):
         source, rows_of_file = sources[source_number], list(group)
         file, image_root = source.files[file_number], storage_path(source.images)
-        contents = source.format(file).read_rows(file, [row.offset for row in rows_of_file])
+        contents = source.format(file).read_rows(
+            file, [row.offset for row in rows_of_file], spec.corpus.max_image_bytes
+        )
         for row, content in zip(rows_of_file, contents, strict=True):
             yield RawRow(row, file, image_root, content)
 

@@ -270,6 +270,8 @@ CORPUS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "on_overlong": ("corpora.instruction.max_length=80 -> corpora.instruction.on_overlong=truncate_exchanges", blocks),
     "max_pixels": ("corpora.instruction.max_pixels=2000", blocks),
     "samples_per_block": ("corpora.instruction.samples_per_block=7", blocks),
+    "max_chars": ("corpora.instruction.max_chars=60", blocks),
+    "max_image_bytes": ("corpora.instruction.max_image_bytes=400", blocks),
     "operators.name": ("corpora.instruction.operators=['tests.support.user_operators:twice']", blocks),
     "operators.arguments": (
         "corpora.instruction.operators=[{first_exchanges: {count: 9}}] -> "
