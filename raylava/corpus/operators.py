@@ -22,8 +22,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DuplicateKey:
-    """What two duplicates have in common: the same `group` (up to 16 bytes), and image hashes (64 bits) that differ in
-    at most `distance` bits, an argument of the operator (0 without one).
+    """What two duplicates have in common: the same `group`, and image hashes (64 bits) that differ in at most `distance`
+    bits, an argument of the operator (0 without one).
     """
 
     group: bytes
@@ -154,7 +154,7 @@ class OperatorChain:
     """
 
     operators: Sequence[Operator]
-    verdicts: Mapping[int, Mapping[str, "BadRow | FilteredRow"]] = field(default_factory=dict)
+    verdicts: Mapping[int, Mapping[str, BadRow | FilteredRow]] = field(default_factory=dict)
 
     def apply(
         self, row: SourceRow, read_image: Callable[[str | bytes], bytes], stop: int | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from raylava.pipeline.stage import Stage
 from raylava.pipeline.stages import CONTINUED_FROM, TrainStage
+from raylava.train.step_log import FINAL_STATE
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,7 @@ def plan_prefixes(variants: Sequence[Sequence[Stage]]) -> PrefixPlan:
 
     A stage that is complete needs no prefix, and is none unless its final state was kept.
     """
-    by_key: dict[str, dict[int, tuple[int, TrainStage]]] = {}  # first variant and stage, by what is equal and length
-    for number, stages in enumerate(variants):
-        for stage in _training_stages(stages):
-            if stage.prefix_key is not None:
-                by_key.setdefault(stage.prefix_key, {}).setdefault(stage.length, (number, stage))
-    shared = {key: lengths for key, lengths in by_key.items() if len(lengths) > 1}
+    shared = _by_length(variants)
     extended, providers = set[str](), list[tuple[int, ...]]()
     for stages in variants:
         needed: set[int] = set()
@@ -97,19 +93,24 @@ def with_recorded_prefixes(variants: Sequence[Sequence[Stage]]) -> list[list[Sta
 
 
 def unneeded_states(variants: Sequence[Sequence[Stage]]) -> list[TrainStage]:
-    """Return the prefixes, among stages that `with_prefixes` linked, whose every continuation is complete."""
-    continuations: dict[str, list[TrainStage]] = {}
-    prefixes: dict[str, TrainStage] = {}
-    for stage in (stage for stages in variants for stage in _training_stages(stages)):
-        if stage.prefix is not None:
-            fingerprint = stage.prefix.spec().fingerprint
-            prefixes[fingerprint] = stage.prefix
-            continuations.setdefault(fingerprint, []).append(stage)
-    return [
-        prefix
-        for fingerprint, prefix in prefixes.items()
-        if all(stage.spec().find() is not None for stage in continuations[fingerprint])
-    ]
+    """Return the stages whose final state was kept although every longer stage of the variants is complete."""
+    unneeded = []
+    for stages in _by_length(variants).values():
+        for length, (_, stage) in stages.items():
+            longer = [other for other_length, (_, other) in stages.items() if other_length > length]
+            if longer and all(other.spec().find() for other in longer) and (stage.spec().path / FINAL_STATE).exists():
+                unneeded.append(stage)
+    return unneeded
+
+
+def _by_length(variants: Sequence[Sequence[Stage]]) -> dict[str, dict[int, tuple[int, TrainStage]]]:
+    """Return the first variant and its stage by length, by what the stages have in common; at least two lengths."""
+    by_key: dict[str, dict[int, tuple[int, TrainStage]]] = {}
+    for number, stages in enumerate(variants):
+        for stage in _training_stages(stages):
+            if stage.prefix_key is not None:
+                by_key.setdefault(stage.prefix_key, {}).setdefault(stage.length, (number, stage))
+    return {key: lengths for key, lengths in by_key.items() if len(lengths) > 1}
 
 
 def _training_stages(stages: Sequence[Stage]) -> list[TrainStage]:

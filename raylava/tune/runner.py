@@ -31,7 +31,7 @@ from raylava.storage import StoragePath
 from raylava.tune.budget import SearchBudget, TrainingHours
 from raylava.tune.concurrency import ConcurrencyLimit
 from raylava.tune.early_stopping import EarlyStopping
-from raylava.tune.prefixes import PrefixPlan, linked_stages, plan_prefixes, unneeded_states
+from raylava.tune.prefixes import PrefixPlan, plan_prefixes, unneeded_states
 from raylava.tune.searcher import SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
@@ -92,8 +92,8 @@ class SweepRun:
             labels = node_labels_for(TRAIN, largest)
             limit = ConcurrencyLimit(resources, labels, self.sweep.max_concurrent_trials, joins_running_cluster())
             self._run_trials(sources, budget, limit, console, trainable)
-            for prefix in unneeded_states(linked_stages(self._stages, self._prefixes)):
-                prefix.delete_final_state()
+            for stage in unneeded_states(self._stages):
+                stage.delete_final_state()
             return [result for source in sources for result in self._trial_results(source)]
 
     def _check_capacity(self, console: Console) -> None:

@@ -64,6 +64,15 @@ def test_state_is_used_while_it_is_kept(stages: Any) -> None:
     (prefix,) = unneeded_states([one, two])
     prefix.delete_final_state()
     assert not state.exists()
+    assert unneeded_states([one, two]) == []
+
+
+def test_state_that_a_killed_driver_left_is_removed_by_the_next_run(stages: Any) -> None:
+    one, two = (stages(*CONSTANT, f"finetune.epochs={count}") for count in (1, 2))
+    (one[1].spec().path / FINAL_STATE / "checkpoint.json").write_bytes(b"{}")
+    for variant in (one, two):
+        variant[1].spec().commit({}, {}, 1.0)
+    assert [stage.length for stage in unneeded_states([one, two])] == [1]
 
 
 def test_shorter_stage_whose_state_was_not_kept_is_no_prefix(stages: Any) -> None:
