@@ -22,8 +22,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DuplicateKey:
-    """What two duplicates have in common: the same `group`, and image hashes (64 bits) that differ in at most `distance`
-    bits, an argument of the operator (0 without one).
+    """What two duplicates have in common: the same `group`, and image hashes (64 bits) that differ in few bits.
+
+    The operator's argument `distance` says in how many; 0 without such an argument.
     """
 
     group: bytes
