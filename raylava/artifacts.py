@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from raylava import __version__
-from raylava.errors import RunError, UserError
+from raylava.errors import RunError, UserError, first_line
 from raylava.storage import StoragePath, storage_path
 
 logger = logging.getLogger(__name__)
@@ -103,11 +103,15 @@ def load_artifact(path: str) -> Artifact:
     folder = storage_path(path)
     try:
         record = json.loads((folder / RECORD_FILE).read_bytes())
+        return Artifact(str(record["stage"]), str(record["fingerprint"]), folder, record)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path}: not a complete artifact (no {RECORD_FILE}); `raylava run` prints the paths"
         ) from error
-    return Artifact(record["stage"], record["fingerprint"], folder, record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / RECORD_FILE}: damaged ({first_line(error)}); remove the folder and build the artifact again"
+        ) from error
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def _complete_config(config: Path, cluster: LocalCluster) -> dict[str, Any]:
         file_config = yaml.safe_load(config.read_text())
         head = file_config["available_node_types"][file_config["head_node_type"]]
         head["resources"].setdefault("memory", psutil.virtual_memory().total // 4)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{config}: not a valid cluster file: {type(error).__name__} {error}") from error
     defaults: dict[str, Any] = {key: [] for key in _COMMANDS} | {"file_mounts": {}, "auth": {}}  # unused by processes
     completed: dict[str, Any] = defaults | file_config | {"provider": _provider(cluster, file_config["head_node_type"])}

@@ -43,7 +43,7 @@ def read_node_types(file: Path) -> list[NodeType]:
     try:
         documents = [document for document in yaml.safe_load_all(file.read_text(encoding="utf-8")) if document]
         clusters = [types for document in documents if (types := _document_types(document)) is not None]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a valid cluster file: {type(error).__name__} {error}") from error
     if not clusters:
         raise UserError(

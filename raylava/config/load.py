@@ -91,7 +91,7 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot read the {expected} ({error.strerror}); see jobs/recipes/ for the shipped ones"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of numbers and nesting that are too long
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: a {expected} is a mapping of keys to values, this is a {type(data).__name__}")
@@ -114,8 +114,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{override[:200]!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     set_key(data, key, value)
 
 

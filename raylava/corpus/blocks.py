@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
 from raylava.corpus.quarantine import QuarantinedRow
-from raylava.errors import RunError
-from raylava.storage import StoragePath
+from raylava.errors import RunError, UserError
+from raylava.storage import StoragePath, storage_path
 
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
@@ -124,11 +125,17 @@ class Manifest:
         names += [name for name in ("filtered", "added") if getattr(self, name)]
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
 
-    @classmethod
-    def from_json(cls, content: bytes) -> "Manifest":
-        data = json.loads(content)
-        data["blocks"] = tuple(BlockRecord(**block) for block in data["blocks"])
-        return cls(**data)
+
+def read_manifest(corpus: StoragePath) -> Manifest:
+    """Read the manifest of a prepared corpus. Raises FileNotFoundError, and UserError for one that is damaged."""
+    content = (corpus / MANIFEST).read_bytes()
+    try:
+        return TypeAdapter(Manifest).validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        problem = f"{place}: {first['msg']}".removeprefix(": ")
+        raise UserError(f"{corpus / MANIFEST}: damaged ({problem}); prepare the corpus again") from error
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ class Blocks:
 
     def __init__(self, folder: Path, fetcher: Callable[[BlockRecord], Path] | None = None) -> None:
         self.folder, self._fetcher = folder, fetcher
-        self.manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+        self.manifest = read_manifest(storage_path(folder))
         self.lengths = map_lengths(folder / LENGTHS)
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
         self._tables: dict[int, pa.Table] = {}

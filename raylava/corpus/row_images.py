@@ -1,5 +1,6 @@
 """Reads the image files of a row: bytes within the row, a path below the image folder, or a URL that was fetched."""
 
+import errno
 import functools
 import os
 import stat
@@ -77,6 +78,8 @@ def _read_file(root: StoragePath, name: str, max_bytes: int) -> bytes:
             check_size(name, stream.size(), max_bytes)
             return stream.read()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadRow(Reason.IMAGE_MISSING, f"{name[:100]}…: the name is too long for a file") from error
         if not root.exists():  # the image folder is gone, which is not the fault of this row
             raise
         if isinstance(error, FileNotFoundError):

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from raylava.config.recipe import Corpus, Training
-from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, Manifest, decode_lengths
+from raylava.corpus.blocks import LENGTHS, Lengths, decode_lengths, read_manifest
 from raylava.errors import UserError
 from raylava.perf.memory import TrainableModel
 from raylava.storage import StoragePath
@@ -51,7 +51,7 @@ class CorpusSize:
 def prepared_corpus(folder: StoragePath) -> CorpusSize:
     """Read the size of a prepared corpus. Raises UserError if `folder` has no prepared corpus."""
     try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+        manifest = read_manifest(folder)
         lengths = decode_lengths((folder / LENGTHS).read_bytes())
     except FileNotFoundError as error:
         raise UserError(

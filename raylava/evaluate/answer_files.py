@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.evaluate.benchmarks.files import OPTION_LETTER_SUFFIX, SHORT_ANSWER_SUFFIX
 from raylava.evaluate.questions import Question
 from raylava.storage import StoragePath
@@ -32,9 +32,9 @@ def read_predictions(file: StoragePath) -> list[Prediction]:
         raise UserError(f"{file}: no such file")
     try:
         return [_prediction(entry) for entry in _entries(file.read_bytes().decode("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: not a file of answers ({type(error).__name__} {error}); each entry needs question_id and text"
+            f"{file}: not a file of answers ({first_line(error)}); each entry needs question_id and text"
         ) from error
 
 
@@ -55,7 +55,7 @@ def _entries(content: str) -> Iterator[Any]:
 def _is_json_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 

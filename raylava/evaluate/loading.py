@@ -7,7 +7,7 @@ from typing import Any
 
 from raylava.config.recipe import Benchmark
 from raylava.corpus.sources import file_sizes
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.evaluate.answer_files import join_predictions, read_predictions
 from raylava.evaluate.benchmarks import CUSTOM, official_benchmarks
 from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
@@ -144,9 +144,9 @@ def read_grades(file: StoragePath, questions: list[Question]) -> dict[str, float
     try:
         entries = json.loads(file.read_bytes())
         grades: dict[str, float | None] = {question_id: _parse_grade(entry) for question_id, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError) as error:
         raise UserError(
-            f"{file}: not a file of grades ({type(error).__name__} {error}); it must map question ids to numbers"
+            f"{file}: not a file of grades ({first_line(error)}); it must map question ids to numbers"
         ) from error
     known_ids = {question.question_id for question in questions}
     for question_id in grades:

@@ -15,7 +15,7 @@ from raylava.config.recipe import Benchmark
 from raylava.corpus.formats import FORMATS
 from raylava.corpus.quarantine import BadRow
 from raylava.corpus.rows import image_names, matches_filters, parse_row
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath
 
@@ -110,17 +110,21 @@ def _validate_references(question: Question, metric: str, file: StoragePath) -> 
 
 
 def _read_jsonl(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:
-    for number, line in enumerate(file.read_bytes().decode("utf-8").split("\n"), 1):
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
             if matches_filters(image_names(fields), benchmark.include, benchmark.exclude):
                 yield _jsonl_question(fields)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{file}:{number}: not a question ({error!r}); each line needs question_id, text and answer (or "
-                "answers), and may have image and category"
+                f"{file}:{number}: not a question ({first_line(error)}); each line needs question_id, text and answer "
+                "(or answers), and may have image and category"
             ) from error
 
 
