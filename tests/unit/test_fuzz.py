@@ -31,8 +31,11 @@ from raylava.toy.demo import recipes_folder
 from raylava.tune.sweep import load_sweep
 from tests.support.corpora import alignment_spec, prepare_serially, read_rows, with_settings
 
-EXAMPLES = int(os.environ.get("RAYLAVA_FUZZ_EXAMPLES", "60"))
+LONGER = os.environ.get("RAYLAVA_FUZZ_EXAMPLES")
+EXAMPLES = int(LONGER or "60")
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+# The same examples in every run of the suite; new ones in a longer search.
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW, derandomize=LONGER is None)
 
 ODD_TEXTS = ("", " ", "\ud800", "\0", "../x", "x" * 300, "[bold]")
 ODD_VALUES = st.sampled_from([None, True, -1, 0, 2**70, 1e300, float("nan"), *ODD_TEXTS, [], {}, [[]], [None]])
@@ -121,14 +124,14 @@ SWEEP = yaml.safe_load((recipes_folder() / "toy-ablations.yaml").read_text())
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_recipes(folder: Path, data: st.DataObject) -> None:
     file = write(folder, "recipe.yaml", data, RECIPE, yaml.safe_dump)
     expect_result_or_user_error(lambda: load_recipe(str(file), []))
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_sweeps_and_price_tables(folder: Path, data: st.DataObject) -> None:
     file = write(folder, "sweep.yaml", data, SWEEP, yaml.safe_dump)
     expect_result_or_user_error(lambda: load_sweep(str(file)))
@@ -145,7 +148,7 @@ QUESTION_FILES = {"questions.jsonl": QUESTION, "questions.json": [ROW]}
 
 @pytest.mark.parametrize("name", QUESTION_FILES)
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_questions(name: str, folder: Path, data: st.DataObject) -> None:
     file = write(folder, name, data, QUESTION_FILES[name])
     benchmark = Benchmark(name="b", questions=str(file), include=("*.png",), categories={"all": "."})
@@ -153,7 +156,7 @@ def test_questions(name: str, folder: Path, data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_answers_and_grades(folder: Path, data: st.DataObject) -> None:
     answers = [{"question_id": "q", "prompt": "p", "text": "yes", "metadata": {"problem": "p"}}]
     file = write(folder, "answers.json", data, data.draw(st.sampled_from([answers, answers[0], {"q": "yes"}])))
@@ -180,7 +183,7 @@ MANIFEST = {
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_manifests_and_artifact_records(folder: Path, data: st.DataObject) -> None:
     manifest = write(folder, "manifest.json", data, MANIFEST)
     expect_result_or_user_error(lambda: read_manifest(storage_path(manifest.parent)))
@@ -190,7 +193,7 @@ def test_manifests_and_artifact_records(folder: Path, data: st.DataObject) -> No
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@FUZZ
 def test_corpora(
     toy_assets: Artifact, language: LanguageSpec, vision: VisionSpec, folder: Path, data: st.DataObject
 ) -> None:
