@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
@@ -219,11 +218,6 @@ def decode_quarantine(content: bytes) -> list[QuarantinedRow]:
     """Decode the output of `encode_quarantine`."""
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
     return [QuarantinedRow(**{**row, "row": int(row["row"])}) for row in rows]  # type: ignore[arg-type]
-
-
-def count_reasons(rows: Iterable[QuarantinedRow]) -> dict[str, int]:
-    """Count quarantined rows by reason, the most frequent reason first."""
-    return dict(Counter(row.reason for row in rows).most_common())
 
 
 def _encode_table(table: pa.Table) -> bytes:

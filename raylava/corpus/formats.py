@@ -66,7 +66,7 @@ class Format(Protocol):
     def read_rows(self, file: StoragePath, offsets: Sequence[Any], max_image_bytes: int | None = None) -> Iterator[Any]:
         """Yield the raw rows at these offsets, in their order; for a malformed row, a string that describes it.
 
-        For a row with an image of more than `max_image_bytes` in a file of its own, a BadRow; the image is not read.
+        For a row with an image of more than `max_image_bytes` in a separate file, a BadRow; the image is not read.
         """
 
 

@@ -1,13 +1,10 @@
 """A perceptual hash of images: equal or close for images that look alike, whatever their size, format and quality."""
 
-import io
-import warnings
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from raylava.corpus.images import IMAGE_FORMATS, as_rgb
+from raylava.corpus.images import as_rgb, open_image
 from raylava.corpus.quarantine import BadRow, Reason, describe_error
 
 _SIDE = 8  # rows and columns of the hash: 64 bits
@@ -20,16 +17,12 @@ def difference_hash(content: bytes, max_pixels: int = 64_000_000) -> int:
     The image is reduced to 9 × 8 grey pixels; each bit tells whether a pixel is darker than its right neighbour. Raises
     BadRow when it cannot be decoded or has more than `max_pixels` pixels, the default of a corpus.
     """
+    image = open_image(content, max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
-            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if image.width * image.height > max_pixels:
-            raise BadRow(Reason.IMAGE_TOO_LARGE, f"{image.width}×{image.height} pixels, more than {max_pixels}")
         image.draft("L", (_DRAFT_SIDE, _DRAFT_SIDE))
         displayed = as_rgb(ImageOps.exif_transpose(image)).convert("L")
         grey = np.asarray(displayed.resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), dtype=np.int16)
-    except (BadRow, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
         raise BadRow(Reason.IMAGE_UNREADABLE, describe_error(error)) from error

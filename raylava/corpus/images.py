@@ -22,7 +22,7 @@ from raylava.models.registry import PixelRule
 logger = logging.getLogger(__name__)
 
 # Pillow has decoders for many more, some of which start other programs (Ghostscript for EPS).
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 
@@ -30,17 +30,10 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3), RGB
 def decode_image(content: bytes, max_pixels: int) -> Pixels:
     """Decode an image file as a viewer displays it: first frame, upright by EXIF, RGB, alpha composited over white.
 
-    Raises BadRow when it is unreadable, truncated, not of a format in IMAGE_FORMATS, or has more than `max_pixels`
-    pixels (checked before decoding).
+    Raises BadRow when it is unreadable, truncated, not of a format in _FORMATS, or has more than `max_pixels` pixels
+    (checked before decoding).
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
-            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-    except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
-        raise _unreadable(error) from error
-    if image.width * image.height > max_pixels:
-        raise BadRow(Reason.IMAGE_TOO_LARGE, f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    image = open_image(content, max_pixels)
     try:
         pixels = _decode_plain_jpeg(image, content)
         if pixels is None:
@@ -49,6 +42,22 @@ def decode_image(content: bytes, max_pixels: int) -> Pixels:
     except Exception as error:
         raise _unreadable(error) from error
     return pixels
+
+
+def open_image(content: bytes, max_pixels: int) -> Image.Image:
+    """Open an image file without decoding it.
+
+    Raises BadRow when it is unreadable, not of a format in _FORMATS, or has more than `max_pixels` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit instead
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Exception as error:  # decoders raise exceptions of many kinds for foreign bytes
+        raise _unreadable(error) from error
+    if image.width * image.height > max_pixels:
+        raise BadRow(Reason.IMAGE_TOO_LARGE, f"{image.width}×{image.height} pixels, more than {max_pixels}")
+    return image
 
 
 def _unreadable(error: Exception) -> BadRow:

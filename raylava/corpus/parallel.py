@@ -10,6 +10,8 @@ from raylava.cluster.session import error_summary
 from raylava.errors import RunError
 
 Function = Callable[[int], Mapping[str, Any]]
+# Maps items with a function, possibly on other nodes, to columns; yields the results in any order.
+MapOnCluster = Callable[[Function, Sequence[int]], Iterator[dict[str, Any]]]
 
 
 def map_with_ray_data(

@@ -13,7 +13,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from raylava.corpus.blocks import (
 from raylava.corpus.deduplication import duplicates_kind, find_partition, keys_kind
 from raylava.corpus.image_hash import difference_hash
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
-from raylava.corpus.parallel import Function, map_with_ray_data
+from raylava.corpus.parallel import Function, MapOnCluster, map_with_ray_data
 from raylava.corpus.quarantine import BadRow
 from raylava.corpus.row_index import RowIndexes
 from raylava.corpus.shards import (
@@ -61,9 +61,6 @@ from raylava.storage import StoragePath, storage_path
 logger = logging.getLogger(__name__)
 
 _IMAGES_PER_TASK = 256
-
-# Maps items with a function on Ray Data actors; yields the results in the order of completion.
-MapOnCluster = Callable[[Function, Sequence[int]], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)

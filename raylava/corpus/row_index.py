@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -25,6 +25,9 @@ from raylava.corpus.formats import FORMATS, Part
 from raylava.corpus.rows import image_names
 from raylava.errors import UserError, first_line
 from raylava.storage import StoragePath, storage_path
+
+if TYPE_CHECKING:
+    from raylava.corpus.parallel import Function, MapOnCluster  # would import Ray
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +37,6 @@ _RECENT_SECONDS = 2.0  # a file that was just modified may be modified again wit
 _SCHEMA = pa.schema([("offset", pa.string()), ("images", pa.string())])  # both as JSON
 _ROWS_PER_BATCH = 65536
 _THREADS = 16  # that wait for storage
-
-# Maps numbers with a function, possibly on other nodes, to columns; yields the results in any order.
-Map = Callable[[Callable[[int], Mapping[str, Any]], Sequence[int]], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RowIndexes:
             is_known = list(pool.map(self._find, files))
         return {file: self._versions[file].size for file, known in zip(files, is_known, strict=True) if not known}
 
-    def build(self, files: Sequence[AnnotationFile], run: "Map | None" = None) -> None:
+    def build(self, files: Sequence[AnnotationFile], run: "MapOnCluster | None" = None) -> None:
         """Build the missing indexes with `run`, or in this process without it.
 
         Raises UserError for a file that cannot be read or has another format.
@@ -121,20 +121,16 @@ class RowIndexes:
         """Record the index of a file whose parts have been scanned."""
         if not sum(int(result["rows"]) for result in results):
             raise UserError(f"{file.uri}: contains no rows")
-        digests = [str(result["digest"]) for result in results]
-        content = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        record = {"content": content if FORMATS[file.format].exposes_rows else None, "parts": len(results)}
+        content = _content_hash(results) if FORMATS[file.format].exposes_rows else None
+        record = {"content": content, "parts": len(results)}
         identity = self._versions[file].identity
         tables = [result["table"] for result in results]
         if identity is None or self._folder is None or any(tables):
-            self._indexes[file] = RowIndex(
-                content if FORMATS[file.format].exposes_rows else None,
-                [functools.partial(_decode, table) for table in tables],
-            )
+            self._indexes[file] = RowIndex(content, [functools.partial(_decode, table) for table in tables])
             return
-        self._indexes[file] = self._stored(identity, record)
         if _file_version(file).identity != identity:
             raise UserError(f"{file.uri}: was modified while it was read; run the command again once it is complete")
+        self._indexes[file] = self._stored(identity, record)
         _write(self._folder / f"{identity}.json", json.dumps(record).encode())
 
     def _stored(self, identity: str, record: Mapping[str, Any]) -> RowIndex:
@@ -184,6 +180,12 @@ def _parts(file: AnnotationFile, version: _FileVersion) -> list[_FilePart]:
         _FilePart(file, number, start, min(size, start + PART_BYTES), version.identity)
         for number, start in enumerate(range(0, size, PART_BYTES))
     ]
+
+
+def _content_hash(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the hash of a file from those of its parts."""
+    digests = [str(result["digest"]) for result in results]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _index_part(parts: Sequence[_FilePart], folder: str | None, number: int) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def _part_file(folder: StoragePath, identity: str, part: int) -> StoragePath:
     return folder / f"{identity}-{part:05d}.arrow"
 
 
-def _map_here(function: Callable[[int], Mapping[str, Any]], items: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _map_here(function: "Function", items: Sequence[int]) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="index-file") as pool:
         yield from (dict(result) for result in pool.map(function, items))
 

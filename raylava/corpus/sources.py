@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -49,7 +50,7 @@ class SourceFiles:
     def __init__(self, source: Source, annotations: str, images: str) -> None:
         self.source, self.annotations, self.images = source, annotations, images
 
-    @property
+    @cached_property
     def files(self) -> list[StoragePath]:
         """The annotation file, or the files of known formats in a folder, by name. Raises UserError for none."""
         root = storage_path(self.annotations)

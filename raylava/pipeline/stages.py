@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from raylava.artifacts import ArtifactSpec, fingerprint, lock
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
 from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
+from raylava.corpus.operators import Operator
 from raylava.corpus.prepare import ImageFolder, check_quarantine, prepare
 from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache, build_indexes
@@ -61,12 +63,15 @@ class PrepareStage(Stage):
             "vision": spec.vision.fingerprint_fields(),
         } | self._operator_fields()
 
+    @cached_property
+    def _operators(self) -> list[Operator]:
+        return load_operators(self._prepare_spec.corpus.operators, f"corpora.{self._prepare_spec.name}.operators")
+
     def _operator_fields(self) -> dict[str, Any]:
         """Return what identifies operators beside their names and arguments: sources of functions, benchmark images."""
         key = f"corpora.{self._prepare_spec.name}.operators"
-        operators = load_operators(self._prepare_spec.corpus.operators, key)
-        sources = [operator.source_sha256 for operator in operators if operator.source_sha256]
-        names = compared_benchmarks(operators)
+        sources = [operator.source_sha256 for operator in self._operators if operator.source_sha256]
+        names = compared_benchmarks(self._operators)
         for name in names:
             if name not in self._benchmarks:
                 known = ", ".join(self._benchmarks) or "none is there"
@@ -77,8 +82,7 @@ class PrepareStage(Stage):
     def run(self, progress: ProgressBar) -> dict[str, Any]:
         spec = dataclasses.replace(self._prepare_spec, output=self.spec().path.uri)
         node_labels = node_labels_for(PREPARE, self._resources)
-        names = compared_benchmarks(load_operators(spec.corpus.operators, spec.name))
-        loaded = {name: self._benchmarks[name] for name in names}
+        loaded = {name: self._benchmarks[name] for name in compared_benchmarks(self._operators)}
         folders = {name: ImageFolder(value.image_root, sorted(value.image_sizes)) for name, value in loaded.items()}
         indexes = self._sources.indexes(self.storage / INDEXED_SOURCES)
         build_indexes(indexes, [file for source in spec.sources for file in source.annotation_files], self._resources)
