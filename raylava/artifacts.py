@@ -13,15 +13,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from raylava import __version__
 from raylava.errors import RunError, UserError, first_line
-from raylava.storage import StoragePath, storage_path
+from raylava.local_copies import HASHES_FILE
+from raylava.storage import StoragePath, folder_sha256, storage_path
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,17 @@ FORMAT_VERSION = 2  # increase it when the bytes that a stage writes change thei
 HEARTBEAT_INTERVAL_S = 10.0
 LOCK_TIMEOUT_S = 60.0  # a lock holder on another host without a heartbeat for this long is considered dead
 _LOCK_POLL_INTERVAL_S = 0.5
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+_RECORD_TYPES: dict[str, Any] = {
+    "stage": str,
+    "fingerprint": str,
+    "fingerprint_fields": dict,
+    "inputs": dict,
+    "metrics": dict,
+    "seconds": (int, float),
+    "finished": str,
+}
+_THREADS = 16  # that wait for storage
 
 
 def fingerprint(stage: str, fields: Mapping[str, Any]) -> str:
@@ -74,15 +88,17 @@ class ArtifactSpec:
         return self.root / self.stage / self.fingerprint
 
     def find(self) -> Artifact | None:
-        """Return the complete artifact, or None while it has no artifact.json."""
+        """Return the complete artifact, or None while it has no artifact.json. Raises UserError for a damaged one."""
         try:
-            record = json.loads((self.path / RECORD_FILE).read_bytes())
+            return read_artifact(self.path)
         except FileNotFoundError:
             return None
-        return Artifact(self.stage, self.fingerprint, self.path, record)
 
     def commit(self, metrics: Mapping[str, Any], inputs: Mapping[str, str], seconds: float) -> Artifact:
-        """Mark the folder as complete. `inputs` maps a role (blocks, connector) to an input artifact's fingerprint."""
+        """Mark the folder as complete, and record the SHA-256 of its files.
+
+        `inputs` maps a role (blocks, connector) to an input artifact's fingerprint.
+        """
         record = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -91,8 +107,9 @@ class ArtifactSpec:
             "fingerprint_fields": self.fingerprint_fields,
             "inputs": dict(inputs),
             "metrics": dict(metrics),
+            "files": _content_hashes(self.path),
             "seconds": round(seconds, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": time.strftime(_TIME_FORMAT, time.gmtime()),
         }
         (self.path / RECORD_FILE).write_bytes(json.dumps(record, indent=2, ensure_ascii=False).encode())
         return Artifact(self.stage, self.fingerprint, self.path, record)
@@ -100,18 +117,70 @@ class ArtifactSpec:
 
 def load_artifact(path: str) -> Artifact:
     """Load the artifact in a folder. Raises UserError when there is none."""
-    folder = storage_path(path)
     try:
-        record = json.loads((folder / RECORD_FILE).read_bytes())
-        return Artifact(str(record["stage"]), str(record["fingerprint"]), folder, record)
+        return read_artifact(storage_path(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path}: not a complete artifact (no {RECORD_FILE}); `raylava run` prints the paths"
         ) from error
+
+
+def read_artifact(folder: StoragePath) -> Artifact:
+    """Read the artifact in a folder. Raises FileNotFoundError when it is not complete, UserError when it is damaged."""
+    content = (folder / RECORD_FILE).read_bytes()
+    try:
+        record = json.loads(content)
+        for key, expected in _RECORD_TYPES.items():
+            if not isinstance(record[key], expected):
+                raise TypeError(f"{key} is a {type(record[key]).__name__}")
+        time.strptime(record["finished"], _TIME_FORMAT)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / RECORD_FILE}: damaged ({first_line(error)}); remove the folder and build the artifact again"
         ) from error
+    return Artifact(record["stage"], record["fingerprint"], folder, record)
+
+
+def publish_folder(folder: Path, target: StoragePath) -> None:
+    """Upload the content of a local folder into an artifact's or one below it, with the SHA-256 of each file.
+
+    The hashes are those of the local files, so that `raylava verify` also finds what an upload has damaged.
+    """
+    hashes = folder_sha256(folder)
+    target.upload_folder(folder)
+    (target / HASHES_FILE).write_bytes(json.dumps(hashes, indent=2).encode())
+
+
+def _content_hashes(folder: StoragePath) -> dict[str, str]:
+    """Return the SHA-256 of the files of an artifact by path: of those that were published, and of those at its top.
+
+    Other files below it are listed in one of these, with their hashes (blocks), or are not read again (checkpoints).
+    """
+    names = [name for name, _ in folder.walk_files()]
+    published: dict[str, str] = {}
+    for name in names:
+        parent, _, base = name.rpartition("/")
+        if base == HASHES_FILE:
+            hashes = json.loads((folder / name).read_bytes())
+            published |= {f"{parent}/{file}".lstrip("/"): digest for file, digest in hashes.items()}
+    bookkeeping = (RECORD_FILE, LOCK_FILE, HASHES_FILE)
+    top = [name for name in names if "/" not in name and not name.startswith((*bookkeeping, "."))]
+    computed = {name: (folder / name).sha256() for name in top if name not in published}
+    return dict(sorted((computed | {name: published[name] for name in names if name in published}).items()))
+
+
+def damaged_files(folder: StoragePath, hashes: Mapping[str, str]) -> list[str]:
+    """Return the problem of each file below `folder` that is missing or whose SHA-256 is not the recorded one."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
+        problems = pool.map(lambda item: _file_problem(folder / item[0], item[1]), hashes.items())
+        return [f"{name}: {problem}" for name, problem in zip(hashes, problems, strict=True) if problem]
+
+
+def _file_problem(file: StoragePath, expected: str) -> str | None:
+    try:
+        return None if file.sha256() == expected else "its SHA-256 is not the recorded one"
+    except FileNotFoundError:
+        return "missing"
 
 
 @contextmanager

@@ -7,19 +7,20 @@ import hashlib
 import io
 import logging
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
 from raylava.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import boto3
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class StoragePath:
                 stream.flush()
                 os.fsync(stream.fileno())
             part.replace(target)
+            _sync(target.parent)
         finally:
             part.unlink(missing_ok=True)
 
@@ -151,34 +153,50 @@ class StoragePath:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def file_versions(self) -> list[tuple[str, int, str]]:
+        """List (path relative to this one, size in bytes, version) of this file, or of every file below this folder.
+
+        The version is the ETag on S3; elsewhere it is the modification time in ns.
+        """
+        if isinstance(self.filesystem, pafs.S3FileSystem):
+            return sorted(_s3_versions(self.path))
+        if self.info().type == pafs.FileType.File:
+            infos = [self.info()]
+        else:
+            selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+            infos = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+        return sorted((info.path.removeprefix(self.path), info.size, str(info.mtime_ns)) for info in infos)
+
     def upload_folder(self, folder: Path) -> None:
-        """Copy the content of a local folder into this one."""
+        """Copy the content of a local folder into this one; it is on disk when this returns."""
         self.make_folder()
         pafs.copy_files(
             str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
         )
+        if self.is_local:
+            for entry in folder.rglob("*"):
+                _sync(Path(self.path) / entry.relative_to(folder))
+            _sync(Path(self.path))
 
     def copy_to(self, target: Path) -> None:
         """Copy this file or folder to a local path."""
         local = pafs.LocalFileSystem()
         pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
 
-    def local_copy(self) -> Path:
-        """Return a local path: this one when it is local, else a copy in the user's cache, downloaded once.
 
-        Use it only for immutable content (artifacts, models): the cache is keyed by the URI.
-        """
-        if self.is_local:
-            return Path(self.path)
-        cached = cache_folder() / hashlib.sha256(self.uri.encode()).hexdigest()[:24] / self.name
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=cached.parent))
-            self.copy_to(part / self.name)
-            if not cached.exists():
-                (part / self.name).rename(cached)
-            shutil.rmtree(part, ignore_errors=True)
-        return cached
+def _sync(path: Path) -> None:
+    """Have the operating system write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folder_sha256(folder: Path) -> dict[str, str]:
+    """Return the hexadecimal SHA-256 of every file below a local folder by its relative path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): storage_path(file).sha256() for file in files}
 
 
 class _RangeReader(io.RawIOBase):
@@ -260,6 +278,7 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
     import boto3  # here: it takes a third of a second, which local commands need not spend
 
     session = boto3.Session()
+    client = _s3_client(session)
     credentials = session.get_credentials()
     options: dict[str, str] = {}
     if credentials is not None and credentials.method in ("env", "shared-credentials-file", "config-file"):
@@ -267,7 +286,6 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
         options = {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
         if frozen.token:
             options["session_token"] = frozen.token
-    client = session.client("s3", region_name=session.region_name or "us-east-1")
     endpoint = urlsplit(client.meta.endpoint_url)
     if not endpoint.netloc.endswith("amazonaws.com"):
         options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
@@ -275,6 +293,22 @@ def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
         region=client.meta.region_name, allow_bucket_creation=False, connect_timeout=10, request_timeout=60, **options
     )
     return filesystem, uri.removeprefix("s3://").rstrip("/")
+
+
+def _s3_client(session: "boto3.Session") -> Any:
+    return session.client("s3", region_name=session.region_name or "us-east-1")
+
+
+def _s3_versions(path: str) -> Iterator[tuple[str, int, str]]:
+    """Yield (relative path, size, ETag) of an object, or of the objects below a prefix."""
+    import boto3
+
+    bucket, _, key = path.partition("/")
+    pages = _s3_client(boto3.Session()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+    for entry in (entry for page in pages for entry in page.get("Contents", ())):
+        name = entry["Key"].removeprefix(key)
+        if (not key or name == "" or name.startswith("/")) and not name.endswith("/"):
+            yield name, entry["Size"], entry["ETag"]
 
 
 def retry(action: Callable[[], T], timeout_s: float, description: str) -> T:

@@ -28,6 +28,7 @@ from raylava.cli import (
     sweep,
     toy,
     train,
+    verify,
 )
 from raylava.errors import UserError
 
@@ -45,6 +46,7 @@ _COMMANDS = {
     "chat": chat,
     "inspect": inspect,
     "show": show,
+    "verify": verify,
     "status": status,
     "batches": batches,
     "replay": replay,

@@ -30,12 +30,13 @@ def _inspect(path: str, samples: int, html: str | None, console: Console) -> Com
     from raylava.cli.tables import corpus_table
     from raylava.corpus.blocks import TOKENIZER
     from raylava.corpus.inspect import inspect_corpus, page
+    from raylava.local_copies import local_copy
 
     artifact = load_artifact(path)
     if artifact.stage != "prepare":
         raise UserError(f"{path}: an artifact of {artifact.stage}; inspect shows artifacts of prepare")
     inspection = inspect_corpus(artifact.path, samples, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained((artifact.path / TOKENIZER).local_copy())
+    tokenizer = AutoTokenizer.from_pretrained(local_copy(artifact.path / TOKENIZER))
     file = Path(html or f"inspect-{artifact.fingerprint}.html")
     file.write_text(page(inspection, f"prepare {artifact.fingerprint}", tokenizer), encoding="utf-8")
     console.show(corpus_table(inspection))

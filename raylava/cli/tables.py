@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raylava.pipeline.status import ArtifactStatus
     from raylava.train.replay import ReplayedSample
 
-_STATE_STYLES = {"complete": "green", "building": "yellow", "stopped": "red"}
+_STATE_STYLES = {"complete": "green", "building": "yellow", "stopped": "red", "damaged": "red"}
 _CORPUS_COUNTS = ("rows_in", "rows", "truncated", "quarantined", "filtered", "images", "tokens", "loss_tokens")
 
 
@@ -83,7 +83,7 @@ def status_table(statuses: "Sequence[ArtifactStatus]") -> Table:
     for status in statuses:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(status.time)) if status.time else ""
         state = f"[{_STATE_STYLES[status.state]}]{status.state}[/]"
-        table.add_row(status.stage, status.fingerprint, state, status.detail, when)
+        table.add_row(status.stage, escape(status.fingerprint), state, escape(status.detail), when)
     return table
 
 
@@ -100,7 +100,7 @@ def corpus_table(inspection: "Inspection") -> Table:
     table.add_section()
     for source, reasons in inspection.quarantined_by_source.items():
         for reason, count in reasons.items():
-            table.add_row(f"{escape(source)}: {reason}", f"{count:,}")
+            table.add_row(escape(f"{source}: {reason}"), f"{count:,}")
     return table
 
 

@@ -21,6 +21,7 @@ def command(
 
 
 def _toy(folder: Path, storage: str, console: Console) -> CommandResult:
+    from raylava.local_copies import local_copy
     from raylava.toy.demo import make_toy_assets
 
     artifact = make_toy_assets(storage, console)
@@ -28,6 +29,6 @@ def _toy(folder: Path, storage: str, console: Console) -> CommandResult:
         folder.unlink()  # a link to these or to earlier toy assets
     elif folder.exists():
         raise UserError(f"{folder}: exists and is not a link to toy assets; name a new folder")
-    folder.symlink_to(artifact.path.local_copy(), target_is_directory=True)
+    folder.symlink_to(local_copy(artifact.path), target_is_directory=True)
     next_command = "raylava run jobs/recipes/toy.yaml"
     return CommandResult({"toy_assets": str(artifact.path)}, f"{folder}: corpus and backbones; next: {next_command}")

@@ -435,6 +435,9 @@ class Benchmark(ConfigModel):
         return self
 
 
+DEFAULT_CACHE_GB = 300.0
+
+
 class Resources(ConfigModel):
     """The resources of each stage. `gpus_per_worker: 0` trains on CPUs with the same code.
 
@@ -448,7 +451,7 @@ class Resources(ConfigModel):
     min_workers: int | None = Field(None, ge=1)
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: int = Field(0, ge=0)
-    cache_gb: float = Field(300.0, gt=0)
+    cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0)
     train_node_labels: dict[str, str] = {}
     prepare_node_labels: dict[str, str] = {}
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from raylava.config.recipe import OperatorConfig
 from raylava.corpus.blocks import (
-    FETCHED,
     BlockRecord,
     Sample,
     encode_block,
     encode_lengths,
     encode_quarantine,
+    fetched_images_file,
     sample_lengths,
 )
 from raylava.corpus.conversation import ChatTokenizer
@@ -195,7 +195,7 @@ def _write_block(output: StoragePath, shard: int, content: _BlockContent) -> Blo
     shard_file(output, "quarantine", shard, "csv").write_bytes(encode_quarantine(content.taken_out))
     fetched = b"".join(content.fetched)
     if fetched:
-        (output / FETCHED / f"images-{shard:05d}.jsonl").write_bytes(fetched)
+        (output / fetched_images_file(shard)).write_bytes(fetched)
     record = BlockRecord(
         path=path,
         rows=len(content.samples),

@@ -118,11 +118,25 @@ class Manifest:
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
 
+    def file_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the blocks, and of the lists of fetched images, by path."""
+        hashes = {block.path: block.sha256 for block in self.blocks}
+        return hashes | {
+            fetched_images_file(shard): block.fetched_sha256
+            for shard, block in enumerate(self.blocks)
+            if block.fetched_sha256
+        }
+
     def counts(self) -> dict[str, Any]:
         """Return the total counts, without the list of blocks."""
         names = ["rows_in", "rows", "tokens", "loss_tokens", "images", "truncated", "quarantined", "quarantine"]
         names += [name for name in ("filtered", "added") if getattr(self, name)]
         return {name: getattr(self, name) for name in names} | {"bytes": sum(block.bytes for block in self.blocks)}
+
+
+def fetched_images_file(shard: int) -> str:
+    """Return the path, in the artifact, of the list of images that were fetched for a block."""
+    return f"{FETCHED}/images-{shard:05d}.jsonl"
 
 
 def read_manifest(corpus: StoragePath) -> Manifest:
@@ -240,11 +254,6 @@ class Blocks:
         self.lengths = map_lengths(folder / LENGTHS)
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
         self._tables: dict[int, pa.Table] = {}
-
-    @classmethod
-    def open(cls, path: StoragePath) -> "Blocks":
-        """Open a prepared corpus; a remote one is downloaded to this node's cache first."""
-        return cls(path.local_copy())
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raylava.corpus.blocks import QUARANTINE, Blocks, Manifest, Sample, decode_quarantine
+from raylava.corpus.block_cache import open_blocks
+from raylava.corpus.blocks import QUARANTINE, Manifest, Sample, decode_quarantine
 from raylava.corpus.quarantine import QuarantinedRow
 from raylava.storage import StoragePath
 
@@ -36,7 +37,7 @@ class Inspection:
 
 def inspect_corpus(artifact: StoragePath, sample_count: int, seed: int) -> Inspection:
     """Compute the statistics of a `prepare` artifact and draw up to `sample_count` of its samples, seeded by `seed`."""
-    blocks = Blocks.open(artifact)
+    blocks = open_blocks(artifact)
     quarantine = decode_quarantine((artifact / QUARANTINE).read_bytes())
     by_source: dict[str, Counter[str]] = {}
     for row in quarantine:

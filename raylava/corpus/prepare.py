@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from raylava.artifacts import publish_folder
 from raylava.cluster.gauges import Gauges
 from raylava.config.recipe import Corpus
 from raylava.corpus.block_writer import benchmark_hashes_file, load_once, make_block, write_shard_keys
@@ -205,7 +206,7 @@ def publish_corpus(spec: PrepareSpec, output: StoragePath, shards: int, rows_in:
     with tempfile.TemporaryDirectory() as folder:
         reasons = _merge_quarantine(output, shards, Path(folder) / QUARANTINE)
         load_tokenizer(spec.language).save_pretrained(Path(folder) / TOKENIZER)  # blocks can be decoded with it alone
-        output.upload_folder(Path(folder))
+        publish_folder(Path(folder), output)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         tokenizer=tokenizer,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raylava.errors import UserError
+from raylava.local_copies import local_copy
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec
 from raylava.storage import storage_path
 
@@ -103,4 +104,4 @@ def validate_connector(folder: str, vision: VisionSpec, language: LanguageSpec) 
 
 
 def _connector_file(folder: str) -> Path:
-    return storage_path(folder).local_copy() / CONNECTOR_FILE
+    return local_copy(storage_path(folder)) / CONNECTOR_FILE

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raylava.artifacts import publish_folder
 from raylava.models.checkpoint import MIN_TRANSFORMERS
 from raylava.models.hub import is_folder
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer
@@ -107,7 +108,7 @@ def export_untrained(model: ResolvedModel, seed: int, image_aspect: str, precisi
     folder = Path(tempfile.mkdtemp(prefix="raylava-untrained-"))
     try:
         export_model(llava, None, model, image_aspect, folder)
-        storage_path(output).upload_folder(folder)
+        publish_folder(folder, storage_path(output))
     finally:
         shutil.rmtree(folder)
 

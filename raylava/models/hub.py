@@ -5,7 +5,6 @@ commit. Weights are read from safetensors. A model that only has PyTorch's pickl
 unpickling code, and kept as safetensors in the cache folder.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylava.errors import UserError, first_line
-from raylava.storage import cache_folder, storage_path
+from raylava.local_copies import HASHES_FILE, file_lock, local_copy
+from raylava.storage import cache_folder, folder_sha256, storage_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_HASHES_FILE = "sha256.json"  # of converted weights, by file
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -43,7 +42,7 @@ def absolute_name(name: str) -> str:
 
 def model_path(name: str) -> str:
     """Return what `from_pretrained` takes: a local folder, downloaded if it is remote, or the hub id."""
-    return str(storage_path(name).local_copy()) if is_folder(name) else name
+    return str(local_copy(storage_path(name))) if is_folder(name) else name
 
 
 def weights_path(name: str, revision: str) -> str:
@@ -144,12 +143,11 @@ def _convert_pickles(folder: Path, name: str) -> Path:
         digest.update(f"{file.name} {_file_sha256(str(file))}\n".encode())
     target = cache_folder() / "safetensors" / digest.hexdigest()[:32]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:  # one process of a node converts, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(target.with_suffix(".lock")):  # one process of a node converts, the others wait
         if not target.exists():
             _write_safetensors(folder, files, target, name)
             logger.info("%s: converted %s to safetensors in %s", name, ", ".join(file.name for file in files), target)
-    for file, expected in json.loads((target / _HASHES_FILE).read_text()).items():
+    for file, expected in json.loads((target / HASHES_FILE).read_text()).items():
         if storage_path(target / file).sha256() != expected:
             raise UserError(f"{target / file}: changed since it was converted from {name}; delete {target}")
     return target
@@ -173,11 +171,10 @@ def _write_safetensors(folder: Path, files: list[Path], target: Path, name: str)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix="partial-"))
     try:
         save_torch_state_dict({key: value.contiguous() for key, value in weights.items()}, partial)
-        hashes = {file.name: storage_path(file).sha256() for file in partial.iterdir()}
-        (partial / _HASHES_FILE).write_text(json.dumps(hashes))
         for file in folder.glob("*.json"):
-            if file.name not in _PICKLES:
+            if file.name not in (*_PICKLES, HASHES_FILE):
                 shutil.copy(file, partial)
+        (partial / HASHES_FILE).write_text(json.dumps(folder_sha256(partial)))
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from raylava.artifacts import HEARTBEAT_INTERVAL_S, LOCK_FILE, LOCK_TIMEOUT_S, RECORD_FILE
+from raylava.artifacts import HEARTBEAT_INTERVAL_S, LOCK_FILE, LOCK_TIMEOUT_S, read_artifact
+from raylava.errors import UserError
 from raylava.storage import StoragePath
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, recorded_steps
 
@@ -17,7 +18,7 @@ STAGES = ("prepare", "pretrain", "finetune", "untrained", "evaluate")
 
 @dataclass(frozen=True)
 class ArtifactStatus:
-    """The status of one artifact. `state` is complete, building, or stopped (incomplete and not being built).
+    """The status of one artifact. `state` is complete, building, stopped (incomplete and not being built) or damaged.
 
     `time` is when it was completed or last made progress, in seconds since the epoch.
     """
@@ -44,9 +45,11 @@ def _list_stage(storage: StoragePath, stage: str, fingerprints: set[str] | None)
 
 def _complete_status(stage: str, folder: StoragePath) -> ArtifactStatus | None:
     try:
-        record = json.loads((folder / RECORD_FILE).read_bytes())
+        record = read_artifact(folder).record
     except FileNotFoundError:
         return None
+    except UserError as error:
+        return ArtifactStatus(stage, folder.name, "damaged", str(error).removeprefix(f"{folder}/"), 0.0, {})
     finished = datetime.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
     detail = f"in {record['seconds']:.0f} s"
     return ArtifactStatus(stage, folder.name, "complete", detail, finished, record["metrics"])
@@ -82,4 +85,6 @@ def _last_heartbeat(folder: StoragePath) -> float | None:
     try:
         return float(json.loads((folder / LOCK_FILE).read_bytes())["heartbeat"])
     except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # a lock that was cut off while it was written
         return None

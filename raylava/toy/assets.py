@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from raylava.artifacts import publish_folder
 from raylava.cluster.session import ProgressCounter
 from raylava.pipeline.stage import Stage
 from raylava.progress import ProgressBar
@@ -105,7 +106,7 @@ def _build_backbone(name: str, output: StoragePath, size: ToySize, seed: int, ad
     torch.set_num_threads(1)  # a task has one CPU; the thread count also changes the rounding of sums
     with tempfile.TemporaryDirectory() as folder:
         _train_backbone(name, Path(folder), size, seed, advance)
-        (output / "backbones" / name).upload_folder(Path(folder))
+        publish_folder(Path(folder), output / "backbones" / name)
 
 
 def _train_backbone(name: str, folder: Path, size: ToySize, seed: int, advance: Callable[[], None]) -> None:

@@ -13,8 +13,9 @@ import torch
 from pydantic import TypeAdapter
 
 from raylava.config.recipe import Training
-from raylava.corpus.blocks import Blocks
+from raylava.corpus.block_cache import open_blocks
 from raylava.errors import UserError
+from raylava.local_copies import local_copy
 from raylava.models.connector import load_connector
 from raylava.models.llava import PackLoss, build_llava, set_trainable
 from raylava.models.registry import ResolvedModel
@@ -77,9 +78,9 @@ def replay(folder: StoragePath) -> Iterator[ReplayedSample]:
     llava = build_llava(spec.model, spec.seed, torch.float32)
     if spec.connector:
         load_connector(llava, spec.connector)  # may bring a vision tower, which is frozen and so not in the dump
-    llava.load_state_dict(load_file((folder / _WEIGHTS_FILE).local_copy()), strict=False)
+    llava.load_state_dict(load_file(local_copy(folder / _WEIGHTS_FILE)), strict=False)
     set_trainable(llava, spec.stage, vision=spec.training.vision_lr is not None)
-    loss_function, blocks, collator = PackLoss(llava), Blocks.open(storage_path(spec.blocks)), build_collator(spec)
+    loss_function, blocks, collator = PackLoss(llava), open_blocks(storage_path(spec.blocks)), build_collator(spec)
     for number in dump["samples"]:
         sample = blocks[number]
         llava.zero_grad()

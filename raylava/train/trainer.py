@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from raylava.artifacts import publish_folder
 from raylava.corpus.block_cache import open_blocks
 from raylava.errors import RunError
 from raylava.models.connector import (
@@ -177,7 +178,7 @@ class Trainer:
             self._write_weights(weights, folder)
             (folder / STEP_LOG).write_text(self._step_log.text())
             (folder / MECHANISMS).write_text(json.dumps(self._mechanisms | {"exported weights": exported}, indent=2))
-            storage_path(spec.output).upload_folder(folder)
+            publish_folder(folder, storage_path(spec.output))
         finally:
             shutil.rmtree(folder)
 

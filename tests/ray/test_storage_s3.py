@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from raylava.errors import UserError
+from raylava.local_copies import local_copy
 from raylava.storage import storage_path, writable
 
 
@@ -16,7 +17,7 @@ def test_s3_is_reached_through_boto3s_default_chain_and_reads_back_what_was_writ
     (root / "two").write_bytes(b"22")
     assert list(root.walk_files()) == [("a/one", 1), ("two", 2)]
     assert (root / "two").read_bytes() == b"22"
-    assert (root / "two").local_copy().read_bytes() == b"22"
+    assert local_copy(root / "two").read_bytes() == b"22"
     assert not (root / "lock").exists()
     assert (root / "lock").create_exclusively(b"mine")
     assert not (root / "lock").create_exclusively(b"theirs")

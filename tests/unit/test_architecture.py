@@ -14,11 +14,12 @@ from raylava.models.families import language_families, vision_families
 PACKAGE = Path(raylava.__file__).parent
 
 # What each package may import of raylava. A new direction must be added here and to docs/architecture.md.
-FOUNDATIONS = {"errors", "storage", "artifacts", "progress"}
+FOUNDATIONS = {"errors", "storage", "local_copies", "artifacts", "progress"}
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
-    "artifacts": {"errors", "storage"},
+    "local_copies": {"errors", "storage"},
+    "artifacts": {"errors", "storage", "local_copies"},
     "progress": set(),
     "console": {"progress"},
     "compat": set(),
@@ -54,6 +55,7 @@ SHORT_MODULES = {
     "cli/demo.py": "one command",
     "cli/chat.py": "one command",
     "cli/show.py": "one command",
+    "cli/verify.py": "one command",
     "cli/batches.py": "one command",
     "cli/run.py": "one command",
     "cli/toy.py": "one command",

@@ -21,6 +21,7 @@ from raylava.corpus.blocks import BlockRecord, Blocks, Manifest
 from raylava.corpus.prepare import ImageFolder, MapOnCluster, prepare, publish_corpus
 from raylava.corpus.shards import PrepareSpec
 from raylava.errors import RunError, UserError
+from raylava.local_copies import local_copy
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from tests.conftest import SECRET
@@ -138,7 +139,7 @@ def test_corpus_on_s3_is_prepared_to_s3_with_the_same_bytes_and_without_secrets(
     pafs.copy_files(str(images.parent), corpus.path, destination_filesystem=corpus.filesystem)
     paths = ((f"{s3}/corpus/alignment.json", f"{s3}/corpus/images"),)
     run(dataclasses.replace(prepare_spec, source_paths=paths, output=f"{s3}/blocks"))
-    blocks = Blocks.open(storage_path(f"{s3}/blocks"))
+    blocks = Blocks(local_copy(storage_path(f"{s3}/blocks")))
     assert read_samples(blocks) == read_samples(reference)
     assert file_tree(blocks.folder) == file_tree(reference.folder)
     assert not [name for name, content in file_tree(blocks.folder).items() if SECRET.encode() in content]

@@ -17,7 +17,8 @@ from raylava.artifacts import Artifact, lock
 from raylava.cli import main
 from raylava.config.recipe import Benchmark, Recipe
 from raylava.console import Console
-from raylava.corpus.blocks import Blocks
+from raylava.corpus.block_cache import open_blocks
+from raylava.local_copies import local_copy
 from raylava.models.connector import CONNECTOR, CONNECTOR_FILE, TRAINED_CONNECTOR, connector_factor
 from raylava.pipeline.report import show_results
 from raylava.pipeline.results import summarize
@@ -87,7 +88,7 @@ def test_artifact_and_console_state_the_mechanisms_in_force(artifacts: dict[str,
 def test_finetune_artifact_keeps_the_connector_whose_folded_form_it_exports(
     artifacts: dict[str, Artifact], recipe: Recipe
 ) -> None:
-    folder = artifacts["finetune"].path.local_copy()
+    folder = local_copy(artifacts["finetune"].path)
     file = folder / TRAINED_CONNECTOR / CONNECTOR_FILE
     factor, trained = connector_factor(file), load_file(file)
     width = json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"]
@@ -96,7 +97,7 @@ def test_finetune_artifact_keeps_the_connector_whose_folded_form_it_exports(
     for name, value in trained.items():
         expected = value * factor if "linear_2" in name else value
         torch.testing.assert_close(exported[name.removeprefix("model.")], expected)
-    pretrained = artifacts["pretrain"].path.local_copy() / CONNECTOR_FILE
+    pretrained = local_copy(artifacts["pretrain"].path) / CONNECTOR_FILE
     assert connector_factor(pretrained) == factor
     assert not torch.equal(load_file(pretrained)[f"{CONNECTOR}linear_2.weight"], trained[f"{CONNECTOR}linear_2.weight"])
 
@@ -110,7 +111,7 @@ def test_step_log_records_the_samples_of_each_step(artifacts: dict[str, Artifact
         hashlib.sha256(order.tobytes()).hexdigest()[:16] for order in orders
     ]
     assert {line["world_size"] for line in lines} == {2}
-    lengths = Blocks.open(artifacts["prepare instruction"].path).lengths
+    lengths = open_blocks(artifacts["prepare instruction"].path).lengths
     assert [line["loss_tokens"] for line in lines] == [int(lengths.loss_tokens[order].sum()) for order in orders]
 
 

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, IJepaConfig, IJepaModel, LlamaConfig, Ll
 from raylava.artifacts import Artifact
 from raylava.console import Console
 from raylava.evaluate import benchmarks
+from raylava.local_copies import local_copy
 from raylava.models import families
 from raylava.pipeline.runner import run
 from raylava.storage import storage_path
@@ -81,7 +82,7 @@ def test_exported_model_has_the_layer_and_class_token_rule_of_the_vision_family(
 
 
 def test_untied_output_layer_trains_and_is_exported(artifacts: dict[str, Artifact], folder: Path) -> None:
-    exported = load_file((artifacts["finetune"].path / "model.safetensors").local_copy())
+    exported = load_file(local_copy(artifacts["finetune"].path / "model.safetensors"))
     before = load_file(folder / "llama" / "model.safetensors")
     head, embedding = (exported[f"language_model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
     rows = before["lm_head.weight"].shape[0]
@@ -90,7 +91,7 @@ def test_untied_output_layer_trains_and_is_exported(artifacts: dict[str, Artifac
 
 
 def test_generation_follows_the_template_of_the_language_family(artifacts: dict[str, Artifact]) -> None:
-    model = artifacts["finetune"].path.local_copy()
+    model = local_copy(artifacts["finetune"].path)
     processor = AutoProcessor.from_pretrained(model)
     prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert prompt == "<bos><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -23,6 +23,7 @@ from raylava.corpus.blocks import (
 from raylava.corpus.quarantine import QuarantinedRow
 from raylava.corpus.shards import PrepareSpec
 from raylava.errors import RunError
+from raylava.local_copies import HASHES_FILE
 from tests.support.corpora import prepare_serially
 
 SAMPLES = [
@@ -107,4 +108,11 @@ def test_manifest_accounts_for_every_row_and_byte(prepared: Path) -> None:
     assert [block.bytes for block in manifest.blocks] == [
         (prepared / block.path).stat().st_size for block in manifest.blocks
     ]
-    assert {path.name for path in prepared.iterdir()} == {"blocks", LENGTHS, MANIFEST, "quarantine.csv", "tokenizer"}
+    assert {path.name for path in prepared.iterdir()} == {
+        "blocks",
+        LENGTHS,
+        MANIFEST,
+        "quarantine.csv",
+        "tokenizer",
+        HASHES_FILE,
+    }

@@ -65,3 +65,17 @@ def test_complete_artifacts_are_listed_in_stage_order(tmp_path: Path, capfd: pyt
     assert "in storage" in capfd.readouterr().err
     assert main(["status", "--storage", str(tmp_path / "none")]) == 0
     assert "no artifacts yet" in capfd.readouterr().out
+
+
+def test_a_damaged_record_or_lock_is_shown_beside_the_other_artifacts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = storage_path(tmp_path)
+    ArtifactSpec("prepare", {"seed": 1}, root).commit({}, {}, 1.0)
+    (root / "prepare" / "damaged" / "artifact.json").write_bytes(b'{"stage": ')
+    (root / "prepare" / "unlocked" / "lock.json").write_bytes(b"")
+    states = {status.fingerprint: status.state for status in list_artifacts(root)}
+    assert sorted(states.values()) == ["complete", "damaged", "stopped"]
+    assert states["damaged"] == "damaged"
+    assert main(["status", "--storage", str(tmp_path)]) == 0
+    assert "artifact.json: damaged" in " ".join(capfd.readouterr().err.split())
