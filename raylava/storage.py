@@ -181,6 +181,8 @@ class StoragePath:
     def copy_to(self, target: Path) -> None:
         """Copy this file or folder to a local path."""
         local = pafs.LocalFileSystem()
+        for name, _ in self.walk_files():  # pyarrow creates no folders for objects without folder markers
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
 
 

@@ -123,7 +123,7 @@ def padding_fractions(model: str, questions: list[Question], batch_size: int) ->
     """Return the fraction of padding in batches by length, and in batches in file order."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     lengths = [len(tokenizer(question.text).input_ids) for question in questions]
     by_length = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
     return _padding([lengths[index] for index in by_length], batch_size), _padding(lengths, batch_size)

@@ -36,7 +36,7 @@ def _inspect(path: str, samples: int, html: str | None, console: Console) -> Com
     if artifact.stage != "prepare":
         raise UserError(f"{path}: an artifact of {artifact.stage}; inspect shows artifacts of prepare")
     inspection = inspect_corpus(artifact.path, samples, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(local_copy(artifact.path / TOKENIZER))
+    tokenizer = AutoTokenizer.from_pretrained(local_copy(artifact.path / TOKENIZER), trust_remote_code=False)
     file = Path(html or f"inspect-{artifact.fingerprint}.html")
     file.write_text(page(inspection, f"prepare {artifact.fingerprint}", tokenizer), encoding="utf-8")
     console.show(corpus_table(inspection))

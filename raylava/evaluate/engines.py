@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.models.checkpoint import complete_processor, legacy_scale, load_converted
 from raylava.models.hub import is_folder, model_path
 from raylava.models.registry import LlavaCheckpoint
@@ -59,11 +59,17 @@ class PromptBuilder:
     """Builds prompts with the processor and chat template of a model."""
 
     def __init__(self, model: LlavaCheckpoint) -> None:
+        """Raises UserError when the model has no processor that can be loaded without code of its own."""
         from transformers import AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(
-            model_path(model.name), revision=model.revision, backend="pil", trust_remote_code=False
-        )
+        try:
+            self.processor = AutoProcessor.from_pretrained(
+                model_path(model.name), revision=model.revision, backend="pil", trust_remote_code=False
+            )
+        except Exception as error:  # the library raises plain Exception for a damaged tokenizer.json
+            raise UserError(
+                f"{model.name}: its processor cannot be loaded ({first_line(error)}); give a complete folder"
+            ) from error
         complete_processor(self.processor, model)
 
     def prompt(self, text: str, image: Image.Image | None, history: History) -> str:

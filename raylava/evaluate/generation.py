@@ -78,8 +78,8 @@ def generate_answers(
 ) -> list[GeneratedAnswer]:
     """Return one answer per question, in question order.
 
-    Answers that an earlier attempt left in `store` are reused; new ones are added to it. Raises RunError, with the
-    first line of the cause, if the model cannot be loaded or run.
+    Answers that an earlier attempt left in `store` are reused; new ones are added to it. Raises UserError if the model
+    is incomplete, RunError with the first line of the cause if it cannot be loaded or run.
     """
     answers = {answer.question_id: answer for answer in store.predictions} if store else {}
     unanswered = [question for question in questions if question.question_id not in answers]
@@ -115,6 +115,8 @@ def _generate_batches(
     )
     for row in results.iter_rows():
         if row["problem"]:
+            if row["is_user_error"]:
+                raise UserError(row["problem"])
             raise RunError(f"generation with {config.model.name} failed: {row['problem']}")
         yield [GeneratedAnswer(**fields) for fields in json.loads(row["answers"])]
 
@@ -160,9 +162,10 @@ class _GenerationActor:
         questions = [_question_from_json(fields) for fields in json.loads(row["batch"])]
         try:
             answers = json.dumps([asdict(answer) for answer in self._answer(questions)])
-            return {"answers": answers, "problem": ""}
+            return {"answers": answers, "problem": "", "is_user_error": False}
         except Exception as error:
-            return {"answers": "", "problem": error_summary(error)}
+            problem = error_summary(error)
+            return {"answers": "", "problem": problem, "is_user_error": isinstance(error, UserError)}
 
     @functools.cached_property
     def _engine(self) -> GenerationEngine:

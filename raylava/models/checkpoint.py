@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import InvalidVersion, Version
+from safetensors import SafetensorError
 
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.models.connector import scale_last_layer
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import find_family
@@ -23,6 +24,7 @@ from raylava.storage import storage_path
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
+_COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # buffers that older versions of transformers saved
 MIN_TRANSFORMERS = "5.4"  # the least version that scales token embeddings only
 
 
@@ -68,24 +70,41 @@ def complete_processor(processor: Any, checkpoint: LlavaCheckpoint) -> None:
         processor.chat_template = language.template.jinja()
 
 
-def load_complete(model_class: Any, name: str, revision: str, dtype: "torch.dtype | str") -> Any:
+def load_complete(
+    model_class: Any, name: str, revision: str, dtype: "torch.dtype | str", other_parts: tuple[str, ...] = ()
+) -> Any:
     """Load a model of one of transformers' classes, from safetensors and without remote code.
 
-    Raises UserError when weights are missing: transformers initializes them randomly, and says so in a warning only.
+    Raises UserError when a file cannot be read, and when weights are missing, have other shapes or have no place in the
+    model: transformers initializes such weights randomly or leaves them out, and says so in a warning only. Weights
+    whose names begin with one of `other_parts` may be left out.
     """
-    model, loading = model_class.from_pretrained(
-        weights_path(name, revision),
-        revision=revision,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"{name}: lacks {len(missing)} weights of a {type(model).__name__}, "
-            f"{', '.join(missing[:3])} among them; give a complete checkpoint"
+    try:
+        model, loading = model_class.from_pretrained(
+            weights_path(name, revision),
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
         )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{name}: its weights cannot be loaded ({first_line(error)}); give a complete model") from error
+    model_name = type(model).__name__
+    problems = {
+        f"lacks {{}} weights of a {model_name}": loading["missing_keys"],
+        f"has {{}} weights of other shapes than its config.json says of a {model_name}": [
+            key for key, *_ in loading["mismatched_keys"]
+        ],
+        f"has {{}} weights that a {model_name} has not": [
+            key for key in loading["unexpected_keys"] if not key.startswith(other_parts) and not key.endswith(_COMPUTED)
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            examples = ", ".join(sorted(names)[:3])
+            raise UserError(f"{name}: {problem.format(len(names))}, {examples} among them; give a complete checkpoint")
     return model
 
 

@@ -11,14 +11,14 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylava.errors import UserError, first_line
 from raylava.local_copies import HASHES_FILE, file_lock, local_copy
-from raylava.storage import cache_folder, folder_sha256, storage_path
+from raylava.storage import StoragePath, cache_folder, folder_sha256, storage_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_BEHAVIOR_FILES = re.compile(
+    r"(config|tokenizer|special_tokens|added_tokens|vocab|merges|spiece|chat_template|processor|preprocessor|generation_config"
+    r"|image_processor|video_preprocessor)[^/]*|[^/]*\.(model|jinja)|additional_chat_templates/.*"
+)
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -59,13 +64,23 @@ def weights_path(name: str, revision: str) -> str:
 def read_json(name: str, revision: str, file: str) -> dict[str, Any] | None:
     """Return the content of one of the model's JSON files, or None if it has no such file.
 
-    Raises UserError when the model does not exist or the hub cannot be reached.
+    Raises UserError when the model does not exist, the file is damaged or the hub cannot be reached.
     """
     if is_folder(name):
         path = storage_path(name) / file
-        return json.loads(path.read_bytes()) if path.exists() else None
+        return _parse_json(path) if path.exists() else None
     cached = _hub_file(name, file, revision)
-    return json.loads(Path(cached).read_text()) if cached else None
+    return _parse_json(storage_path(cached)) if cached else None
+
+
+def _parse_json(file: StoragePath) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({first_line(error)}); copy the model's folder again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: damaged (not a mapping); copy the model's folder again")
+    return content
 
 
 def pin_revision(name: str, revision: str) -> str:
@@ -77,14 +92,71 @@ def pin_revision(name: str, revision: str) -> str:
 
 
 def weights_identity(name: str, revision: str) -> dict[str, str]:
-    """Identify a model's weights: SHA-256 by file for a folder, id and commit for a hub id."""
+    """Identify a model's weights: SHA-256 by file for a folder, id and commit for a hub id.
+
+    Raises UserError for a folder without weights, and for one with a file that is missing, cut off or damaged.
+    """
     if not is_folder(name):
         return {"hub": name, "commit": pin_revision(name, revision)}
     folder = storage_path(name)
-    files = [file for file, _ in folder.walk_files() if "/" not in file]
+    files = {file: size for file, size in folder.walk_files() if "/" not in file}
     suffix = ".safetensors" if has_safetensors(files) else ".bin"
+    _check_weight_files(folder, files, suffix)
     suffixes = (suffix, f"{suffix}.index.json", "config.json")
-    return {file: _file_sha256(str(folder / file)) for file in files if file.endswith(suffixes)}
+    return {file: _file_sha256(folder / file) for file in files if file.endswith(suffixes)}
+
+
+def behavior_identity(name: str) -> dict[str, str]:
+    """Return the SHA-256 of the files in a model's folder that, beside its weights, determine its answers, by path.
+
+    These are the tokenizer, chat templates, the processor and the generation config; a hub id has none of its own, as
+    its commit identifies them.
+    """
+    if not is_folder(name):
+        return {}
+    folder = storage_path(name)
+    names = [file for file, _ in folder.walk_files() if _BEHAVIOR_FILES.fullmatch(file)]
+    return {file: (folder / file).sha256() for file in names}
+
+
+def _check_weight_files(folder: StoragePath, files: Mapping[str, int], suffix: str) -> None:
+    """Raise UserError unless every file of the weights is there and, as safetensors, complete."""
+    single, index = _SAFETENSORS if suffix == ".safetensors" else _PICKLES
+    if single in files:
+        shards = {single}
+    elif index in files:
+        shards = _shards(folder / index)
+    else:
+        raise UserError(f"{folder}: has neither {_SAFETENSORS[0]} nor {_PICKLES[0]}; give a folder with weights")
+    for shard in sorted(shards):
+        if shard not in files:
+            raise UserError(f"{folder}: {shard} is missing, which {index} names; give a complete folder")
+        if suffix == ".safetensors" and files[shard] != _safetensors_size(folder / shard):
+            raise UserError(f"{folder / shard}: damaged or cut off; copy the folder again")
+
+
+def _shards(index: StoragePath) -> set[str]:
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: damaged ({first_line(error)}); copy the folder again") from error
+    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise UserError(f"{index}: names files outside of its folder; give a complete folder")
+    return shards
+
+
+def _safetensors_size(file: StoragePath) -> int | None:
+    """Return the size in bytes that a safetensors file states in its header, None without a valid header."""
+    with file.open_random() as stream:
+        size = int.from_bytes(stream.read(8) or b"", "little")
+        if not 2 <= size <= _MAX_HEADER:
+            return None
+        try:
+            header = json.loads(stream.read(size) or b"")
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            return 8 + size + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return None
 
 
 def has_safetensors(files: Collection[str]) -> bool:
@@ -92,8 +164,13 @@ def has_safetensors(files: Collection[str]) -> bool:
     return any(file in files for file in _SAFETENSORS)
 
 
+def _file_sha256(file: StoragePath) -> str:
+    """Return the SHA-256 of a file, computed once per process for each version of it."""
+    return _version_sha256(file.uri, tuple(file.file_versions()))
+
+
 @cache
-def _file_sha256(uri: str) -> str:
+def _version_sha256(uri: str, version: tuple[tuple[str, int, str], ...]) -> str:
     return storage_path(uri).sha256()
 
 
@@ -140,7 +217,7 @@ def _convert_pickles(folder: Path, name: str) -> Path:
     files = _pickle_files(folder, name)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {_file_sha256(str(file))}\n".encode())
+        digest.update(f"{file.name} {_file_sha256(storage_path(file))}\n".encode())
     target = cache_folder() / "safetensors" / digest.hexdigest()[:32]
     target.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(target.with_suffix(".lock")):  # one process of a node converts, the others wait
@@ -158,8 +235,7 @@ def _pickle_files(folder: Path, name: str) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        return [folder / Path(shard).name for shard in sorted(shards)]
+        return [folder / shard for shard in sorted(_shards(storage_path(index)))]
     raise UserError(f"{name}: has neither {_SAFETENSORS[0]} nor {_PICKLES[0]}; give a folder with weights")
 
 

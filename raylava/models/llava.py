@@ -227,10 +227,11 @@ def vision_attn_implementation(attn_implementation: str) -> str:
 
 
 def load_vision_tower(vision: VisionSpec, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load the vision tower with its weights. Raises UserError when some are missing."""
+    """Load the vision tower with its weights. Raises UserError like `load_complete`."""
     import transformers
 
-    return load_complete(getattr(transformers, vision.model_class), vision.name, vision.revision, dtype)
+    model_class = getattr(transformers, vision.model_class)
+    return load_complete(model_class, vision.name, vision.revision, dtype, vision.other_parts)
 
 
 def _load_language_model(language: LanguageSpec, dtype: torch.dtype) -> "PreTrainedModel":

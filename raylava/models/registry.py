@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import Family, LanguageFamily, VisionFamily, find_family, select_strategy
 from raylava.models.hub import is_folder, model_path, pin_revision, read_json
@@ -48,7 +48,8 @@ class VisionSpec:
     """A resolved vision backbone: what its family says of it, for images of the recipe's size.
 
     `model_class` is the name of a class in transformers, `feature_layer` the index of the hidden states that LLaVA
-    reads, `hub_prefix` stands before the names of its weights in checkpoints on the hub.
+    reads, `hub_prefix` stands before the names of its weights in checkpoints on the hub, `other_parts` begin the names
+    of those that are not the tower's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class VisionSpec:
     model_class: str
     feature_layer: int
     hub_prefix: str = ""
+    other_parts: tuple[str, ...] = ()
 
     @property
     def has_cls(self) -> bool:
@@ -181,6 +183,7 @@ def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any],
         family.model_class,
         family.feature_layer,
         family.hub_prefix,
+        family.other_parts,
     )
 
 
@@ -221,10 +224,17 @@ def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBas
     """Load the language model's tokenizer and add `<image>` as a special token. Raises UserError when it has none."""
     from transformers import AutoTokenizer
 
+    key = f"model.language.name={language.name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(language.name), revision=language.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.language.name={language.name}: cannot load a tokenizer from there ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path(language.name), revision=language.revision, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises plain Exception for a damaged tokenizer.json
+        raise UserError(
+            f"{key}: cannot load a tokenizer from there ({first_line(error)}); give a folder with one"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{key}: its tokenizer has no tokenizer.json, which preparation needs; give a folder with one")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer
 

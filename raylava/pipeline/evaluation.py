@@ -21,7 +21,7 @@ from raylava.evaluate.metrics.scoring import SCORING_VERSION, score_answers, sco
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
 from raylava.models.checkpoint import find_checkpoint, legacy_scale
-from raylava.models.hub import is_folder, weights_identity
+from raylava.models.hub import behavior_identity, is_folder, weights_identity
 from raylava.models.registry import LlavaCheckpoint
 from raylava.pipeline.stage import Stage, run_stage
 from raylava.progress import ProgressBar, ProgressReporter
@@ -174,7 +174,9 @@ def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: P
 
 
 def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
-    """Identify a model by its artifact's fingerprint, else by its weights. Raises UserError when there is none.
+    """Identify a model by its artifact's fingerprint, or by its files if it is none or was edited since it was built.
+
+    Raises UserError when there is no model.
 
     `transformers_version` is the version that saved a model of another program, if its config.json is wrong about it.
     """
@@ -186,8 +188,14 @@ def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
                 f"--transformers-version={transformers_version}: {model} is an artifact of raylava, which knows its "
                 "version; omit the option"
             )
-        return ModelRef(checkpoint, load_artifact(model).fingerprint)
+        artifact = load_artifact(model)
+        behavior = behavior_identity(checkpoint.name)
+        recorded = artifact.record.get("files", behavior)  # older records have no hashes
+        if all(recorded.get(name) == digest for name, digest in behavior.items()):
+            return ModelRef(checkpoint, artifact.fingerprint)
     fields: dict[str, Any] = {"weights": weights_identity(checkpoint.name, checkpoint.revision)}
+    if behavior := behavior_identity(checkpoint.name):
+        fields["behavior"] = behavior
     if (scale := legacy_scale(checkpoint)) != 1.0:
         fields["legacy_scale"] = scale
     return ModelRef(checkpoint, fingerprint("model", fields))

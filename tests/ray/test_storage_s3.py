@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from raylava import local_copies
 from raylava.errors import UserError
 from raylava.local_copies import local_copy
-from raylava.storage import storage_path, writable
+from raylava.storage import StoragePath, storage_path, writable
 
 
 def test_s3_is_reached_through_boto3s_default_chain_and_reads_back_what_was_written(s3: str) -> None:
@@ -23,6 +24,54 @@ def test_s3_is_reached_through_boto3s_default_chain_and_reads_back_what_was_writ
     assert not (root / "lock").create_exclusively(b"theirs")
     root.delete()
     assert not list(root.walk_files())
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URIs that were downloaded."""
+    uris: list[str] = []
+    copy_to = StoragePath.copy_to
+
+    def record(self: StoragePath, target: Path) -> None:
+        uris.append(self.uri)
+        copy_to(self, target)
+
+    monkeypatch.setattr(StoragePath, "copy_to", record)
+    return uris
+
+
+def test_copy_of_a_bucket_is_kept_until_an_object_changes(s3: str, downloads: list[str]) -> None:
+    folder = storage_path(f"{s3}/copied")
+    (folder / "a" / "one").write_bytes(b"1")
+    (folder / "two").write_bytes(b"2")
+    first = local_copy(folder)
+    assert local_copy(folder) == first
+    assert len(downloads) == 1
+    (folder / "two").write_bytes(b"3")  # of the same size, within the resolution of modification times
+    second = local_copy(folder)
+    assert (second / "two").read_bytes() == b"3"
+    assert (second / "a" / "one").read_bytes() == b"1"
+    assert len(downloads) == 2
+
+
+def test_copy_that_was_damaged_on_disk_is_downloaded_again_by_another_process(s3: str, downloads: list[str]) -> None:
+    file = storage_path(f"{s3}/damaged/weights")
+    file.write_bytes(b"weights")
+    local_copy(file).write_bytes(b"damaged")
+    local_copies._checked.clear()  # as in another process
+    assert local_copy(file).read_bytes() == b"weights"
+    assert len(downloads) == 2
+
+
+def test_copy_of_nothing_is_refused(s3: str) -> None:
+    with pytest.raises(UserError, match="s3://bucket/nothing: no such file or folder"):
+        local_copy(storage_path(f"{s3}/nothing"))
+
+
+def test_an_object_is_not_mistaken_for_others_with_the_same_beginning(s3: str) -> None:
+    (storage_path(f"{s3}/model") / "a").write_bytes(b"1")
+    (storage_path(f"{s3}/model-2") / "b").write_bytes(b"2")
+    assert [name for name, *_ in storage_path(f"{s3}/model").file_versions()] == ["/a"]
 
 
 def test_missing_bucket_is_reported_in_one_line(s3: str) -> None:

@@ -44,6 +44,7 @@ FAMILY = VisionFamily(
     shape=_shape,
     only_own_image_size=True,
     hub_prefix="vision_model.",
+    other_parts=("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
     published={
         "openai/clip-vit-large-patch14-336": _large(336),
         "openai/clip-vit-large-patch14": _large(224),

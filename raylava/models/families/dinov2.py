@@ -42,6 +42,7 @@ FAMILY = VisionFamily(
         "patch_size": 14,
     },
     shape=_shape,
+    other_parts=("classifier.",),
     published={
         "facebook/dinov2-large": _published(1024, 24),
         "facebook/dinov2-base": _published(768, 12),

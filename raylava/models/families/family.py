@@ -27,7 +27,8 @@ class VisionFamily:
     maps a complete config and the side of the input images in pixels to dimensions. LLaVA reads `feature_layer` of the
     tower's hidden states. Of an `only_own_image_size` family, transformers accepts no other size than config.json's.
     `hub_prefix` stands before the names of the tower's weights in LLaVA checkpoints on the hub, within
-    `vision_tower.`; `raylava.models.export` adds it.
+    `vision_tower.`; `raylava.models.export` adds it. `other_parts` begin the names of weights that a checkpoint may
+    have beside those of the tower; any other weight without a place in the tower is an error.
     """
 
     name: str
@@ -38,6 +39,7 @@ class VisionFamily:
     feature_layer: int = -2
     only_own_image_size: bool = False
     hub_prefix: str = ""
+    other_parts: tuple[str, ...] = ()
     published: Mapping[str, PublishedVision] = field(default_factory=dict)
 
     def complete(self, config: Config) -> dict[str, Any]:

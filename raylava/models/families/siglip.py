@@ -35,5 +35,6 @@ FAMILY = VisionFamily(
     shape=_shape,
     only_own_image_size=True,
     hub_prefix="vision_model.",
+    other_parts=("text_model.", "logit_scale", "logit_bias"),
     published={"google/siglip-so400m-patch14-384": PublishedVision(_SO400M, 384)},
 )

@@ -1,5 +1,6 @@
 """The block cache downloads each block once, verifies it, stays within its limit and retries storage failures."""
 
+import json
 import threading
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
+from raylava.cli import main
 from raylava.config.recipe import Source
 from raylava.corpus.block_cache import BlockCache, open_blocks
 from raylava.corpus.blocks import Blocks
@@ -102,3 +104,27 @@ def test_block_corrupt_in_storage_is_reported_by_path(local: Blocks, remote: Sto
     (remote / record.path).write_bytes(b"other")
     with pytest.raises(RunError, match=r"block-00003.arrow: corrupt block"):
         open_blocks(remote, 1e9).fetch([12])
+
+
+def test_cached_block_that_was_damaged_on_disk_is_downloaded_again(
+    local: Blocks, remote: StoragePath, proxy: FlakyProxy
+) -> None:
+    record = local.manifest.blocks[0]
+    file = BlockCache(remote, 1e9).file(record)
+    file.write_bytes(b"damaged")
+    assert BlockCache(remote, 1e9).file(record).read_bytes() == (local.folder / record.path).read_bytes()
+    assert sum("block-00000" in path for path in proxy.gets) == 2
+    BlockCache(remote, 1e9).file(record)
+    assert sum("block-00000" in path for path in proxy.gets) == 2
+
+
+def test_inspect_reads_a_corpus_in_a_bucket_through_the_bounded_cache(
+    remote: StoragePath, local: Blocks, proxy: FlakyProxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = {"stage": "prepare", "fingerprint": "x", "fingerprint_fields": {}, "inputs": {}, "metrics": {}}
+    record |= {"seconds": 1.0, "finished": "2026-01-01T00:00:00Z"}
+    (remote / "artifact.json").write_bytes(json.dumps(record).encode())
+    proxy.gets.clear()
+    assert main(["inspect", remote.uri, "--samples", "1", "--html", str(tmp_path / "page.html"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["histogram"]
+    assert sum("block-" in path for path in proxy.gets) == 1, "only the block of the sample that is shown"

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.corpus.blocks import Blocks
@@ -17,9 +21,12 @@ from raylava.errors import UserError
 from raylava.evaluate.engines import TransformersEngine
 from raylava.models.checkpoint import find_checkpoint, legacy_scale, load_converted, validate_checkpoint
 from raylava.models.export import export_model
-from raylava.models.llava import build_llava
-from raylava.models.registry import LlavaCheckpoint, ResolvedModel, resolve_model
+from raylava.models.llava import build_llava, load_vision_tower
+from raylava.models.registry import LlavaCheckpoint, ResolvedModel, resolve_model, resolve_vision
 from raylava.train.data_loader import PackCollator
+
+CONNECTOR_BIAS = "multi_modal_projector.linear_1.bias"
+IDS = torch.arange(5)[None]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +141,72 @@ def test_checkpoint_that_lacks_weights_is_refused(legacy_checkpoint: Path, tmp_p
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks .* weights of a LlavaForConditionalGeneration"):
         load_converted(LlavaCheckpoint(str(tmp_path)), torch.float32)
+
+
+def copy_with_weights(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> LlavaCheckpoint:
+    """Copy a checkpoint whose weights are changed in place."""
+    shutil.copytree(source, folder)
+    weights = load_file(source / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return LlavaCheckpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weights: weights.pop(CONNECTOR_BIAS), "lacks 1 weights of a Llava.*linear_1.bias"),
+        (lambda weights: weights.update({CONNECTOR_BIAS: torch.zeros(3)}), "has 1 weights of other shapes"),
+        (
+            lambda weights: weights.update({"lora.weight": torch.zeros(3)}),
+            "has 1 weights that a .* has not, lora.weight",
+        ),
+    ],
+    ids=["missing", "mismatched", "unexpected"],
+)
+def test_checkpoint_whose_weights_are_not_those_of_its_config_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], None], problem: str, legacy_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = copy_with_weights(legacy_checkpoint, tmp_path / "changed", change)
+    with pytest.raises(UserError, match=problem):
+        load_converted(checkpoint, torch.float32)
+
+
+def test_buffers_that_old_versions_saved_are_left_out(legacy_checkpoint: Path, tmp_path: Path) -> None:
+    name = "vision_tower.vision_model.embeddings.position_ids"
+    checkpoint = copy_with_weights(legacy_checkpoint, tmp_path / "old", lambda weights: weights.update({name: IDS}))
+    load_converted(checkpoint, torch.float32)
+
+
+def test_vision_tower_is_loaded_from_a_checkpoint_that_has_a_text_tower_too(clip: Path, tmp_path: Path) -> None:
+    tower = CLIPVisionModel.from_pretrained(clip)
+    text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    both = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=tower.config.to_dict(), projection_dim=8))
+    both.vision_model.load_state_dict(tower.state_dict())
+    both.save_pretrained(tmp_path)
+    shutil.copy(clip / "preprocessor_config.json", tmp_path)
+    loaded = load_vision_tower(resolve_vision(Vision(name=str(tmp_path))), torch.float32)
+    torch.testing.assert_close(loaded.state_dict(), tower.state_dict())
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "processor_config.json", "config.json"])
+def test_code_of_a_model_folder_never_runs_even_if_standard_input_agrees(
+    file: str, legacy_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(legacy_checkpoint, tmp_path / "model"))
+    evil = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nclass Evil:\n    pass\n"
+    (folder / "evil.py").write_text(evil)
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"), "evil.Evil")
+    auto_map["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    content = json.loads((folder / file).read_text()) | {"auto_map": auto_map}
+    for key in ("tokenizer_class", "processor_class"):
+        content |= {key: "Evil"} if key in content else {}
+    (folder / file).write_text(json.dumps(content))
+    command = [sys.executable, "-m", "raylava.cli", "chat", str(folder), "What is it?", "--max-new-tokens", "2"]
+    process = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=False, timeout=120)
+    assert not (tmp_path / "ran").exists()
+    assert process.returncode in (0, 2), process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_checkpoint_of_other_dimensions_is_refused_before_training(

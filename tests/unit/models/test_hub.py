@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raylava.artifacts import Artifact
 from raylava.config.recipe import Language, Model, Vision
 from raylava.errors import UserError
 from raylava.models.hub import weights_identity, weights_path
@@ -23,11 +22,6 @@ HUB_ID, OLD, NEW = "some/vit", "a" * 40, "b" * 40
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def clip(toy_assets: Artifact) -> Path:
-    return Path((toy_assets.path / "backbones" / "clip").path)
 
 
 @pytest.fixture
