@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -126,13 +127,24 @@ class StoragePath:
             self.filesystem.delete_file(self.path)
 
     def children(self) -> list["StoragePath"]:
-        """List the entries of this folder by name; empty when the folder does not exist."""
+        """List the entries of this folder by name; empty when the folder does not exist.
+
+        Local entries whose names are not UTF-8 are left out, here and in `walk_files`: nothing can refer to them.
+        """
+        if self.is_local:
+            return [self / name for name in sorted(_entry_names(self.path))]
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
         return [self / name for name in names]
 
     def walk_files(self) -> Iterator[tuple[str, int]]:
-        """Yield (path relative to this folder, size in bytes) of every file below it, sorted by path."""
+        """Yield (path relative to this folder, size in bytes) of every file below it, sorted by path.
+
+        Links are followed, except to a folder that contains them; pipes, devices and broken links are left out.
+        """
+        if self.is_local:
+            yield from sorted(_walk_local(self.path, "", frozenset()))
+            return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         base = self.path.rstrip("/") + "/"
         files = [info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
@@ -184,6 +196,32 @@ class StoragePath:
         for name, _ in self.walk_files():  # pyarrow creates no folders for objects without folder markers
             (target / name).parent.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
+
+
+def _entry_names(folder: str) -> Iterator[str]:
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    yield from (name for name in names if not any("\udc80" <= character <= "\udcff" for character in name))
+
+
+def _walk_local(folder: str, prefix: str, parents: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """Yield (relative path, size) of the files below a folder; `parents` are the devices and inodes of those above."""
+    try:
+        status = os.stat(folder)
+    except OSError:  # removed meanwhile
+        return
+    parents |= {(status.st_dev, status.st_ino)}
+    for name in _entry_names(folder):
+        try:
+            status = os.stat(f"{folder}/{name}")
+        except OSError:  # a link to nothing or to itself
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield prefix + name, status.st_size
+        elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in parents:
+            yield from _walk_local(f"{folder}/{name}", f"{prefix}{name}/", parents)
 
 
 def _sync(path: Path) -> None:

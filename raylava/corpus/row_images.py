@@ -33,7 +33,7 @@ class ImageReader:
             self._contents[image] = (
                 fetched_content(image, self._fetched)
                 if is_url(image)
-                else _read_file(self._root, image, self._max_bytes)
+                else read_image_file(self._root, image, self._max_bytes)
             )
         return self._contents[image]
 
@@ -66,8 +66,12 @@ def check_size(name: str, size: int, max_bytes: int) -> None:
         raise BadRow(Reason.IMAGE_TOO_LARGE, f"{name}: {size} bytes, more than max_image_bytes={max_bytes}")
 
 
-def _read_file(root: StoragePath, name: str, max_bytes: int) -> bytes:
-    """Read an image below `root`. Raises OSError when `root` itself is missing, else BadRow."""
+def read_image_file(root: StoragePath, name: str, max_bytes: int) -> bytes:
+    """Read an image below `root`. Raises OSError when `root` itself is missing, else BadRow.
+
+    A BadRow is raised for whatever is wrong with this image: it is missing, has more than `max_bytes` bytes, is a
+    folder, pipe or device, or its path or a link leads out of `root`.
+    """
     file = resolve_image_path(root, name)
     if root.is_local:
         _reject_escaping_link(root, file, name)
@@ -97,7 +101,7 @@ def _reject_special_file(file: StoragePath, name: str) -> None:
 
 def _reject_escaping_link(root: StoragePath, file: StoragePath, name: str) -> None:
     folder, _, base = file.path.rpartition("/")
-    resolved = Path(file.path).resolve() if os.path.islink(file.path) else _resolve_folder(folder) / base
+    resolved = _real_path(file.path) if os.path.islink(file.path) else _resolve_folder(folder) / base
     if not resolved.is_relative_to(_resolve_folder(root.path)):
         raise BadRow(Reason.PATH_ESCAPES, f"{name} is a link out of the image folder")
 
@@ -105,4 +109,8 @@ def _reject_escaping_link(root: StoragePath, file: StoragePath, name: str) -> No
 @functools.lru_cache(maxsize=4096)
 def _resolve_folder(path: str) -> Path:
     """Resolve the links of a folder's path; cached, because resolving takes longer than reading a small image."""
-    return Path(path).resolve()
+    return _real_path(path)
+
+
+def _real_path(path: str) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links that loop

@@ -1,8 +1,9 @@
 """Reading files of answers: LLaVA's JSONL, which raylava writes as well, and the benchmarks' official result files."""
 
+import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,15 @@ from raylava.evaluate.benchmarks.files import OPTION_LETTER_SUFFIX, SHORT_ANSWER
 from raylava.evaluate.questions import Question
 from raylava.storage import StoragePath
 
+# The fields of the formats that state an answer. MMVP's own files also have the label, in `answer`.
+_TEXT_FIELDS = {
+    ("text",): "text",
+    ("answer",): "answer",
+    ("prediction",): "prediction",
+    ("response",): "response",
+    ("answer", "response"): "response",
+}
+_FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _ADDED_BY_TOOLKITS = re.compile(r"<image>|Please answer yes or no\.")
 
 
@@ -26,30 +36,50 @@ class Prediction:
 def read_predictions(file: StoragePath) -> list[Prediction]:
     """Read answers from JSONL of question_id and text, or JSON: a mapping of ids to texts or a list of results.
 
-    Raises UserError if the file is missing or has neither format.
+    The text of an entry is in `text` (LLaVA), `answer` (VQAv2), `prediction` (GQA) or `response` (MMVP). Raises
+    UserError, with the line or entry, if the file is missing, has no such format or leaves open which field it is.
     """
-    if not file.exists():
-        raise UserError(f"{file}: no such file")
     try:
-        return [_prediction(entry) for entry in _entries(file.read_bytes().decode("utf-8"))]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = file.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); give a file of answers in UTF-8") from error
+    return [_read_entry(f"{file}{place}", parse) for place, parse in _entries(str(file), content)]
+
+
+def _read_entry(place: str, parse: Callable[[], Any]) -> Prediction:
+    try:
+        return _prediction(parse())
+    except _FORMAT_ERRORS as error:
         raise UserError(
-            f"{file}: not a file of answers ({first_line(error)}); each entry needs question_id and text"
+            f"{place}: not a file of answers ({first_line(error)}); each entry needs question_id and text"
         ) from error
 
 
-def _entries(content: str) -> Iterator[Any]:
-    lines = [line for line in content.split("\n") if line.strip()]  # splitlines would also split at U+2028
-    if lines and _is_json_object(lines[0]):
-        first = json.loads(lines[0])
-        if len(lines) > 1 or "question_id" in first:
-            yield from (json.loads(line) for line in lines)
-            return
-    document = json.loads(content)
-    if isinstance(document, dict):
-        yield from ({"question_id": question_id, "text": text} for question_id, text in document.items())
-    else:
-        yield from document
+def _entries(file: str, content: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield (place in the file, function that returns the entry) of each answer."""
+    numbered = enumerate(content.split("\n"), 1)  # splitlines would also split at U+2028
+    lines = [(number, line) for number, line in numbered if line.strip()]
+    if lines and _is_json_object(lines[0][1]) and (len(lines) > 1 or "question_id" in json.loads(lines[0][1])):
+        for number, line in lines:
+            yield f":{number}", functools.partial(json.loads, line)
+        return
+    for name, entry in _read_entry_list(file, content):
+        yield f": entry {name!r}", functools.partial(dict, entry)
+
+
+def _read_entry_list(file: str, content: str) -> list[tuple[Any, Any]]:
+    """Return (name, entry) of each answer in a JSON document: a mapping of ids to texts, or a list of results."""
+    try:
+        document = json.loads(content)
+        if isinstance(document, dict):
+            return [(name, {"question_id": name, "text": text}) for name, text in document.items()]
+        return list(enumerate(document))
+    except _FORMAT_ERRORS as error:
+        raise UserError(
+            f"{file}: not a file of answers ({first_line(error)}); it must be JSON Lines, a list or a mapping"
+        ) from error
 
 
 def _is_json_object(line: str) -> bool:
@@ -61,7 +91,13 @@ def _is_json_object(line: str) -> bool:
 
 def _prediction(entry: dict[str, Any]) -> Prediction:
     question_id = entry["question_id"] if "question_id" in entry else entry["questionId"]
-    (text,) = (entry[name] for name in ("text", "answer", "prediction") if name in entry)
+    fields = tuple(name for name in ("text", "answer", "prediction", "response") if name in entry)
+    if fields not in _TEXT_FIELDS:
+        found = " and ".join(fields) or "no text"
+        raise ValueError(f"question {question_id!r} has {found}, which leaves open what the model said")
+    text = entry[_TEXT_FIELDS[fields]]
+    if not isinstance(text, str | int | float | None):
+        raise ValueError(f"question {question_id!r} has a {type(text).__name__} for a text")
     if (entry.get("metadata") or {}).get("problem"):
         text = None
     return Prediction(str(question_id), str(entry.get("prompt", "")), None if text is None else str(text))

@@ -9,12 +9,14 @@ from PIL import Image
 
 from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow
+from raylava.corpus.row_images import read_image_file
 from raylava.evaluate.compare import ComparedQuestion, Comparison, Difference
 from raylava.storage import StoragePath, storage_path
 
 _MAX_QUESTIONS = 48  # per benchmark
 _MAX_SIDE = 320  # pixels of an image's longer side
 _MAX_PIXELS = 64_000_000
+_MAX_IMAGE_BYTES = 64_000_000
 
 
 def page(comparisons: Sequence[Comparison]) -> str:
@@ -65,13 +67,14 @@ def _image(question: ComparedQuestion, images: StoragePath) -> str:
     if question.image is None:
         return ""
     try:
-        image = Image.fromarray(decode_image((images / question.image).read_bytes(), _MAX_PIXELS))
+        content = read_image_file(images, question.image, _MAX_IMAGE_BYTES)
+        image = Image.fromarray(decode_image(content, _MAX_PIXELS))
     except (OSError, BadRow) as problem:
         return f"<em>{html.escape(question.image)}: {html.escape(str(problem))}</em>"
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    content = io.BytesIO()
-    image.save(content, "PNG" if max(image.size) < _MAX_SIDE else "JPEG", quality=85)
-    encoded = base64.b64encode(content.getvalue()).decode()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if max(image.size) < _MAX_SIDE else "JPEG", quality=85)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(question.image)}" src="data:image;base64,{encoded}">'
 
 

@@ -6,6 +6,7 @@ batch to reduce padding. Scoring is in `metrics`.
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -17,9 +18,9 @@ from raylava.cluster.roles import TRAIN, node_labels_for
 from raylava.cluster.session import error_summary
 from raylava.config.recipe import Resources
 from raylava.corpus.images import decode_image
-from raylava.corpus.quarantine import BadRow, Reason
-from raylava.corpus.rows import resolve_image_path
-from raylava.errors import RunError, UserError
+from raylava.corpus.quarantine import BadRow
+from raylava.corpus.row_images import read_image_file
+from raylava.errors import RunError, UserError, first_line
 from raylava.evaluate.engines import GenerationEngine, TransformersEngine, load_engine
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, Question
@@ -28,6 +29,7 @@ from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 
 _MAX_PIXELS = 64_000_000
+_MAX_IMAGE_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,10 @@ class _GenerationActor:
             return {"answers": "", "problem": problem, "is_user_error": isinstance(error, UserError)}
 
     @functools.cached_property
+    def _image_root(self) -> StoragePath:
+        return storage_path(self._config.image_root)
+
+    @functools.cached_property
     def _engine(self) -> GenerationEngine:
         return load_engine(self._config.engine, self._config.model, self._device, self._config.precision)
 
@@ -198,9 +204,8 @@ class _GenerationActor:
         if question.image is None:
             return None
         try:
-            image = _open_image(resolve_image_path(storage_path(self._config.image_root), question.image))
-        except FileNotFoundError:
-            return BadRow(Reason.IMAGE_MISSING, question.image)
+            content = read_image_file(self._image_root, question.image, _MAX_IMAGE_BYTES)
+            image = Image.fromarray(decode_image(content, _MAX_PIXELS))
         except BadRow as problem:
             return problem
         return self._engine.blank_image(image) if self._config.blank_images else image
@@ -211,13 +216,13 @@ def chat_once(model: LlavaCheckpoint, image: str | None, question: str, max_new_
     pixels = None
     if image is not None:
         try:
-            pixels = _open_image(storage_path(image))
-        except (FileNotFoundError, BadRow) as error:
-            raise UserError(f"--image {image}: {error}") from error
+            file = storage_path(image)
+            if file.is_local:  # a user may well name a link to an image elsewhere
+                file = storage_path(os.path.realpath(file.path))
+            folder = StoragePath(file.filesystem, file.path.rpartition("/")[0], file.uri.rpartition("/")[0])
+            content = read_image_file(folder, file.name, _MAX_IMAGE_BYTES)
+            pixels = Image.fromarray(decode_image(content, _MAX_PIXELS))
+        except (OSError, BadRow) as error:
+            raise UserError(f"--image {image}: {first_line(error)}; give an image file") from error
     engine = TransformersEngine(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return engine.answer([question], [pixels], max_new_tokens)[0]
-
-
-def _open_image(file: StoragePath) -> Image.Image:
-    """Open an image as RGB. Raises FileNotFoundError, or BadRow if it is not an image or is too large."""
-    return Image.fromarray(decode_image(file.read_bytes(), _MAX_PIXELS))

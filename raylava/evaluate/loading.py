@@ -1,5 +1,6 @@
 """Loading the benchmarks that recipes and commands name, and scoring files of answers to them."""
 
+import csv
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,8 @@ def load_benchmark(benchmark: Benchmark, root: str) -> LoadedBenchmark:
     if benchmark.benchmark == CUSTOM:
         validate_benchmark(benchmark)
         questions = read_questions(storage_path(data), benchmark)
-        return LoadedBenchmark(questions, images or root, CUSTOM_METRICS[benchmark.metric], benchmark.protocol)
+        folder = storage_path(data).uri.rpartition("/")[0]
+        return LoadedBenchmark(questions, images or folder, CUSTOM_METRICS[benchmark.metric], benchmark.protocol)
     return load_official_benchmark(benchmark.benchmark, data, images, benchmark.protocol, benchmark.max_rows)
 
 
@@ -84,8 +86,10 @@ def read_official_questions(official: OfficialBenchmark, data: StoragePath) -> l
     """Read a benchmark's questions. Raises UserError for files that are missing, malformed or inconsistent."""
     try:
         questions = official.read(data)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{data}: not the official files of {official.name}: {type(error).__name__} {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, csv.Error) as error:
+        raise UserError(
+            f"{data}: not the official files of {official.name} ({first_line(error)}); give their folder as --data"
+        ) from error
     if not questions:
         raise UserError(f"{data}: the files of {official.name} contain no question")
     return questions
@@ -143,7 +147,9 @@ def read_grades(file: StoragePath, questions: list[Question]) -> dict[str, float
     """
     try:
         entries = json.loads(file.read_bytes())
-        grades: dict[str, float | None] = {question_id: _parse_grade(entry) for question_id, entry in entries.items()}
+        grades: dict[str, float | None] = {}
+        for question_id, entry in entries.items():
+            grades[question_id] = _parse_grade(question_id, entry)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{file}: not a file of grades ({first_line(error)}); it must map question ids to numbers"
@@ -179,9 +185,11 @@ def _load_custom(
     return load_benchmark(Benchmark(name=CUSTOM, questions=data, **fields), "")
 
 
-def _parse_grade(entry: Any) -> float:
+def _parse_grade(question_id: str, entry: Any) -> float:
+    """Return a grade from a number or a list of them. Raises ValueError for one that is not from 0 to 1."""
     if isinstance(entry, dict):
         entry = entry["score"]
-    if isinstance(entry, list):
-        entry = sum(entry) / len(entry)
-    return float(entry)
+    for grade in entry if isinstance(entry, list) else [entry]:
+        if isinstance(grade, bool) or not isinstance(grade, int | float) or not 0 <= grade <= 1:
+            raise ValueError(f"the grade of {question_id!r} is {str(grade)[:100]}, not a number from 0 to 1")
+    return float(sum(entry) / len(entry) if isinstance(entry, list) else entry)

@@ -132,7 +132,10 @@ def _jsonl_question(fields: dict[str, Any]) -> Question:
     answers = fields["answers"] if "answers" in fields else [fields["answer"]]
     references = tuple(str(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers)
     question_id, category = str(fields["question_id"]), str(fields.get("category", "all"))
-    return Question(question_id, fields.get("image"), str(fields["text"]), category, references)
+    image = fields.get("image") or None
+    if not isinstance(image, str | None):
+        raise ValueError(f"image is a {type(image).__name__}, not a path")
+    return Question(question_id, image, str(fields["text"]), category, references)
 
 
 def _read_llava(file: StoragePath, benchmark: Benchmark) -> Iterator[Question]:

@@ -71,5 +71,5 @@ def score_table(name: str, artifacts: Mapping[str, Artifact]) -> Table:
     return table
 
 
-def _add_row(table: Table, title: str, questions: float, values: list[float]) -> None:
-    table.add_row(title, f"{questions:.0f}", *(f"{value:.2f}" for value in values))
+def _add_row(table: Table, title: str, questions: float, values: list[float | None]) -> None:
+    table.add_row(title, f"{questions:.0f}", *("" if value is None else f"{value:.2f}" for value in values))

@@ -37,8 +37,13 @@ def headline_score(evaluation: Artifact) -> float:
     return float(evaluation.metrics["scores"][evaluation.metrics["headline"]]["value"])
 
 
-def category_score(metrics: Mapping[str, Any], category: str) -> float:
-    """Return a category's headline metric, or its only metric where it has another one (MME's points)."""
+def category_score(metrics: Mapping[str, Any], category: str) -> float | None:
+    """Return a category's headline metric, or the metric that only categories have (MME's points).
+
+    None where the headline metric is undefined: accuracy over images of ScienceQA's questions without one.
+    """
     scores = metrics["by_category"][category]
-    names = [name for name in scores if name != "units"]
-    return float(scores[metrics["headline"] if metrics["headline"] in scores else names[0]])
+    if metrics["headline"] in scores:
+        return float(scores[metrics["headline"]])
+    own = [name for name in scores if name != "units" and name not in metrics["scores"]]
+    return float(scores[own[0]]) if own else None

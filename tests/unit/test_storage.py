@@ -1,5 +1,6 @@
 """Storage paths: atomic writes, exclusive creation, joining, errors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,24 @@ def test_retry_does_not_wait_for_a_missing_file() -> None:
 
     with pytest.raises(FileNotFoundError):
         retry(missing, timeout_s=10.0, description="reading a file")
+
+
+def test_listing_leaves_out_what_no_row_can_name_and_follows_looping_links_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "image.jpg").write_bytes(b"12")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a" / "to-c").symlink_to(tmp_path / "c")
+    (tmp_path / "c" / "to-a").symlink_to(tmp_path / "a")
+    (tmp_path / "x").symlink_to("y")
+    (tmp_path / "y").symlink_to("x")
+    os.mkfifo(tmp_path / "pipe")
+    with open(os.fsencode(tmp_path) + b"/stray-\xff.jpg", "wb"):
+        pass
+    names = [name for name, _ in storage_path(tmp_path).walk_files()]
+    assert names == ["a/b/image.jpg", "c/to-a/b/image.jpg"]
+    assert [child.name for child in storage_path(tmp_path).children()] == ["a", "c", "pipe", "x", "y"]
+
+
+def test_listing_of_a_folder_that_does_not_exist_is_empty(tmp_path: Path) -> None:
+    assert list(storage_path(tmp_path / "nothing").walk_files()) == []
+    assert storage_path(tmp_path / "nothing").children() == []

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.storage import StoragePath
 
 SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -25,15 +25,25 @@ def require_file(data: StoragePath, *names: str) -> StoragePath:
 
 
 def read_json(file: StoragePath) -> Any:
-    """Return the content of a JSON file."""
-    return json.loads(file.read_bytes())
+    """Return the content of a JSON file. Raises UserError for a damaged file."""
+    return _parse(str(file), file.read_bytes())
 
 
 def read_jsonl(file: StoragePath) -> Iterator[dict[str, Any]]:
-    """Yield the content of each line of a JSON Lines file."""
-    for line in file.read_bytes().decode("utf-8").split("\n"):  # splitlines would also split at U+2028
+    """Yield the object in each line of a JSON Lines file. Raises UserError, with the line, for anything else."""
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if line.strip():
-            yield json.loads(line)
+            entry = _parse(f"{file}:{number}", line)
+            if not isinstance(entry, dict):
+                raise UserError(f"{file}:{number}: a {type(entry).__name__}, not an object; download the file again")
+            yield entry
+
+
+def _parse(place: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({first_line(error)}); download the file again") from error
 
 
 def check_no_label_left(labels: Mapping[Any, Any], question_file: StoragePath) -> None:

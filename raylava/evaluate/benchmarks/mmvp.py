@@ -1,4 +1,8 @@
-"""MMVP (Tong et al. 2024): pairs of images that CLIP confuses, with the same question of two options."""
+"""MMVP (Tong et al. 2024): pairs of images that CLIP confuses, with the same question of two options.
+
+Two protocols differ in how they read an answer: `letter` takes an option's letter or exact words; `lmms-eval` searches
+the text for a letter, and corrects four published labels.
+"""
 
 import csv
 import io
@@ -15,6 +19,13 @@ from raylava.evaluate.metrics.scoring import Scoring
 from raylava.evaluate.questions import Question
 from raylava.storage import StoragePath
 
+# A letter at the start, after `answer is` or `option`, or at the end of any word; the first rule that matches decides.
+_LMMS_EVAL_RULES = tuple(
+    re.compile(rule.format(r"\(?([ab])\)?"))
+    for rule in (r"^{}[.\s]", r"answer\s+is\s+{}", r"option\s+{}", r"{}(?:\s|$)")
+)
+# https://github.com/EvolvingLMMs-Lab/lmms-eval/issues/1018: the published labels of these questions are swapped.
+_LMMS_EVAL_LABELS = {"99": "(b)", "100": "(a)", "279": "(b)", "280": "(a)"}
 _LETTER = re.compile(r"\(?([ab])(?:[).:,]|$)")
 
 
@@ -42,12 +53,39 @@ def parse_option(text: str, options: Sequence[str]) -> str | None:
     return by_words.get(answer) or (f"({match[1]})" if match else None)
 
 
+def parse_option_lmms_eval(text: str) -> str | None:
+    """Return `(a)` or `(b)` by lmms-eval's rules (lmms_eval/tasks/mmvp), which also find letters within sentences."""
+    answer = text.strip().lower()
+    for rule in _LMMS_EVAL_RULES:
+        if match := rule.search(answer):
+            return f"({match[1]})"
+    return f"({answer[0]})" if answer[:1] in ("a", "b") else None
+
+
 def mmvp(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTable:
     """Return the fraction of pairs with both answers correct (the headline) and the fraction of correct answers."""
-    correct = [
-        text is not None and parse_option(text, question.references[1:]) == question.references[0]
-        for question, text in zip(questions, texts, strict=True)
-    ]
+    return _pair_scores(
+        questions,
+        [
+            text is not None and parse_option(text, question.references[1:]) == question.references[0]
+            for question, text in zip(questions, texts, strict=True)
+        ],
+    )
+
+
+def mmvp_lmms_eval(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTable:
+    """Return the same metrics by lmms-eval's reading of answers and its corrected labels."""
+    return _pair_scores(
+        questions,
+        [
+            text is not None
+            and parse_option_lmms_eval(text) == _LMMS_EVAL_LABELS.get(question.question_id, question.references[0])
+            for question, text in zip(questions, texts, strict=True)
+        ],
+    )
+
+
+def _pair_scores(questions: Sequence[Question], correct: Sequence[bool]) -> ScoreTable:
     pairs: dict[str, list[bool]] = {}
     for question, right in zip(questions, correct, strict=True):
         pairs.setdefault(question.unit, []).append(right)
@@ -62,4 +100,9 @@ def mmvp(questions: Sequence[Question], texts: Sequence[str | None]) -> ScoreTab
     return ScoreTable(counts, ["all"] * len(pairs), compute, [float(right) for right in correct])
 
 
-BENCHMARK = OfficialBenchmark("mmvp", _read, Scoring({"letter": mmvp}), image_folders=("MMVP Images", "images"))
+BENCHMARK = OfficialBenchmark(
+    "mmvp",
+    _read,
+    Scoring({"letter": mmvp, "lmms-eval": mmvp_lmms_eval}),
+    image_folders=("MMVP Images", "images"),
+)

@@ -55,10 +55,9 @@ def science_qa(questions: Sequence[Question], texts: Sequence[str | None]) -> Sc
     )
 
     def compute(sums: Array) -> dict[str, Array]:
-        return {
-            "image_accuracy": ratio(sums[..., 0], sums[..., 1]),
-            "accuracy": ratio(sums[..., 2], sums[..., 3]),
-        }
+        """Return the metrics; without questions with images, their accuracy is undefined and left out."""
+        image_accuracy = {"image_accuracy": ratio(sums[..., 0], sums[..., 1])} if sums[..., 1].any() else {}
+        return image_accuracy | {"accuracy": ratio(sums[..., 2], sums[..., 3])}
 
     categories = ["image" if image else "text" for image in has_image]
     return ScoreTable(counts, categories, compute, [float(right) for right in correct])

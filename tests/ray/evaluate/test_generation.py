@@ -1,5 +1,6 @@
 """Ray Data actors answer the questions that are not stored yet; an unreadable image gives a missing answer."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ def test_interrupted_evaluation_answers_only_the_missing_questions(untrained_lla
 
 
 def test_unreadable_image_gives_a_missing_answer_with_the_problem(untrained_llava: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
-    questions = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in ("broken", "good", "absent")]
-    config = GenerationConfig(LlavaCheckpoint(str(untrained_llava)), str(tmp_path), max_new_tokens=2)
+    images = tmp_path / "images"
+    (images / "folder.png").mkdir(parents=True)
+    (images / "broken.png").write_bytes(b"no image")
+    os.mkfifo(images / "pipe.png")
+    (images / "loop.png").symlink_to("loop.png")
+    (images / "outside.png").symlink_to(tmp_path / "secret.png")
+    for file in (images / "good.png", tmp_path / "secret.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+    names = ["absent", "folder", "broken", "pipe", "loop", "outside", "../secret", "/dev/zero", "x" * 300, "good"]
+    questions = [Question(name, f"{name}.png", "What?", "all", ("x",)) for name in names]
+    config = GenerationConfig(LlavaCheckpoint(str(untrained_llava)), str(images), max_new_tokens=2)
     answers = generate_answers(questions, config, ActorPool(), NullProgressBar())
-    assert [answer.text is None for answer in answers] == [True, False, True]
-    assert [bool(answer.problem) for answer in answers] == [True, False, True]
+    assert [answer.question_id for answer in answers if answer.text is None] == names[:-1]
+    assert [bool(answer.problem) for answer in answers] == [True] * 9 + [False]
 
 
 def test_questions_are_answered_in_batches_on_the_nodes_of_the_role(

@@ -32,6 +32,14 @@ def test_mm_vet_is_scored_from_the_judges_official_reply_file(tmp_path: Path) ->
     assert result.scores["total"].value == 75.0
 
 
+@pytest.mark.parametrize("grade", [1.01, -0.1, True, "0.5", None, [0.5, 2], [], float("nan"), 10**400])
+def test_grade_that_is_not_from_0_to_1_is_refused_by_file_and_question(grade: object, tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
+    (tmp_path / "grades.json").write_text(json.dumps({"v1_0": {"score": grade}}))
+    with pytest.raises(UserError, match=r"grades\.json: not a file of grades"):
+        score_file("mm-vet", str(tmp_path), "", grades=str(tmp_path / "grades.json"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

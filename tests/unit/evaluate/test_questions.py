@@ -7,6 +7,7 @@ import pytest
 
 from raylava.config.recipe import Benchmark
 from raylava.errors import UserError
+from raylava.evaluate.loading import load_benchmark
 from raylava.evaluate.questions import Question, questions_fingerprint, read_questions
 from raylava.storage import storage_path
 
@@ -98,3 +99,22 @@ def test_yes_no_labels_are_case_insensitive(tmp_path: Path) -> None:
     benchmark = BENCHMARK.model_copy(update={"metric": "yes_no"})
     (question,) = read_questions(storage_path(tmp_path / "q.jsonl"), benchmark)
     assert question.references == ("yes",)
+
+
+def test_images_of_a_custom_benchmark_are_below_the_folder_of_its_questions(tmp_path: Path) -> None:
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "held-out" / "questions.jsonl").write_text(
+        '{"question_id": 1, "image": "a.png", "text": "?", "answer": "x"}'
+    )
+    benchmark = Benchmark(name="b", questions="held-out/questions.jsonl")
+    assert load_benchmark(benchmark, str(tmp_path)).image_root == str(tmp_path / "held-out")
+    elsewhere = benchmark.model_copy(update={"images": "images"})
+    assert load_benchmark(elsewhere, str(tmp_path)).image_root == str(tmp_path / "images")
+
+
+@pytest.mark.parametrize("image", [1, ["a.png"], {"path": "a.png"}])
+def test_image_of_a_question_is_a_path(image: object, tmp_path: Path) -> None:
+    line = {"question_id": 1, "image": image, "text": "?", "answer": "x"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match=r"q\.jsonl:1: not a question \(ValueError: image is a (int|list|dict)"):
+        load_benchmark(Benchmark(name="b", questions="q.jsonl"), str(tmp_path))

@@ -104,7 +104,5 @@ def test_a_missing_shard_is_named(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(
-        UserError, match=r"model-00002-of-00002\.safetensors is missing, which .*index\.json names"
-    ):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing, which .*index\.json names"):
         model_ref(str(model))

@@ -30,3 +30,14 @@ def test_science_qa_scores_questions_with_images_separately() -> None:
     with_image, text_only = make_question(1, "A"), Question("2", None, "text", "text", ("B",))
     result = score_answers("scienceqa", scienceqa.BENCHMARK.scoring, [with_image, text_only], {"1": "A", "2": "C"})
     assert metric_values(result) == {"image_accuracy": 1.0, "accuracy": 0.5}
+    assert result.by_category == {
+        "image": {"units": 1.0, "image_accuracy": 1.0, "accuracy": 1.0},
+        "text": {"units": 1.0, "accuracy": 0.0},
+    }
+
+
+def test_accuracy_over_images_is_undefined_without_images() -> None:
+    text_only = Question("2", None, "text", "text", ("B",))
+    result = score_answers("scienceqa", scienceqa.BENCHMARK.scoring, [text_only], {"2": "B"})
+    assert metric_values(result) == {"accuracy": 1.0}
+    assert result.headline[0] == "accuracy"
