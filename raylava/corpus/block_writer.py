@@ -25,6 +25,7 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.conversation import ChatTokenizer
+from raylava.corpus.crashes import READING, Announce, Crashes, shard_attempt
 from raylava.corpus.deduplication import KeyedRow, row_verdicts, write_keys
 from raylava.corpus.fetch import UrlFetcher, is_url
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
@@ -40,12 +41,28 @@ from raylava.storage import StoragePath, storage_path
 _FETCHED_TOGETHER = 256  # rows whose images are fetched at the same time, and held in memory
 
 
+def _announce_nothing(position: int) -> None:
+    pass
+
+
 def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
-    """Read the rows of one shard and write its block, lengths, quarantined rows and, last, its record."""
+    """Read the rows of one shard and write its block, lengths, quarantined rows and, last, its record.
+
+    Raises RunError when the shard keeps killing its process, see crashes.py.
+    """
+    output = storage_path(spec.output)
+    process_rows = functools.partial(_block_content, spec, shard)
+    with shard_attempt(output, shard, "block", process_rows) as crashes:
+        return _write_block(output, shard, process_rows(crashes))
+
+
+def _block_content(
+    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = _announce_nothing
+) -> "_BlockContent":
     content = _BlockContent()
     chat_tokenizer = _chat_tokenizer(spec.language)
     chain = _operator_chain(spec, shard, len(spec.corpus.operators))
-    for outcome in _row_outcomes(spec, shard, chain, content.fetched):
+    for outcome in _row_outcomes(spec, shard, chain, content.fetched, crashes, announce):
         row, problem = outcome.row, outcome.problem
         content.added += outcome.is_additional
         try:
@@ -62,22 +79,31 @@ def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
             raise
         except Exception as error:
             content.take_out(outcome, Reason.FAILED, describe_error(error))
-    return _write_block(storage_path(spec.output), shard, content)
+    return content
 
 
 def write_shard_keys(spec: PrepareSpec, operator: int, shard: int) -> int:
     """Write the keys of the rows of a shard that reach a de-duplication operator, given by its position.
 
-    Returns the number of rows.
+    Returns the number of rows. Raises RunError like `make_block`.
     """
+    output = storage_path(spec.output)
+    process_rows = functools.partial(_keyed_rows, spec, operator, shard)
+    with shard_attempt(output, shard, f"keys {operator}", process_rows) as crashes:
+        rows = process_rows(crashes)
+        write_keys(output, operator, shard, rows)
+        return len(rows)
+
+
+def _keyed_rows(
+    spec: PrepareSpec, operator: int, shard: int, crashes: Crashes, announce: Announce = _announce_nothing
+) -> list[KeyedRow]:
     chain = _operator_chain(spec, shard, operator)
-    rows = [
+    return [
         _keyed_row(chain.operators[operator], outcome)
-        for outcome in _row_outcomes(spec, shard, chain, [], stop=operator)
+        for outcome in _row_outcomes(spec, shard, chain, [], crashes, announce, stop=operator)
         if outcome.row is not None and outcome.problem is None
     ]
-    write_keys(storage_path(spec.output), operator, shard, rows)
-    return len(rows)
 
 
 def _keyed_row(operator: Operator, outcome: "_RowOutcome") -> KeyedRow:
@@ -106,28 +132,40 @@ class _RowOutcome:
 
 
 def _row_outcomes(
-    spec: PrepareSpec, shard: int, chain: OperatorChain, fetched_records: list[bytes], stop: int | None = None
+    spec: PrepareSpec,
+    shard: int,
+    chain: OperatorChain,
+    fetched_records: list[bytes],
+    crashes: Crashes,
+    announce: Announce,
+    stop: int | None = None,
 ) -> Iterator[_RowOutcome]:
     """Yield the outcomes of the rows of a shard after the first `stop` operators (all, without it).
 
     Appends a record of each image that was fetched to `fetched_records`. Images are fetched only if they are needed.
+    Rows among `crashes` are not processed.
     """
     fetcher = UrlFetcher(spec.corpus.fetch)
     fetches = stop is None or any(operator.uses_images for operator in chain.operators[: stop + 1])
     rows = read_shard(spec, shard)
+    announce(READING)
     while batch := list(itertools.islice(rows, _FETCHED_TOGETHER)):
         names = (name for raw in batch for name in image_names(raw.content) if is_url(name))
         fetched = fetcher.fetch_all(names if fetches else ())
         fetched_records += [image.record() for image in fetched.values()]
         for raw in batch:
             reader = ImageReader(raw.image_root, spec.corpus.max_image_bytes, fetched)
+            announce(raw.position)
             try:
+                if raw.position in crashes:
+                    raise BadRow(Reason.CRASHED, f"its processing ended the process ({crashes[raw.position]})")
                 parsed = parse_row(raw.content, raw.selected.id_suffix)
             except BadRow as bad:
                 yield _RowOutcome(raw, None, bad, reader)
                 continue
             for number, (row, problem) in enumerate(chain.apply(parsed, reader, stop)):
                 yield _RowOutcome(raw, row, problem, reader, is_additional=number > 0)
+        announce(READING)
 
 
 def _operator_chain(spec: PrepareSpec, shard: int, known: int) -> OperatorChain:

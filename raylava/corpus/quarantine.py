@@ -22,6 +22,7 @@ class Reason(StrEnum):
     NOTHING_SUPERVISED = "nothing supervised"
     TOO_LONG = "too long"
     FAILED = "row failed"  # any other exception while it was processed
+    CRASHED = "crashed"  # it ended the process that handled it
 
 
 _MAX_DETAIL = 200

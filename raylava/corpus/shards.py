@@ -94,8 +94,9 @@ def _shard_lines(spec: PrepareSpec, indexes: RowIndexes) -> Iterator[list[bytes]
 
 @dataclass(frozen=True)
 class RawRow:
-    """A selected row with its content. Image paths of the row are relative to `image_root`."""
+    """A selected row with its content and its position in its shard. Image paths are relative to `image_root`."""
 
+    position: int
     selected: SelectedRow
     file: StoragePath
     image_root: StoragePath
@@ -106,7 +107,7 @@ def read_shard(spec: PrepareSpec, shard: int) -> Iterator[RawRow]:
     """Yield the rows of a shard; rows of one file are read together."""
     lines = shard_file(storage_path(spec.output), "shard", shard, "jsonl").read_bytes().splitlines()
     rows = [SelectedRow(*json.loads(line)) for line in lines]
-    sources = spec.sources
+    sources, positions = spec.sources, itertools.count()
     for (source_number, file_number), group in itertools.groupby(rows, key=lambda row: (row.source, row.file)):
         source, rows_of_file = sources[source_number], list(group)
         file, image_root = source.files[file_number], storage_path(source.images)
@@ -114,7 +115,7 @@ def read_shard(spec: PrepareSpec, shard: int) -> Iterator[RawRow]:
             file, [row.offset for row in rows_of_file], spec.corpus.max_image_bytes
         )
         for row, content in zip(rows_of_file, contents, strict=True):
-            yield RawRow(row, file, image_root, content)
+            yield RawRow(next(positions), row, file, image_root, content)
 
 
 def shard_file(output: StoragePath, kind: str, shard: int, suffix: str) -> StoragePath:

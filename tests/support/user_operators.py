@@ -1,5 +1,6 @@
 """Operators as a user of raylava would write them; recipes name them `tests.support.user_operators:NAME`."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -41,6 +42,22 @@ def slow(row: SourceRow, seconds: float, folder: str) -> SourceRow:
     time.sleep(seconds)
     (Path(folder) / ray.get_runtime_context().get_node_id()).touch()
     return row
+
+
+@reads_images
+def aborting(row: SourceRow, images: Sequence[bytes], numbers: Sequence[int]) -> SourceRow:
+    """Abort the process, as a decoder does for some images, at the rows with these numbers."""
+    if images[0] and int(row.sample_id.rpartition(".")[2]) in numbers:
+        os.abort()
+    return row
+
+
+@deduplicates
+def aborting_key(row: SourceRow, numbers: Sequence[int]) -> DuplicateKey:
+    """Abort the process at the rows with these numbers."""
+    if int(row.sample_id.rpartition(".")[2]) in numbers:
+        os.abort()
+    return DuplicateKey(row.sample_id.encode())
 
 
 def failing(row: SourceRow) -> SourceRow:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from raylava.config.recipe import Corpus
 from raylava.corpus.block_writer import make_block
-from raylava.corpus.blocks import BlockRecord, Blocks, Manifest
+from raylava.corpus.blocks import BlockRecord, Blocks, Manifest, decode_quarantine
 from raylava.corpus.prepare import ImageFolder, MapOnCluster, prepare, publish_corpus
 from raylava.corpus.shards import PrepareSpec
 from raylava.errors import RunError, UserError
@@ -143,6 +143,21 @@ def test_corpus_on_s3_is_prepared_to_s3_with_the_same_bytes_and_without_secrets(
     assert read_samples(blocks) == read_samples(reference)
     assert file_tree(blocks.folder) == file_tree(reference.folder)
     assert not [name for name, content in file_tree(blocks.folder).items() if SECRET.encode() in content]
+
+
+def test_rows_that_abort_their_process_are_quarantined_and_counted(prepare_spec: PrepareSpec, tmp_path: Path) -> None:
+    operators = [
+        {"tests.support.user_operators:aborting_key": {"numbers": [3]}},
+        {"tests.support.user_operators:aborting": {"numbers": [3, 20]}},
+    ]
+    settings = Corpus.model_validate({"sources": prepare_spec.corpus.sources, "operators": operators}).operators
+    manifest = run(with_settings(prepare_spec, tmp_path, operators=settings, quarantine_limit=0.5))
+    assert (manifest.rows_in, manifest.rows, manifest.quarantine) == (40, 38, {"crashed": 2})
+    quarantine = decode_quarantine((tmp_path / "quarantine.csv").read_bytes())
+    assert [(row.row, row.detail) for row in quarantine] == [
+        (3, "its processing ended the process (SIGABRT)"),
+        (20, "its processing ended the process (SIGABRT)"),
+    ]
 
 
 def test_preparation_spreads_to_a_node_that_joins_and_two_nodes_give_the_same_bytes_as_one(
