@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from raylava.corpus.formats import FORMATS, Part
+from raylava.corpus.formats import FORMATS
+from raylava.corpus.row_format import Part
 from raylava.corpus.rows import image_names
 from raylava.errors import UserError, first_line
 from raylava.storage import StoragePath, storage_path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 64 << 20
-_VERSION = 2  # of the files in storage
+_VERSION = 3  # of the files in storage
 _RECENT_SECONDS = 2.0  # a file that was just modified may be modified again without a new modification time
 _SCHEMA = pa.schema([("offset", pa.string()), ("images", pa.string())])  # both as JSON
 _ROWS_PER_BATCH = 65536

@@ -14,6 +14,7 @@ from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import StoragePath
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt"}
+ROW_FIELDS = ("id", "image", "images", "conversations", "messages")  # all that is read of a row
 _MAX_ID = 1000  # characters of a row's own id that are kept
 
 

@@ -4,6 +4,7 @@ Needs no Ray; prepare.py calls it for every row.
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 
 from raylava.config.recipe import Corpus
 from raylava.corpus.blocks import Sample
@@ -51,14 +52,14 @@ def _tokenize_within_limit(
 
     Raises BadRow when it is too long and `on_overlong` leaves nothing of it that the loss covers.
     """
-    chat = _tokenize(row, len(row.turns), chat_tokenizer)
+    chat = chat_tokenizer.encode(row.turns, sum(turn.text.count(IMAGE_TOKEN) for turn in row.turns))
     length = chat.length(image_tokens)
     if length <= corpus.max_length:
         return chat, False
     if corpus.on_overlong == "truncate_tokens":
         return _truncate_tokens(chat, chat_tokenizer, corpus, image_tokens), True
     if corpus.on_overlong == "truncate_exchanges":
-        return _truncate_exchanges(row, length, chat_tokenizer, corpus, image_tokens), True
+        return _truncate_exchanges(row, chat, chat_tokenizer, corpus, image_tokens), True
     raise _too_long(length, corpus)
 
 
@@ -75,21 +76,19 @@ def _truncate_tokens(
 
 
 def _truncate_exchanges(
-    row: SourceRow, length: int, chat_tokenizer: ChatTokenizer, corpus: Corpus, image_tokens: int
+    row: SourceRow, chat: TokenizedChat, chat_tokenizer: ChatTokenizer, corpus: Corpus, image_tokens: int
 ) -> TokenizedChat:
-    """Drop whole exchanges from the end of `length` tokens until the rest fits, with the images they refer to."""
-    for turn_count in range(len(row.turns) - 2, 0, -2):
-        chat = _tokenize(row, turn_count, chat_tokenizer)
-        length = chat.length(image_tokens)
-        if length <= corpus.max_length:
-            return chat
-    raise _too_long(length, corpus)
+    """Drop whole exchanges from the end until the rest fits, with the images they refer to."""
+    image_id = chat_tokenizer.image_id
+    lengths = list(accumulate(image_tokens if token == image_id else 1 for token in chat.input_ids))
+    for exchanges in range(len(chat.loss_spans) - 1, 0, -1):
+        stop = chat.loss_spans[exchanges - 1][1]
+        if lengths[stop - 1] <= corpus.max_length:
+            ids = chat.input_ids[:stop]
+            check_turns(row.turns[: 2 * exchanges], ids.count(image_id))
+            return TokenizedChat(ids, chat.loss_spans[:exchanges], ids.count(image_id))
+    raise _too_long(lengths[chat.loss_spans[0][1] - 1], corpus)
 
 
 def _too_long(length: int, corpus: Corpus) -> BadRow:
     return BadRow(Reason.TOO_LONG, f"{length} tokens, more than max_length={corpus.max_length}")
-
-
-def _tokenize(row: SourceRow, turn_count: int, chat_tokenizer: ChatTokenizer) -> TokenizedChat:
-    turns = row.turns[:turn_count]
-    return chat_tokenizer.encode(turns, sum(turn.text.count(IMAGE_TOKEN) for turn in turns))

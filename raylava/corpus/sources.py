@@ -15,7 +15,8 @@ import pyarrow.fs as pafs
 
 from raylava.config.recipe import Source
 from raylava.corpus.fetch import is_url
-from raylava.corpus.formats import FORMATS, SUFFIXES, Format, format_of
+from raylava.corpus.formats import COMPRESSED_SUFFIXES, FORMATS, SUFFIXES, format_of
+from raylava.corpus.row_format import Format
 from raylava.corpus.row_index import AnnotationFile, RowIndexes
 from raylava.corpus.rows import matches_filters
 from raylava.errors import UserError
@@ -60,6 +61,9 @@ class SourceFiles:
         if kind != pafs.FileType.Directory:
             return [root]
         files = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
+        compressed = [file.name for file in root.children() if file.name.lower().endswith(COMPRESSED_SUFFIXES)]
+        if compressed:
+            raise UserError(f"{root / compressed[0]}: compressed, so that its rows cannot be read; decompress it")
         if not files:
             raise UserError(f"{root}: contains no file of a known format ({', '.join(SUFFIXES)})")
         return files

@@ -44,6 +44,7 @@ SHORT_MODULES = {
     "compat/ray.py": "one library's private parts",
     "compat/torch.py": "one library's private parts",
     "compat/transformers.py": "one library's private parts",
+    "corpus/formats.py": "the list of formats, whose modules share row_format.py",
     "corpus/image_hash.py": "one function, which operators and de-duplication share",
     "models/families/siglip.py": "one family",
     "evaluate/benchmarks/benchmark.py": "the type that every benchmark module fills in",

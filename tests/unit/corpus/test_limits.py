@@ -15,6 +15,7 @@ from raylava.corpus.formats import FORMATS
 from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.row_images import ImageReader
 from raylava.corpus.shards import PrepareSpec
+from raylava.corpus.source_cache import SourceCache
 from raylava.storage import StoragePath, storage_path
 from tests.support.corpora import prepare_serially, with_settings
 
@@ -111,3 +112,51 @@ def test_large_member_of_a_tar_is_not_read(tmp_path: Path, monkeypatch: pytest.M
 def test_image_within_the_row_is_limited_as_well(tmp_path: Path) -> None:
     with pytest.raises(BadRow, match="image too large"):
         ImageReader(storage_path(tmp_path), max_bytes=3)(b"1234")
+
+
+def test_conversation_is_tokenized_once_however_many_exchanges_are_dropped(
+    prepare_spec: PrepareSpec, corpus_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": "yes"}] * 200
+    rows = json.loads((corpus_copy / "alignment.json").read_text())[:1]
+    rows[0] |= {"conversations": talk}
+    del rows[0]["image"]
+    (corpus_copy / "alignment.json").write_text(json.dumps(rows))
+    calls: list[int] = []
+    encode = conversation.ChatTokenizer.encode
+
+    def record(self: Any, turns: Any, image_count: int) -> Any:
+        calls.append(len(turns))
+        return encode(self, turns, image_count)
+
+    monkeypatch.setattr(conversation.ChatTokenizer, "encode", record)
+    settings = {"on_overlong": "truncate_exchanges", "max_length": 128}
+    manifest = prepare_serially(with_settings(prepare_spec, tmp_path / "out", corpus_copy, **settings))
+    assert (manifest.rows, manifest.truncated) == (1, 1)
+    assert 100 < manifest.tokens <= 128
+    assert calls == [400]
+
+
+@pytest.mark.parametrize("target", ["loop.jpg", "other.jpg"])
+def test_links_that_loop_are_quarantined(
+    target: str, prepare_spec: PrepareSpec, corpus_copy: Path, tmp_path: Path
+) -> None:
+    image = change_first_row(corpus_copy, image="loop.jpg")
+    (corpus_copy / "images" / "loop.jpg").symlink_to(target)
+    (corpus_copy / "images" / "other.jpg").symlink_to("loop.jpg")
+    (row,) = quarantined(prepare_spec, corpus_copy, tmp_path / "out")
+    assert row[0] == "image unreadable", image
+
+
+def test_file_name_that_is_not_utf8_and_named_by_no_row_has_no_effect(
+    prepare_spec: PrepareSpec, corpus_copy: Path, tmp_path: Path
+) -> None:
+    def fingerprint() -> Any:
+        (source,) = with_settings(prepare_spec, tmp_path, corpus_copy).sources
+        return SourceCache().fingerprint_fields(source, storage_path(tmp_path / "indexes"))
+
+    before = fingerprint()
+    with open(os.fsencode(corpus_copy / "images") + b"/\xff.jpg", "wb"):
+        pass
+    assert fingerprint() == before
+    assert quarantined(prepare_spec, corpus_copy, tmp_path / "out") == []

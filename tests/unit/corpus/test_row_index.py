@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylava.corpus import formats, row_index
+from raylava.corpus import json_formats, row_index
 from raylava.corpus.formats import FORMATS
+from raylava.corpus.row_format import parse_json
 from raylava.corpus.row_index import AnnotationFile, RowIndexes
 from raylava.errors import UserError
 from raylava.storage import storage_path
@@ -41,7 +42,7 @@ def test_json_lines_in_parts_have_the_rows_of_the_whole_file_whatever_the_sizes(
     expected = [line for line in content.split("\n") if line.strip()]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_index, "PART_BYTES", part_bytes)
-        patch.setattr(formats, "READ_BYTES", read_bytes)
+        patch.setattr(json_formats, "READ_BYTES", read_bytes)
         file = Path(folder) / "rows.jsonl"
         file.write_text(content)
         os.utime(file, (OLD, OLD))
@@ -50,11 +51,11 @@ def test_json_lines_in_parts_have_the_rows_of_the_whole_file_whatever_the_sizes(
                 RowIndexes().get(storage_path(file), "jsonl")
             return
         index = RowIndexes(storage_path(folder) / "kept").get(storage_path(file), "jsonl")
-        assert read_back(index, file, "jsonl") == [formats._parse_json(line.encode()) for line in expected]
+        assert read_back(index, file, "jsonl") == [parse_json(line.encode()) for line in expected]
         again = RowIndexes(storage_path(folder) / "kept").get(storage_path(file), "jsonl")
         assert list(again.rows()) == list(index.rows())
         assert again.content == index.content
-        patch.setattr(formats, "READ_BYTES", read_bytes + 7)
+        patch.setattr(json_formats, "READ_BYTES", read_bytes + 7)
         assert RowIndexes().get(storage_path(file), "jsonl").content == index.content
 
 
@@ -62,7 +63,7 @@ def test_json_lines_in_parts_have_the_rows_of_the_whole_file_whatever_the_sizes(
 def test_every_byte_of_a_json_file_counts_in_its_hash(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "READ_BYTES", 2)
+    monkeypatch.setattr(json_formats, "READ_BYTES", 2)
     row = json.dumps({"id": 1, "conversations": []})
     content = f"[{row}, {row}]  \n \n" if name == "rows.json" else f"{row}\n\n{row}\n \n"
     hashes = set()

@@ -140,3 +140,10 @@ def test_image_path_cannot_escape_its_root(tmp_path: Path, name: str) -> None:
 def test_image_path_is_normalized_below_its_root(tmp_path: Path) -> None:
     assert resolve_image_path(storage_path(tmp_path), "./a//b.png").path == str(tmp_path / "a" / "b.png")
     assert image_names({"image": ["a", b"b"]}) == ("a",)
+
+
+def test_compressed_file_in_a_folder_of_annotations_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "b.jsonl.gz").write_text("")
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz: compressed, so that its rows cannot be read; decompress it"):
+        SourceFiles(Source(annotations="."), str(tmp_path), "").files  # noqa: B018
