@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from raylava.cluster.placement import Placement
     from raylava.config.recipe import Recipe
     from raylava.corpus.inspect import Inspection
+    from raylava.corpus.source_check import SourceCheck
     from raylava.evaluate.compare import Comparison
     from raylava.pipeline.status import ArtifactStatus
     from raylava.train.replay import ReplayedSample
@@ -101,6 +102,23 @@ def corpus_table(inspection: "Inspection") -> Table:
     for source, reasons in inspection.quarantined_by_source.items():
         for reason, count in reasons.items():
             table.add_row(escape(f"{source}: {reason}"), f"{count:,}")
+    return table
+
+
+def source_table(corpus: str, check: "SourceCheck") -> Table:
+    """Return what is wrong with the sources of a corpus, by annotation file and reason."""
+    urls = f", {check.by_url:,} by URL (not fetched)" if check.by_url else ""
+    title = f"{corpus}: {check.rows:,} rows, {check.images:,} images{urls}"
+    table = Table("source", "finding", title=title, title_justify="left")
+    for heading in ("count", "repairable"):
+        table.add_column(heading, justify="right")
+    for (file, reason), count in sorted(check.counts().items()):
+        repairable = sum(
+            bool(finding.repair) for finding in check.findings if (finding.file, finding.reason) == (file, reason)
+        )
+        table.add_row(escape(file), escape(reason), f"{count:,}", f"{repairable:,}" if repairable else "")
+    if not check.findings:
+        table.add_row("", "nothing is wrong", "", "")
     return table
 
 

@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylava.corpus.quarantine import BadRow, Reason, describe_error
-from raylava.corpus.row_format import Part, RowRef, check_encoding, parse_json, read_span
+from raylava.corpus.row_format import IMAGE_SUFFIXES, Part, RowRef, check_encoding, parse_json, read_span
 from raylava.corpus.rows import ROW_FIELDS
 from raylava.errors import RunError, UserError, first_line
 from raylava.storage import READ_BYTES, StoragePath
 
 _ROWS_PER_BATCH = 64
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class Parquet:
@@ -145,4 +144,4 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _is_image(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES

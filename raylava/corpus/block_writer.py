@@ -73,7 +73,7 @@ def _block_content(
             content.samples.append(sample)
             content.truncated += truncated
         except (BadRow, FilteredRow) as bad:
-            content.take_out(outcome, str(bad.reason), bad.detail)
+            content.take_out(outcome, str(bad.reason), bad.detail, getattr(bad, "image", ""))
             content.filtered += isinstance(bad, FilteredRow)
         except (OSError, MemoryError):  # storage and memory concern more than this row
             raise
@@ -218,11 +218,12 @@ class _BlockContent:
     added: int = 0
     fetched: list[bytes] = field(default_factory=list)
 
-    def take_out(self, outcome: _RowOutcome, reason: str, detail: str) -> None:
-        """List a row that becomes no sample."""
+    def take_out(self, outcome: _RowOutcome, reason: str, detail: str, image: str = "") -> None:
+        """List a row that becomes no sample; `image` is the one to blame, if one is."""
         raw = outcome.raw
+        image = image or " ".join(image_names(raw.content))
         name = sample_id(raw.content, raw.selected.id_suffix) if outcome.row is None else outcome.row.sample_id
-        self.taken_out.append(QuarantinedRow(raw.selected.row, name, raw.file.name, reason, detail))
+        self.taken_out.append(QuarantinedRow(raw.selected.row, name, raw.file.name, reason, detail, image))
 
 
 def _write_block(output: StoragePath, shard: int, content: _BlockContent) -> BlockRecord:

@@ -217,11 +217,11 @@ def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
     names = [field.name for field in fields(QuarantinedRow)]
     writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    writer.writerows({name: cell(value) for name, value in asdict(row).items()} for row in rows)
     return text.getvalue().encode()
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """Return a value as a cell that reads back, in one line, and that no spreadsheet takes for a formula."""
     text = str(value)[:_MAX_CELL].encode(errors="backslashreplace").decode()
     text = text.translate(_CONTROL_CHARACTERS)

@@ -60,6 +60,11 @@ def open_image(content: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def image_format(content: bytes) -> str:
+    """Return which of the formats in _FORMATS an image file has. Raises BadRow like `open_image`."""
+    return open_image(content, max_pixels=2**62).format or ""
+
+
 def _unreadable(error: Exception) -> BadRow:
     """Return the reason for which an image cannot be decoded. Raises MemoryError, which concerns more than the row."""
     if isinstance(error, MemoryError):

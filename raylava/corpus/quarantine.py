@@ -36,20 +36,28 @@ def describe_error(error: BaseException) -> str:
 
 
 class BadRow(Exception):
-    """Raised for a row that must be quarantined, with the reason and a detail that helps to fix the row."""
+    """Raised for a row that must be quarantined, with the reason and a detail that helps to fix the row.
+
+    `image` is the name of the image that is to blame; what reads the images of a row sets it.
+    """
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.image = ""
 
 
 @dataclass(frozen=True)
 class QuarantinedRow:
-    """One row of the quarantine table. `row` is the row's number in the file `source`, starting at 0."""
+    """One row of the quarantine table. `row` is the row's number in the file `source`, starting at 0.
+
+    `image` is the image that is to blame, or else the row's images, separated by spaces.
+    """
 
     row: int
     sample_id: str
     source: str
     reason: str
     detail: str
+    image: str = ""

@@ -10,6 +10,7 @@ from raylava.corpus.quarantine import describe_error
 from raylava.errors import UserError
 from raylava.storage import StoragePath
 
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",

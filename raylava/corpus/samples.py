@@ -32,17 +32,21 @@ def make_sample(
         raise BadRow(Reason.TOO_LONG, f"{characters} characters, more than max_chars={corpus.max_chars}")
     check_turns(row.turns, len(row.images))
     chat, truncated = _tokenize_within_limit(row, chat_tokenizer, corpus, vision.image_tokens)
-    images = [
-        prepare_image(
-            read_image(image),
-            vision.pixels,
-            corpus.image_aspect,
-            corpus.image_encoding,
-            corpus.max_pixels,
-        )
-        for image in row.images[: chat.image_count]
-    ]
+    images = [_prepare_image(image, read_image, corpus, vision) for image in row.images[: chat.image_count]]
     return Sample(row.sample_id, chat.input_ids, chat.loss_spans, images, chat.length(vision.image_tokens)), truncated
+
+
+def _prepare_image(
+    image: str | bytes, read_image: Callable[[str | bytes], bytes], corpus: Corpus, vision: VisionSpec
+) -> bytes:
+    """Return an image as blocks store it. Raises BadRow, which names the image."""
+    try:
+        return prepare_image(
+            read_image(image), vision.pixels, corpus.image_aspect, corpus.image_encoding, corpus.max_pixels
+        )
+    except BadRow as bad:
+        bad.image = image if isinstance(image, str) else ""
+        raise
 
 
 def _tokenize_within_limit(

@@ -68,6 +68,15 @@ def build_stages(
     return stages
 
 
+def build_prepare_stages(recipe: Recipe, storage: StoragePath) -> list[PrepareStage]:
+    """Return the stages that prepare the recipe's corpora, without identifying their inputs.
+
+    Raises UserError for backbones that cannot be resolved.
+    """
+    recipe = make_absolute(recipe).model_copy(update={"evaluate": ()})
+    return _StageBuilder(recipe, storage, resolve(recipe), InputCache()).prepare_stages()
+
+
 def resolve(recipe: Recipe) -> ResolvedModel:
     """Resolve the recipe's model. Raises UserError for a missing or unsuitable backbone, connector or max_length."""
     validate_backbones(recipe.model.language, recipe.model.vision)
@@ -152,6 +161,14 @@ class _StageBuilder:
         instruction = self._prepare("instruction", recipe.corpora.instruction)
         finetune = self._train("finetune", instruction, connector)
         return [*stages, instruction, finetune, *self._evaluations(finetune)]
+
+    def prepare_stages(self) -> list[PrepareStage]:
+        """Return the stages that prepare corpora."""
+        corpora, stages = self._recipe.corpora, []
+        if self._recipe.pretrain.enabled:
+            assert corpora.alignment is not None
+            stages.append(self._prepare("alignment", corpora.alignment))
+        return [*stages, self._prepare("instruction", corpora.instruction)]
 
     def _prepare(self, name: str, corpus: Corpus) -> PrepareStage:
         recipe, model = self._recipe, self._model

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +15,11 @@ from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
 from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
 from raylava.corpus.operators import Operator
+from raylava.corpus.parallel import Function, map_with_ray_data
 from raylava.corpus.prepare import ImageFolder, check_quarantine, prepare
 from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache, build_indexes
+from raylava.corpus.source_check import SourceCheck, check_sources
 from raylava.errors import UserError
 from raylava.evaluate.loading import LoadedBenchmark
 from raylava.models.registry import ResolvedModel
@@ -87,6 +89,22 @@ class PrepareStage(Stage):
         indexes = self._sources.indexes(self.storage / INDEXED_SOURCES)
         build_indexes(indexes, [file for source in spec.sources for file in source.annotation_files], self._resources)
         return prepare(spec, self._tokenizer, progress, node_labels, folders, indexes).counts()
+
+    def check_sources(self, progress: ProgressBar) -> SourceCheck:
+        """Check the rows and images of the corpus on the connected cluster. Raises UserError like the stage."""
+        spec, labels = self._prepare_spec, node_labels_for(PREPARE, self._resources)
+        indexes = self._sources.indexes(self.storage / INDEXED_SOURCES)
+        build_indexes(indexes, [file for source in spec.sources for file in source.annotation_files], self._resources)
+
+        def map_on_cluster(function: Function, items: Sequence[int]) -> Iterator[dict[str, Any]]:
+            return map_with_ray_data(f"inspecting corpora.{spec.name}", function, items, labels)
+
+        return check_sources(spec, self.storage, indexes, progress, map_on_cluster)
+
+    @property
+    def image_roots(self) -> list[str]:
+        """The image folder of each source."""
+        return [source.images for source in self._prepare_spec.sources]
 
     def verify(self, metrics: Mapping[str, Any]) -> None:
         """Raise UserError when more rows are quarantined than the recipe, whose limit may have changed, allows."""
