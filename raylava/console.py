@@ -4,6 +4,7 @@ Ray and DeepSpeed write to file descriptors 1 and 2 directly, so both are redire
 writes to duplicates of the originals.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -14,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TextIO
 
+from rich import markup
 from rich.console import Console as RichConsole
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raylava.errors import redact_urls
 from raylava.progress import ProgressBar
 
 logger = logging.getLogger("raylava")
@@ -27,6 +29,18 @@ logger = logging.getLogger("raylava")
 _TABLE_INTERVAL_S = 30.0
 _LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
 _WIDTH_WITHOUT_TERMINAL = 110
+# Control codes would let a text move the cursor, change the window's title or hide other text.
+_CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Return a text with terminal control codes, except new lines and tabs, as escape sequences such as \\x1b."""
+    return text.translate(_CONTROL_CODES)
+
+
+def escape(text: str) -> str:
+    """Return a text from data so that a console prints it as it is: markup and control codes have no effect."""
+    return markup.escape(printable(text))
 
 
 class Console:
@@ -48,7 +62,7 @@ class Console:
 
     def error(self, text: str) -> None:
         """Print an error as one line."""
-        self._rich.print(f"[bold red]error[/]: {escape(text)}", soft_wrap=True)
+        self._rich.print(f"[bold red]error[/]: {escape(redact_urls(text))}", soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
@@ -168,7 +182,14 @@ class ConsoleLogHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(f"[yellow]{record.levelname.lower()}[/]: {escape(record.getMessage())}")
+        self._console.say(f"[yellow]{record.levelname.lower()}[/]: {escape(redact_urls(record.getMessage()))}")
+
+
+class _RedactingFormatter(logging.Formatter):
+    """Formats log records, tracebacks included, without secrets in URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_urls(super().format(record))
 
 
 @contextmanager
@@ -194,8 +215,9 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
         for descriptor, original in zip((1, 2), originals, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
-        out.close()
-        err.close()
+        for stream in (out, err):
+            with contextlib.suppress(OSError):  # a closed pipe, or a full disk that the command has reported
+                stream.close()
         logger.removeHandler(console_handler)
         logging.getLogger().removeHandler(file_handler)
         file_handler.close()
@@ -204,7 +226,7 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
 def _attach_log_handlers(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
     console_handler = ConsoleLogHandler(console)
     file_handler = logging.FileHandler(log)
-    file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file_handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(console_handler)
     logger.setLevel(logging.INFO)
     logging.getLogger().addHandler(file_handler)

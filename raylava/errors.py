@@ -1,9 +1,14 @@
 """The exceptions whose message is shown to the user as one line, and the one-line form of any other failure."""
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
+
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/?#\"'<>]*@)?([^\s?#\"'<>]*)(\?[^\s\"'<>]*)?", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"secret|passw|token|credential|access_?key|api_?key|sig(nature)?\b|-sign", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -15,12 +20,28 @@ class RunError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the error in one line of at most 300 characters, prefixed with its type unless it is raylava's own."""
+    """Return the error in one line, without secrets in URLs.
+
+    An error that is not raylava's own is cut to 300 characters, and prefixed with its type unless it names a file and
+    what the operating system says of it.
+    """
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return redact_urls(f"{error.filename}: {error.strerror}")
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    text = redact_urls(lines[0] if lines else "")
     if isinstance(error, (UserError, RunError)):
         return text
     return f"{type(error).__name__}: {text}"[:300]
+
+
+def redact_urls(text: str) -> str:
+    """Return the text with users, passwords and signed queries of its URLs replaced by dots."""
+    return _URL.sub(_redact_url, text) if "://" in text else text
+
+
+def _redact_url(url: "re.Match[str]") -> str:
+    scheme, user, rest, query = url.groups(default="")
+    return scheme + ("…@" if user else "") + rest + ("?…" if SECRET_NAMES.search(query) else query)
 
 
 def last_line(command: "CompletedProcess[str]") -> str:

@@ -36,7 +36,12 @@ def local_copy(path: StoragePath) -> Path:
         raise UserError(f"{path}: no such file or folder")
     identity = hashlib.sha256(json.dumps([path.uri, versions]).encode()).hexdigest()[:32]
     folder = cache_folder() / "copies" / identity
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: the cache cannot be written ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
     with file_lock(folder.with_suffix(".lock")):
         if not _is_intact(folder):
             _download(path, folder)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import stat
 import time
 import uuid
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 READ_BYTES = 8 << 20  # bytes of one request for a remote file that is read in parts
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
+
+_SINGLE_SLASH = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|file|https?):/?(?!/)")
 
 T = TypeVar("T")
 
@@ -296,6 +299,8 @@ def cache_folder() -> Path:
 def storage_path(uri: str | Path) -> StoragePath:
     """Return the storage path for a local path or URI. Raises UserError for an unsupported scheme."""
     text = str(uri)
+    if match := _SINGLE_SLASH.match(text):
+        raise UserError(f"{text}: has one slash after {match[1]}:; did you mean {match[1]}://{text[match.end() :]}?")
     if "://" not in text:
         local = str(Path(text).expanduser().absolute())
         return StoragePath(pafs.LocalFileSystem(), local, local)
@@ -303,7 +308,7 @@ def storage_path(uri: str | Path) -> StoragePath:
         filesystem, path = _s3(text) if text.startswith("s3://") else pafs.FileSystem.from_uri(text)
     except (ValueError, OSError) as error:
         raise UserError(
-            f"cannot use {text!r} as a storage location: {error}; give a path, s3://…, gs://… or file://…"
+            f"cannot use {text!r} as a storage location: {first_line(error)}; give a path, s3://…, gs://… or file://…"
         ) from error
     if isinstance(filesystem, pafs.LocalFileSystem):
         return storage_path(path)
@@ -380,6 +385,8 @@ def join(root: str, name: str) -> str:
 
 def writable(uri: str) -> StoragePath:
     """Return the storage path after a test write. Raises UserError with the reason when it is not writable."""
+    if not uri.strip():
+        raise UserError("--storage is empty; name a folder or bucket you own")
     root = storage_path(uri)
     probe = root / f".raylava-write-test-{uuid.uuid4().hex[:8]}"
     try:
@@ -387,5 +394,7 @@ def writable(uri: str) -> StoragePath:
         probe.write_bytes(b"")
         probe.delete()
     except OSError as error:
-        raise UserError(f"--storage {uri}: cannot write there ({error}); choose a folder or bucket you own") from error
+        raise UserError(
+            f"--storage {uri}: cannot write there ({first_line(error)}); choose a folder or bucket you own"
+        ) from error
     return root

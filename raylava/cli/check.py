@@ -46,6 +46,8 @@ def _check(
     validate_backbones(recipe.model.language, recipe.model.vision)
     for benchmark in recipe.evaluate:
         validate_benchmark(benchmark)
+    _check_operators(recipe)
+    _check_folders(recipe)
     if address and cluster:
         raise UserError("check takes --cluster FILE or --address URL; leave one out")
     if address not in (None, "auto"):
@@ -53,6 +55,31 @@ def _check(
     if address or cluster:
         return _check_placements(file, recipe, cluster, storage, console)
     return CommandResult(recipe.model_dump(mode="json"), f"{file}: valid")
+
+
+def _check_operators(recipe: "Recipe") -> None:
+    from raylava.corpus.operator_library import compared_benchmarks, load_operators
+
+    benchmarks = [benchmark.name for benchmark in recipe.evaluate]
+    for name, corpus in (("alignment", recipe.corpora.alignment), ("instruction", recipe.corpora.instruction)):
+        operators = load_operators(corpus.operators, f"corpora.{name}.operators") if corpus else []
+        for compared in compared_benchmarks(operators):
+            if compared not in benchmarks:
+                known = ", ".join(benchmarks) or "none is there"
+                raise UserError(
+                    f"corpora.{name}.operators: {compared!r} is no benchmark of evaluate; choose one of: {known}"
+                )
+
+
+def _check_folders(recipe: "Recipe") -> None:
+    """Check the configuration files of backbones in local folders, which need no network."""
+    from raylava.models.hub import is_folder
+    from raylava.models.registry import resolve_language, resolve_vision
+
+    if is_folder(recipe.model.language.name):
+        resolve_language(recipe.model.language)
+    if is_folder(recipe.model.vision.name):
+        resolve_vision(recipe.model.vision)
 
 
 def _check_placements(

@@ -1,14 +1,12 @@
 """`raylava compare`: compare evaluations of the same benchmark."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from raylava.cli.command import CommandResult, execute
+from raylava.cli.command import CommandResult, execute, write_output
 from raylava.cli.options import AsJson
-from raylava.console import Console
+from raylava.console import Console, escape
 
 
 def command(
@@ -29,7 +27,7 @@ def _compare(evaluations: list[str], html: str, console: Console) -> CommandResu
     from raylava.evaluate.comparison_page import page
 
     comparisons = compare([load_artifact(path) for path in evaluations])
-    Path(html).write_text(page(comparisons), encoding="utf-8")
+    write_output("--html", html, page(comparisons).encode())
     for comparison in comparisons:
         console.show(comparison_table(comparison))
     console.say(f"page: [bold]{escape(html)}[/]   (the questions that are scored differently, with their images)")

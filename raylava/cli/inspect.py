@@ -1,11 +1,10 @@
 """`raylava inspect`: show the contents of a prepared corpus, or what is wrong with the sources of a recipe."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raylava.cli.command import CommandResult, execute
+from raylava.cli.command import CommandResult, execute, write_output
 from raylava.cli.options import DEFAULT_STORAGE, AsJson, Overrides, Storage
 from raylava.console import Console
 from raylava.errors import UserError
@@ -64,7 +63,7 @@ def _inspect_sources(
             repaired += repair_images(check, stage.image_roots) if repair else 0
     for label, check in checks.items():
         console.show(source_table(label.removeprefix("prepare "), check))
-    Path(csv).write_bytes(_findings(checks))
+    write_output("--csv", csv, _findings(checks))
     return CommandResult(
         {label.removeprefix("prepare "): _counts(check) for label, check in checks.items()} | {"repaired": repaired},
         _summary(checks, csv, repaired),
@@ -107,12 +106,12 @@ def _inspect(path: str, overrides: list[str], samples: int, html: str | None, co
         raise UserError(f"{path}: an artifact of {artifact.stage}; inspect shows artifacts of prepare")
     inspection = inspect_corpus(artifact.path, samples, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(local_copy(artifact.path / TOKENIZER), trust_remote_code=False)
-    file = Path(html or f"inspect-{artifact.fingerprint}.html")
-    file.write_text(page(inspection, f"prepare {artifact.fingerprint}", tokenizer), encoding="utf-8")
+    file = html or f"inspect-{artifact.fingerprint}.html"
+    write_output("--html", file, page(inspection, f"prepare {artifact.fingerprint}", tokenizer).encode())
     console.show(corpus_table(inspection))
     data = artifact.metrics | {
         "histogram": inspection.histogram,
         "by_source": inspection.quarantined_by_source,
-        "page": str(file),
+        "page": file,
     }
     return CommandResult(data, f"page: {file}")

@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from raylava.cli.command import CommandResult, execute
 from raylava.cli.options import AsJson, BenchmarkData
-from raylava.console import Console
+from raylava.console import Console, escape
 from raylava.errors import UserError
 
 _MAX_IDS = 10

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from raylava.cli.command import CommandResult, execute
 from raylava.cli.estimate import (
@@ -18,7 +17,7 @@ from raylava.cli.estimate import (
     show_sweep_cost,
 )
 from raylava.cli.options import DEFAULT_STORAGE, AsJson, Overrides, Storage
-from raylava.console import Console
+from raylava.console import Console, escape
 from raylava.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def command(
 def _sweep(
     file: str, overrides: list[str], plan_only: bool, options: EstimateOptions, console: Console
 ) -> CommandResult:
+    from raylava.perf.hardware import read_prices
     from raylava.storage import writable
     from raylava.tune.report import write_report
     from raylava.tune.results import SweepResults
@@ -56,6 +56,8 @@ def _sweep(
     from raylava.tune.tables import plan_table, results_table
 
     sweep, storage = load_sweep(file), writable(options.storage)
+    if options.prices:
+        read_prices(options.prices)  # a mistake in it must not be found after the trials
     sweep_run = SweepRun(sweep, overrides, storage)
     plan = plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
     console.show(plan_table(plan))

@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
+from raylava.console import escape
 from raylava.pipeline.results import category_score
 
 if TYPE_CHECKING:

@@ -24,6 +24,8 @@ def _toy(folder: Path, storage: str, console: Console) -> CommandResult:
     from raylava.local_copies import local_copy
     from raylava.toy.demo import make_toy_assets
 
+    if folder.exists() and not folder.is_symlink():
+        raise UserError(f"{folder}: exists and is not a link to toy assets; name a new folder")
     artifact = make_toy_assets(storage, console)
     if folder.is_symlink() and folder.resolve().parent.name == artifact.stage:
         folder.unlink()  # a link to these or to earlier toy assets

@@ -8,7 +8,6 @@ twice yields one job.
 import asyncio
 import io
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -24,9 +23,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raylava
 from raylava.artifacts import fingerprint
-from raylava.errors import RunError, UserError, first_line
+from raylava.errors import SECRET_NAMES, RunError, UserError, first_line
 
-_SECRET_KEYS = re.compile(r"(secret|password|passwd|token|credential|access_key)[^=&]*=", re.IGNORECASE)
 _STOP_TIMEOUT_S = 60.0
 
 
@@ -75,7 +73,7 @@ def check_no_secret(spec: JobSpec) -> None:
 def _contains_secret(text: str) -> bool:
     try:
         uri = urlsplit(text)
-        return "://" in text and bool(uri.password or _SECRET_KEYS.search(uri.query))
+        return "://" in text and bool(uri.username or SECRET_NAMES.search(uri.query))
     except ValueError:  # not a URI
         return False
 

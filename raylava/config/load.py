@@ -86,7 +86,7 @@ def _read_with_parents(path: Path, visited: tuple[Path, ...]) -> dict[str, Any]:
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
     """Read the mapping in a YAML file; `expected` (recipe, sweep) names it in messages. Raises UserError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot read the {expected} ({error.strerror}); see jobs/recipes/ for the shipped ones"
@@ -96,6 +96,26 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: a {expected} is a mapping of keys to values, this is a {type(data).__name__}")
     return data
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values. Raises yaml.YAMLError, also for a key that a mapping has twice."""
+    return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, which takes the last of two equal keys in silence, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} occurs twice; remove one", key_node.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +133,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key=value, for example finetune.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{override[:200]!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     set_key(data, key, value)

@@ -5,12 +5,26 @@ storage locations) and never enter a fingerprint. Nothing here reads weights, th
 """
 
 import importlib.util
+import re
+import types
+import typing
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 StageName = Literal["pretrain", "finetune"]  # the two training stages
+NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # of what becomes part of a path: neither `..` nor hidden
+MAX_SEED = 2**32 - 1  # the largest that every library takes
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -25,10 +39,30 @@ def is_fingerprinted(info: FieldInfo) -> bool:
     return not isinstance(extra, dict) or extra.get("fingerprinted") is not False
 
 
+def _plain_types(annotation: Any) -> set[Any]:
+    """Return the types that a field's annotation names at its top level."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        return {plain for argument in arguments for plain in _plain_types(argument)}
+    if typing.get_origin(annotation) is Literal:
+        return {type(argument) for argument in arguments}
+    return {annotation}
+
+
 class ConfigModel(BaseModel):
     """Base class of all config sections: immutable, and refusing unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_boolean_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `seed: yes`, which YAML reads as true and pydantic as 1."""
+        if isinstance(value, bool) and info.field_name:
+            plain_types = _plain_types(cls.model_fields[info.field_name].annotation)
+            if plain_types & {int, float} and bool not in plain_types:
+                raise ValueError("is true or false; give a number")
+        return value
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the settings that determine the result, as JSON-serializable values."""
@@ -304,7 +338,10 @@ _HARMLESS_DEEPSPEED_KEYS = (
 
 def _refuse_reserved_keys(settings: dict[str, Any]) -> dict[str, Any]:
     reserved = [key for key in sorted(settings) if key in _RESERVED_DEEPSPEED_KEYS]
-    zero_keys = sorted(settings.get("zero_optimization", {}))
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"zero_optimization={zero!r} is not a mapping of DeepSpeed's keys to values")
+    zero_keys = sorted(zero)
     reserved += [f"zero_optimization.{key}" for key in zero_keys if key in _RESERVED_ZERO_KEYS]
     if reserved:
         raise ValueError(f"{reserved[0]} is set by raylava, from zero, precision and other keys; remove it")
@@ -398,6 +435,15 @@ class Training(ConfigModel):
         return self
 
 
+def _check_patterns(patterns: dict[str, str]) -> dict[str, str]:
+    for name, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"the pattern of {name!r} is not a regular expression: {error}") from error
+    return patterns
+
+
 class Benchmark(ConfigModel):
     """Held-out questions with reference answers: JSONL, or LLaVA JSON in which each human turn is a question.
 
@@ -408,7 +454,7 @@ class Benchmark(ConfigModel):
     scores blank images, or the model before training.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=NAME_PATTERN)
     benchmark: str = "custom"
     protocol: str = ""
     questions: str = not_fingerprinted(...)
@@ -417,7 +463,7 @@ class Benchmark(ConfigModel):
     exclude: tuple[str, ...] = ()
     max_rows: int | None = Field(None, ge=1)
     prompt_suffix: str = ""
-    categories: dict[str, str] = {}
+    categories: Annotated[dict[str, str], AfterValidator(_check_patterns)] = {}
     metric: Literal["exact_match", "vqa_accuracy", "yes_no"] = "exact_match"
     max_new_tokens: int | None = Field(None, ge=1)
     batch_size: int = not_fingerprinted(32, ge=1)
@@ -447,10 +493,10 @@ class Resources(ConfigModel):
     for training and evaluation, and for preparing; clusters whose nodes carry roles do not need them.
     """
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, le=100_000)
     min_workers: int | None = Field(None, ge=1)
-    cpus_per_worker: int = Field(1, ge=1)
-    gpus_per_worker: int = Field(0, ge=0)
+    cpus_per_worker: int = Field(1, ge=1, le=10_000)
+    gpus_per_worker: int = Field(0, ge=0, le=100)
     cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0)
     train_node_labels: dict[str, str] = {}
     prepare_node_labels: dict[str, str] = {}
@@ -486,9 +532,9 @@ def _without_trailing_slash(value: str) -> str:
 class Recipe(ConfigModel):
     """A whole experiment. Relative paths of corpora and questions start at `data`."""
 
-    name: str = not_fingerprinted(..., pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = not_fingerprinted(..., pattern=NAME_PATTERN)
     data: Annotated[str, AfterValidator(_without_trailing_slash)] = not_fingerprinted("")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     model: Model
     corpora: Corpora
     pretrain: Training = Training(global_batch_size=256, lr=1e-3)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from raylava.corpus.quarantine import QuarantinedRow
-from raylava.errors import RunError, UserError
+from raylava.errors import RunError, UserError, first_line, redact_urls
 from raylava.storage import StoragePath, storage_path
 
 SCHEMA_VERSION = 1
@@ -140,8 +140,13 @@ def fetched_images_file(shard: int) -> str:
 
 
 def read_manifest(corpus: StoragePath) -> Manifest:
-    """Read the manifest of a prepared corpus. Raises FileNotFoundError, and UserError for one that is damaged."""
-    content = (corpus / MANIFEST).read_bytes()
+    """Read the manifest of a prepared corpus. Raises UserError for one that is missing or damaged."""
+    try:
+        content = (corpus / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{corpus}: not a prepared corpus (no {MANIFEST}); give a folder below STORAGE/prepare"
+        ) from error
     try:
         return TypeAdapter(Manifest).validate_json(content)
     except ValidationError as error:
@@ -223,7 +228,7 @@ def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
 
 def cell(value: object) -> str:
     """Return a value as a cell that reads back, in one line, and that no spreadsheet takes for a formula."""
-    text = str(value)[:_MAX_CELL].encode(errors="backslashreplace").decode()
+    text = redact_urls(str(value))[:_MAX_CELL].encode(errors="backslashreplace").decode()
     text = text.translate(_CONTROL_CHARACTERS)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
@@ -251,7 +256,12 @@ class Blocks:
     def __init__(self, folder: Path, fetcher: Callable[[BlockRecord], Path] | None = None) -> None:
         self.folder, self._fetcher = folder, fetcher
         self.manifest = read_manifest(storage_path(folder))
-        self.lengths = map_lengths(folder / LENGTHS)
+        try:
+            self.lengths = map_lengths(folder / LENGTHS)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{folder / LENGTHS}: missing or damaged ({first_line(error)}); prepare the corpus again"
+            ) from error
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
         self._tables: dict[int, pa.Table] = {}
 

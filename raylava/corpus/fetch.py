@@ -21,6 +21,7 @@ import urllib3
 
 from raylava.config.recipe import FetchConfig
 from raylava.corpus.quarantine import BadRow, Reason
+from raylava.errors import redact_urls
 
 _SCHEMES = {"http": 80, "https": 443}
 _CHUNK = 64 << 10
@@ -46,7 +47,7 @@ class FetchedImage:
 
     def record(self) -> bytes:
         """Return a JSON line with the URL, the size and the SHA-256 of the content, or the problem."""
-        line: dict[str, str | int] = {"url": self.url}
+        line: dict[str, str | int] = {"url": redact_urls(self.url)}
         if self.content is None:
             line["problem"] = self.problem
         else:
@@ -189,5 +190,5 @@ def fetched_content(url: str, fetched: Mapping[str, FetchedImage]) -> bytes:
     """Return the content of a URL among those fetched. Raises BadRow with the reason when there is none."""
     image = fetched[url]
     if image.content is None:
-        raise BadRow(Reason.IMAGE_NOT_FETCHED, f"{url[:300]}: {image.problem}")
+        raise BadRow(Reason.IMAGE_NOT_FETCHED, f"{redact_urls(url)[:300]}: {redact_urls(image.problem)}")
     return image.content

@@ -128,17 +128,19 @@ def _quarantine_table(inspection: Inspection) -> str:
     )
     rows = "".join(
         f"<tr><td>{row.row}</td><td>{html.escape(row.sample_id)}</td><td>{html.escape(row.source)}</td>"
-        f"<td>{html.escape(row.reason)}</td><td>{html.escape(row.detail)}</td></tr>"
+        f"<td>{html.escape(row.image)}</td><td>{html.escape(row.reason)}</td><td>{html.escape(row.detail)}</td></tr>"
         for row in inspection.quarantine[:_MAX_QUARANTINE_ROWS]
     )
     more = len(inspection.quarantine) - _MAX_QUARANTINE_ROWS
     rest = f"<p>and {more:,} more in quarantine.csv</p>" if more > 0 else ""
-    head = "<tr><th>row</th><th>id</th><th>source</th><th>reason</th><th>detail</th></tr>"
+    head = "<tr><th>row</th><th>id</th><th>source</th><th>image</th><th>reason</th><th>detail</th></tr>"
     return f"<ul>{counts}</ul><table>{head}{rows}</table>{rest}"
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
   :root {{ --ink: #1d1d22; --pale: #6b6b76; --line: #dfdfe6; --mark: #d9f2df; --bar: #5b7fd6 }}

@@ -22,6 +22,7 @@ from raylava.corpus.rows import matches_filters
 from raylava.errors import UserError
 from raylava.storage import StoragePath, storage_path
 
+_PARQUET_END = b"PAR1"
 _TAIL_BYTES = 64 << 10  # the end of a file: a Parquet footer, the last samples of a tar
 
 
@@ -68,6 +69,11 @@ class SourceFiles:
             raise UserError(f"{root}: contains no file of a known format ({', '.join(SUFFIXES)})")
         return files
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether the source selects rows by image path."""
+        return self.source.include != ("*",) or bool(self.source.exclude)
+
     def format_name(self, file: StoragePath) -> str:
         """Return the name of the format of a file of this source."""
         return format_of(file) if self.source.format == "auto" else self.source.format
@@ -102,14 +108,13 @@ class SourceFiles:
     def _matching_rows(self, file: StoragePath, indexes: RowIndexes) -> Iterator[tuple[int, str, list[str]]]:
         """Yield (row number, offset as JSON, image paths)."""
         source = self.source
-        has_filters = source.include != ("*",) or source.exclude
-        if has_filters and not self.format(file).exposes_rows:
+        if self.has_filters and not self.format(file).exposes_rows:
             raise UserError(
                 f"{file}: include and exclude select rows by image path, which works for JSON formats only; "
                 "remove them or convert the file to JSON Lines"
             )
         for row, (offset, names) in enumerate(indexes.get(file, self.format_name(file)).rows()):
-            if not has_filters or matches_filters(names, source.include, source.exclude):
+            if not self.has_filters or matches_filters(names, source.include, source.exclude):
                 yield row, offset, names
 
     def image_names(self, file: StoragePath, indexes: RowIndexes) -> Iterator[str]:
@@ -135,9 +140,14 @@ def file_sizes(root: StoragePath, names: set[str]) -> dict[str, int]:
 
 def _tail_fingerprint(file: StoragePath) -> dict[str, Any]:
     size = file.info().size
+    if not size:
+        raise UserError(f"{file}: is empty; copy the file again")
     with file.filesystem.open_input_file(file.path) as stream:
         stream.seek(max(0, size - _TAIL_BYTES))
-        return {"bytes": size, "tail": hashlib.sha256(stream.read()).hexdigest()}
+        tail = stream.read()
+    if file.name.lower().endswith(".parquet") and not tail.endswith(_PARQUET_END):
+        raise UserError(f"{file}: not Parquet, or cut off; copy the file again")
+    return {"bytes": size, "tail": hashlib.sha256(tail).hexdigest()}
 
 
 def _copies(weight: float, row_key: str) -> int:

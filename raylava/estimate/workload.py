@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from raylava.config.recipe import Corpus, Training
-from raylava.corpus.blocks import LENGTHS, Lengths, decode_lengths, read_manifest
-from raylava.errors import UserError
+from raylava.corpus.blocks import LENGTHS, MANIFEST, Lengths, decode_lengths, read_manifest
+from raylava.errors import UserError, first_line
 from raylava.perf.memory import TrainableModel
 from raylava.storage import StoragePath
 from raylava.train.batch_plan import BatchPlan, plan_batches
@@ -50,12 +51,14 @@ class CorpusSize:
 
 def prepared_corpus(folder: StoragePath) -> CorpusSize:
     """Read the size of a prepared corpus. Raises UserError if `folder` has no prepared corpus."""
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"--corpus {folder}: no prepared corpus there; make one with `raylava run --only prepare`")
+    manifest = read_manifest(folder)
     try:
-        manifest = read_manifest(folder)
         lengths = decode_lengths((folder / LENGTHS).read_bytes())
-    except FileNotFoundError as error:
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise UserError(
-            f"--corpus {folder}: no prepared corpus there; make one with `raylava run --only prepare`"
+            f"--corpus {folder}: {LENGTHS} is missing or damaged ({first_line(error)}); prepare the corpus again"
         ) from error
     size = float(sum(block.bytes for block in manifest.blocks))
     return CorpusSize(len(lengths), lengths, size, f"prepared, {folder}", is_prepared=True)

@@ -45,7 +45,10 @@ def read_predictions(file: StoragePath) -> list[Prediction]:
         raise UserError(f"{file}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); give a file of answers in UTF-8") from error
-    return [_read_entry(f"{file}{place}", parse) for place, parse in _entries(str(file), content)]
+    predictions = [_read_entry(f"{file}{place}", parse) for place, parse in _entries(str(file), content)]
+    if not predictions:
+        raise UserError(f"{file}: contains no answers; each entry needs question_id and text")
+    return predictions
 
 
 def _read_entry(place: str, parse: Callable[[], Any]) -> Prediction:

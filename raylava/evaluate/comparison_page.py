@@ -79,7 +79,9 @@ def _image(question: ComparedQuestion, images: StoragePath) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
 <title>raylava compare</title>
 <style>
   body {{ font: 16px/1.45 system-ui, sans-serif; margin: 3rem auto; max-width: 72rem; padding: 0 1rem; color: #1d1d22 }}

@@ -31,6 +31,14 @@ _BEHAVIOR_FILES = re.compile(
     r"(config|tokenizer|special_tokens|added_tokens|vocab|merges|spiece|chat_template|processor|preprocessor|generation_config"
     r"|image_processor|video_preprocessor)[^/]*|[^/]*\.(model|jinja)|additional_chat_templates/.*"
 )
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -157,6 +165,11 @@ def _safetensors_size(file: StoragePath) -> int | None:
             return 8 + size + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
+
+
+def has_tokenizer(name: str) -> bool:
+    """Return whether a folder has a tokenizer's vocabulary: without one, transformers makes an empty tokenizer."""
+    return any((storage_path(name) / file).exists() for file in _VOCABULARIES)
 
 
 def has_safetensors(files: Collection[str]) -> bool:

@@ -5,7 +5,8 @@ serializable and passed to every stage. Only configuration files are read here; 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.errors import UserError, first_line
 from raylava.models.families import language_families, vision_families
 from raylava.models.families.family import Family, LanguageFamily, VisionFamily, find_family, select_strategy
-from raylava.models.hub import is_folder, model_path, pin_revision, read_json
+from raylava.models.hub import has_tokenizer, is_folder, model_path, pin_revision, read_json
 from raylava.models.templates import IMAGE_TOKEN, Template
 from raylava.perf.shapes import LanguageShape, LlavaShape, VisionShape
 from raylava.storage import storage_path
@@ -164,11 +165,15 @@ def read_pixels(vision: Vision, family: VisionFamily, config: Mapping[str, Any])
     processor = read_json(vision.name, vision.revision, "preprocessor_config.json")
     if processor is None:
         raise UserError(f"model.vision.name={vision.name}: has no preprocessor_config.json; give a folder that has one")
-    size = vision.image_size or _processor_size(processor) or config["image_size"]
+    with _named_config(vision.name, "vision", "preprocessor_config.json"):
+        size = int(vision.image_size or _processor_size(processor) or config["image_size"])
+        mean, std = (tuple(float(value) for value in processor[key]) for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"image_mean and image_std have {len(mean)} and {len(std)} values, not 3")
     _validate_image_size(vision, family, size, config)
     if vision.resize_size and vision.resize_size < size:
         raise UserError(f"model.vision.resize_size={vision.resize_size} is less than the image size, {size}; raise it")
-    return PixelRule(size, tuple(processor["image_mean"]), tuple(processor["image_std"]), vision.resize_size)
+    return PixelRule(size, mean, std, vision.resize_size)
 
 
 def vision_spec(vision: Vision, family: VisionFamily, config: Mapping[str, Any], pixels: PixelRule) -> VisionSpec:
@@ -210,14 +215,32 @@ def read_vision(vision: Vision) -> tuple[VisionFamily, dict[str, Any]]:
     """Return a vision backbone's family and the complete config of its tower. Raises UserError."""
     config = read_config(vision.name, vision.revision, "vision")
     family = family_of(config["model_type"], vision_families(), vision.family, vision.name, "vision")
-    return family, family.complete(config)
+    with _named_config(vision.name, "vision"):
+        complete = family.complete(config)
+        family.shape(complete, int(complete["image_size"]))
+    return family, complete
 
 
 def read_language(language: Language) -> tuple[LanguageFamily, dict[str, Any]]:
     """Return a language model's family and complete config. Raises UserError."""
     config = read_config(language.name, language.revision, "language")
     family = family_of(config["model_type"], language_families(), language.family, language.name, "language")
-    return family, family.complete(config)
+    with _named_config(language.name, "language"):
+        complete = family.complete(config)
+        family.shape(complete)
+        family.embedding_scale(complete)
+    return family, complete
+
+
+@contextmanager
+def _named_config(name: str, role: str, file: str = "config.json") -> Iterator[None]:
+    """Raise UserError, which names the file, for a value that is missing or of a wrong type."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"model.{role}.name={name}: a value in its {file} is missing or of a wrong type ({first_line(error)})"
+        ) from error
 
 
 def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBase":
@@ -225,6 +248,8 @@ def load_tokenizer(language: Language | LanguageSpec) -> "PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     key = f"model.language.name={language.name}"
+    if is_folder(language.name) and not has_tokenizer(language.name):
+        raise UserError(f"{key}: has no tokenizer (tokenizer.json or tokenizer.model); give a folder with one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model_path(language.name), revision=language.revision, trust_remote_code=False

@@ -31,6 +31,8 @@ def planned_steps(artifact: Artifact, first: int = 0, last: int | None = None) -
     if artifact.stage not in ("pretrain", "finetune"):
         raise UserError(f"{artifact.path}: an artifact of {artifact.stage}; give one of pretrain or finetune")
     fields = artifact.record["fingerprint_fields"]
+    if not {"blocks", "training", "seed"} <= fields.keys():
+        raise UserError(f"{artifact.path}: its record does not describe a training stage; build the artifact again")
     root = artifact.path.uri.rsplit("/", 2)[0]
     folder = storage_path(f"{root}/prepare/{fields['blocks']}")
     if not folder.exists():

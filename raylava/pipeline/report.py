@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-from rich.markup import escape
 from rich.table import Table
 
 from raylava.artifacts import Artifact
-from raylava.console import Console
+from raylava.console import Console, escape
 from raylava.pipeline.results import (
     EVALUATE_PREFIX,
     answered_benchmarks,
@@ -26,7 +25,7 @@ def show_results(artifacts: Mapping[str, Artifact], console: Console) -> None:
         if artifact.metrics.get("quarantine"):
             reasons = escape(", ".join(f"{count} {reason}" for reason, count in artifact.metrics["quarantine"].items()))
             kind = "quarantined" if artifact.metrics["quarantined"] else "filtered"
-            console.say(f"[yellow]{kind}[/] in {label}: {reasons}  [dim]{artifact.path}/quarantine.csv[/]")
+            console.say(f"[yellow]{kind}[/] in {label}: {reasons}  [dim]{escape(str(artifact.path))}/quarantine.csv[/]")
     for name in answered_benchmarks(artifacts):
         if not is_scored(artifacts[EVALUATE_PREFIX + name]):
             show_unjudged(artifacts[EVALUATE_PREFIX + name], console)

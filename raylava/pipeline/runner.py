@@ -12,6 +12,7 @@ from raylava.cluster.placement import placements, resource_requests
 from raylava.cluster.roles import cluster_has_roles
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Recipe, Resources
+from raylava.console import escape
 from raylava.errors import UserError
 from raylava.pipeline.graph import InputCache, build_stages, make_absolute, pin_commits
 from raylava.pipeline.stage import Stage, commit, reuse, run_stage
@@ -53,7 +54,9 @@ def check_capacity(recipe: Recipe, kinds: set[str], reporter: ProgressReporter) 
         if placement.is_impossible:
             raise UserError(f"{stages} can never start on this cluster: {request.description}: {placement.reason}")
         if placement.fits_now < request.min_workers:
-            reporter.say(f"[dim]{stages} will wait for nodes: {request.description}, {placement.fits_now} fit now[/]")
+            reporter.say(
+                f"[dim]{stages} will wait for nodes: {escape(request.description)}, {placement.fits_now} fit now[/]"
+            )
 
 
 def train_standalone(recipe: Recipe, storage: StoragePath, label: str, reporter: ProgressReporter) -> Artifact | None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from raylava.artifacts import Artifact, ArtifactSpec, lock
+from raylava.console import escape
 from raylava.progress import ProgressBar, ProgressReporter
 from raylava.storage import StoragePath
 
@@ -59,12 +60,13 @@ def commit(stage: Stage, metrics: dict[str, Any], started: float, reporter: Prog
     """Mark the built artifact as complete. `started` is a value of time.monotonic()."""
     inputs = {role: spec.fingerprint for role, spec in stage.inputs.items()}
     artifact = stage.spec().commit(metrics, inputs, time.monotonic() - started)
-    reporter.say(f"[green]✓[/] {stage.label:<28} built in {artifact.record['seconds']:.0f} s  [dim]{artifact.path}[/]")
+    path, seconds = escape(str(artifact.path)), artifact.record["seconds"]
+    reporter.say(f"[green]✓[/] {stage.label:<28} built in {seconds:.0f} s  [dim]{path}[/]")
     return artifact
 
 
 def reuse(stage: Stage, artifact: Artifact, reporter: ProgressReporter) -> Artifact:
     """Return the stage's existing artifact. Raises UserError when it does not pass the stage's verification."""
     stage.verify(artifact.metrics)
-    reporter.say(f"[green]✓[/] {stage.label:<28} reused            [dim]{artifact.path}[/]")
+    reporter.say(f"[green]✓[/] {stage.label:<28} reused            [dim]{escape(str(artifact.path))}[/]")
     return artifact

@@ -54,16 +54,25 @@ class PrepareStage(Stage):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         spec = self._prepare_spec
+        sources = [
+            self._sources.fingerprint_fields(source, self.storage / INDEXED_SOURCES, self._resources)
+            for source in spec.sources
+        ]
+        self._check_selection()
         return {
             "corpus": spec.corpus.fingerprint_fields(),
-            "sources": [
-                self._sources.fingerprint_fields(source, self.storage / INDEXED_SOURCES, self._resources)
-                for source in spec.sources
-            ],
+            "sources": sources,
             "tokenizer": self._tokenizer,
             "template": dataclasses.asdict(spec.language.template),
             "vision": spec.vision.fingerprint_fields(),
         } | self._operator_fields()
+
+    def _check_selection(self) -> None:
+        """Raise UserError when filters select no row of any source; of a source without filters, no row is read."""
+        indexes, sources = self._sources.indexes(self.storage / INDEXED_SOURCES), self._prepare_spec.sources
+        if all(source.has_filters and next(source.matching_rows(indexes), None) is None for source in sources):
+            name = self._prepare_spec.name
+            raise UserError(f"corpora.{name}: no row is selected; relax include and exclude of its sources")
 
     @cached_property
     def _operators(self) -> list[Operator]:

@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from raylava.artifacts import Artifact
 from raylava.cluster.session import ray_session
 from raylava.config.load import load_recipe
 from raylava.config.recipe import Recipe, Resources
-from raylava.console import Console
+from raylava.console import Console, escape
 from raylava.errors import UserError
 from raylava.evaluate.generation import decode_answers
 from raylava.evaluate.metrics.exact_match import is_exact_match
@@ -88,7 +86,8 @@ def write_answer_sheet(evaluation: Artifact, images: StoragePath, console: Conso
     for question, answer in pairs:
         mark = "[green]✓[/]" if is_exact_match(answer["text"], question["references"]) else "[red]✗[/]"
         console.say(
-            f"  {mark} [dim]{question['image']}[/]  {escape(question['text'])}  [bold]{escape(answer['text'])}[/]"
+            f"  {mark} [dim]{escape(question['image'])}[/]  {escape(question['text'])}  "
+            f"[bold]{escape(answer['text'])}[/]"
         )
     sheet = evaluation.path / ANSWER_SHEET
     sheet.write_bytes(_page([_card(question, answer, images) for question, answer in pairs]).encode())
@@ -108,7 +107,9 @@ def _card(question: dict[str, Any], answer: dict[str, Any], images: StoragePath)
 
 def _page(cards: list[str]) -> str:
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
 <title>raylava demo: answers</title>
 <style>
   body {{ font: 16px/1.45 system-ui, sans-serif; margin: 3rem auto; max-width: 60rem; padding: 0 1rem; color: #1d1d22 }}

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from raylava.config.recipe import Training
 from raylava.corpus.block_cache import open_blocks
-from raylava.errors import UserError
+from raylava.errors import UserError, first_line
 from raylava.local_copies import local_copy
 from raylava.models.connector import load_connector
 from raylava.models.llava import PackLoss, build_llava, set_trainable
@@ -73,15 +73,18 @@ def replay(folder: StoragePath) -> Iterator[ReplayedSample]:
 
     if not (folder / _DUMP_FILE).exists():
         raise UserError(f"{folder}: no dumped step there (no {_DUMP_FILE}); the failed run's message names its folder")
-    dump = json.loads((folder / _DUMP_FILE).read_bytes())
-    spec = _read_spec(dump)
+    try:
+        dump = json.loads((folder / _DUMP_FILE).read_bytes())
+        spec, numbers = _read_spec(dump), list(dump["samples"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / _DUMP_FILE}: damaged ({first_line(error)}); give another dumped step") from error
     llava = build_llava(spec.model, spec.seed, torch.float32)
     if spec.connector:
         load_connector(llava, spec.connector)  # may bring a vision tower, which is frozen and so not in the dump
     llava.load_state_dict(load_file(local_copy(folder / _WEIGHTS_FILE)), strict=False)
     set_trainable(llava, spec.stage, vision=spec.training.vision_lr is not None)
     loss_function, blocks, collator = PackLoss(llava), open_blocks(storage_path(spec.blocks)), build_collator(spec)
-    for number in dump["samples"]:
+    for number in numbers:
         sample = blocks[number]
         llava.zero_grad()
         pack = collator.collate([sample])

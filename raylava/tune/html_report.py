@@ -216,7 +216,10 @@ def _styled(
 
 
 _PAGE_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline';
+  script-src 'unsafe-inline' 'unsafe-eval'">
+<meta name="viewport" content="width=device-width">
 <title>raylava sweep: {title}</title>
 <style>
   body {{ font: 16px/1.5 system-ui, sans-serif; margin: 3rem auto; max-width: 62rem; padding: 0 1.25rem }}

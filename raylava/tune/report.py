@@ -12,6 +12,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
+from raylava.errors import redact_urls
 from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
 from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, PARETO_TITLE, SEARCH_TITLE, render_html
@@ -26,13 +27,13 @@ _MAX_TRIALS = 30  # trials listed in a table of the page; results.csv lists all
 def write_report(results: SweepResults, folder: StoragePath) -> None:
     """Write report.md, report.html and results.csv into `folder`."""
     markdown = render_markdown(results)
-    (folder / "results.csv").write_bytes(_csv(results).encode())
+    (folder / "results.csv").write_bytes(redact_urls(_csv(results)).encode())
     (folder / "report.md").write_bytes(markdown.encode())
     (folder / "report.html").write_bytes(render_html(results, markdown).encode())
 
 
 def render_markdown(results: SweepResults) -> str:
-    """Return the report as Markdown."""
+    """Return the report as Markdown, without secrets in URLs."""
     sections: list[Iterable[str]] = [_summary(results)]
     for benchmark in results.benchmarks:
         effects = results.effects(benchmark)
@@ -47,7 +48,7 @@ def render_markdown(results: SweepResults) -> str:
         _failures(results),
     ]
     sections.append(_commands(results))
-    return "\n".join(line for section in sections for line in (*section, ""))
+    return redact_urls("\n".join(line for section in sections for line in (*section, "")))
 
 
 def _csv(results: SweepResults) -> str:

@@ -31,8 +31,17 @@ RUNGS = 10  # points in a trial's finetuning at which its loss is compared with 
 _FAILURE = "failure"  # user attribute of a failed trial: the error message
 _OWNER = "raylava"  # user attribute of a study: the identity of the search that it belongs to
 _JOURNAL = "study"
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 _DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 _RETRY_SECONDS = 600.0  # time-out for writing the journal to failing storage
+
+
+def _variable(name: "re.Match[str]") -> str:
+    """Return the value of an environment variable, which may itself contain dollar signs."""
+    key = name[1] or name[2]
+    if key not in os.environ:
+        raise UserError(f"search.study_storage: environment variable {key} is not set; set it on the driver's machine")
+    return os.environ[key]
 
 
 def distribution(search_range: SearchRange) -> BaseDistribution:
@@ -103,12 +112,7 @@ class StudyRegistry:
     def _open_storage(self, journal: "StorageJournal") -> BaseStorage:
         if self._search.study_storage is None:
             return JournalStorage(journal)
-        url = os.path.expandvars(self._search.study_storage)
-        unset = re.search(r"\$\{?(\w+)", url)
-        if unset:
-            raise UserError(
-                f"search.study_storage: environment variable {unset[1]} is not set; set it, or write the URL in full"
-            )
+        url = _VARIABLE.sub(_variable, self._search.study_storage)
         try:
             return RDBStorage(url)
         except Exception as error:  # the driver's error may contain the URL's password: neither logged nor chained

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from raylava.config.load import describe_error, read_mapping
-from raylava.config.recipe import ConfigModel
+from raylava.config.recipe import MAX_SEED, NAME_PATTERN, ConfigModel
 from raylava.errors import UserError
 
 _RESULT_COLUMNS = (
@@ -29,6 +29,9 @@ def _validate_levels(axis: Any) -> dict[str, Level]:
     for name, settings in axis.items():
         if not isinstance(settings, dict) or not settings:
             raise ValueError(f"level {name!r} must give recipe keys and values, such as {{finetune.lr: 1e-4}}")
+        for key in settings:
+            if not isinstance(key, str):
+                raise ValueError(f"level {name!r} has the key {key!r}, which is no recipe key such as finetune.lr")
     return dict(axis)
 
 
@@ -91,8 +94,8 @@ class SearchConfig(ConfigModel):
     `space` maps recipe keys to ranges. `objective` maps objectives to a direction: `loss` (at the end of finetuning), a
     benchmark's name (its score), `seconds` (training time). `trials` limits the trials of each variant, `hours` the
     time of the whole search, and `max_cost` the price of its training in the currency of `--prices`. `study_storage` is
-    an SQLAlchemy URL in which `$NAME` is replaced by the environment variable; without it, the study is stored next to
-    the report.
+    an SQLAlchemy URL in which `$NAME` is replaced by the environment variable of the driver; without it, the study is
+    stored next to the report.
     """
 
     space: dict[str, SearchRange] = Field(min_length=1)
@@ -102,9 +105,9 @@ class SearchConfig(ConfigModel):
     trials: int | None = Field(None, ge=1)
     hours: float | None = Field(None, gt=0)
     max_cost: float | None = Field(None, gt=0)
-    study: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    study: str | None = Field(None, pattern=NAME_PATTERN)
     study_storage: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _validate_budget(self) -> Self:
@@ -125,12 +128,12 @@ class SweepConfig(ConfigModel):
     variants. `seeds` are repetitions. With `search`, each variant becomes a study of many trials.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=NAME_PATTERN)
     recipe: str
     set: Level = Field(default={})
     axes: dict[str, Annotated[dict[str, Any], AfterValidator(_validate_levels)]] = Field(default={})
     exclude: tuple[dict[str, str], ...] = ()
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...] = ()
     search: SearchConfig | None = None
     max_concurrent_trials: int | None = Field(None, ge=1)
 

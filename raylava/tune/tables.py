@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
+from raylava.console import escape
 from raylava.tune.results import SweepResults
 from raylava.tune.sweep_plan import SweepPlan
 from raylava.tune.tracker import TrialStatus

@@ -249,7 +249,7 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/corpus/formats.py",
+        "raylava/corpus/json_formats.py",
         (
             "every byte of a JSON list is hashed",
             "        cursor.read_rest()\n",
@@ -288,8 +288,8 @@ MUTANTS = [
         ),
         (
             "de-duplication sees the rows of the operators before it",
-            "_row_outcomes(spec, shard, chain, [], stop=operator)",
-            "_row_outcomes(spec, shard, chain, [], stop=0)",
+            "crashes, announce, stop=operator)",
+            "crashes, announce, stop=0)",
             f"{OPERATORS}::test_operators_apply_in_their_order",
         ),
     ),
@@ -684,8 +684,8 @@ MUTANTS = [
         ),
         (
             "checkpoints that lack weights are refused",
-            'if missing := sorted(loading["missing_keys"]):',
-            "if missing := []:",
+            'loading["missing_keys"],',
+            "[],",
             "tests/unit/models/test_checkpoint.py::test_checkpoint_that_lacks_weights_is_refused",
         ),
     ),

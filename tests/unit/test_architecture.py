@@ -21,7 +21,7 @@ ALLOWED = {
     "local_copies": {"errors", "storage"},
     "artifacts": {"errors", "storage", "local_copies"},
     "progress": set(),
-    "console": {"progress"},
+    "console": {"errors", "progress"},
     "compat": set(),
     "config": {"errors"},
     "cluster": FOUNDATIONS | {"compat", "config"},

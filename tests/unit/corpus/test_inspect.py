@@ -44,7 +44,8 @@ def test_page_is_self_contained_and_escapes_the_corpus(spec: PrepareSpec) -> Non
     assert text.count("<article>") == text.count('src="data:image;base64,') == 38
     assert "<script" not in text
     assert "<b>none" not in text
-    assert "http" not in text
+    assert "://" not in text
+    assert "default-src 'none'" in text, "and a browser would refuse to load anything"
     assert "<mark>&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&lt;end_of_turn&gt;\n</mark>" in text
     assert "image missing" in text
 

@@ -15,7 +15,8 @@ GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "scienceqa"
 
 def test_unanswered_question_is_wrong_and_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_gqa(tmp_path)
-    (tmp_path / "answers.json").write_text("{}")
+    entry = {"question_id": "201", "text": "", "metadata": {"problem": "the image is missing"}}
+    (tmp_path / "answers.json").write_text(json.dumps([entry]))
     command = ["score", "gqa", "--data", str(tmp_path), "--answers", str(tmp_path / "answers.json"), "--json"]
     assert main(command) == 0
     metrics = json.loads(capfd.readouterr().out)
