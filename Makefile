@@ -52,5 +52,6 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Keeps raylava-storage, which holds trained models; remove it yourself if you do not need them.
 clean:
-	rm -rf $(VENV) .venv-vllm raylava-storage
+	rm -rf $(VENV) .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis

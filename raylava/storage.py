@@ -301,6 +301,8 @@ def storage_path(uri: str | Path) -> StoragePath:
     text = str(uri)
     if match := _SINGLE_SLASH.match(text):
         raise UserError(f"{text}: has one slash after {match[1]}:; did you mean {match[1]}://{text[match.end() :]}?")
+    if text.rstrip("/") in ("s3:", "gs:", "gcs:"):
+        raise UserError(f"{text}: names no bucket; give such as s3://BUCKET/raylava")
     if "://" not in text:
         local = str(Path(text).expanduser().absolute())
         return StoragePath(pafs.LocalFileSystem(), local, local)

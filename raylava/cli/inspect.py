@@ -54,6 +54,8 @@ def _inspect_sources(
 
     recipe = load_recipe(recipe_file, overrides)
     stages = build_prepare_stages(recipe, writable(storage))
+    for stage in stages:
+        stage.validate_sources()
     checks: dict[str, SourceCheck] = {}
     repaired = 0
     with ray_session(recipe.resources):

@@ -80,7 +80,9 @@ def _read_with_parents(path: Path, visited: tuple[Path, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if parent is None:
         return data
-    return _merge(_read_with_parents(path.parent / str(parent), (*visited, resolved)), data)
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends={parent!r} is not the path of a recipe; name one, or remove it")
+    return _merge(_read_with_parents(path.parent / parent, (*visited, resolved)), data)
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -148,6 +149,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "similar_duplicates": similar_duplicates,
     DECONTAMINATE: decontaminate,
 }
+_PLAIN_TYPES = {bool, int, float, str, type(None)}
 _VALIDATORS: dict[str, Callable[..., None]] = {
     "without_pattern": _validate_pattern,
     "exact_duplicates": _validate_compare,
@@ -179,11 +181,29 @@ def _load(config: OperatorConfig, key: str) -> Operator:
     try:
         images = [()] if operator.reads_images else []
         inspect.signature(operator.function).bind(None, *images, **operator.arguments)
+        _check_types(operator)
         if config.name in _VALIDATORS:
             _VALIDATORS[config.name](**operator.arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: {config.name} does not take these arguments: {error}; fix them") from error
     return operator
+
+
+def _check_types(operator: Operator) -> None:
+    """Raise TypeError for an argument of another type than the function's annotation, if that names plain types."""
+    try:
+        annotations = typing.get_type_hints(operator.function)
+    except Exception:  # a user's annotation may name what only a type checker imports
+        return
+    for name, value in operator.arguments.items():
+        accepted = typing.get_args(annotations.get(name)) or (annotations.get(name),)
+        if (
+            set(accepted) <= _PLAIN_TYPES
+            and type(value) not in accepted
+            and not (type(value) is int and float in accepted)
+        ):
+            expected = " or ".join(kind.__name__ for kind in accepted if kind is not type(None))
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not {expected}")
 
 
 def _import(name: str, key: str) -> tuple[Callable[..., Any], str]:

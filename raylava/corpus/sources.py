@@ -6,6 +6,7 @@ Reads no image files. A file that cannot be read, or of an unknown format, raise
 import hashlib
 import itertools
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,6 +143,8 @@ def _tail_fingerprint(file: StoragePath) -> dict[str, Any]:
     size = file.info().size
     if not size:
         raise UserError(f"{file}: is empty; copy the file again")
+    if file.name.lower().endswith(".tar") and size % tarfile.BLOCKSIZE:
+        raise UserError(f"{file}: not a tar, or cut off: its size is no multiple of {tarfile.BLOCKSIZE} bytes")
     with file.filesystem.open_input_file(file.path) as stream:
         stream.seek(max(0, size - _TAIL_BYTES))
         tail = stream.read()

@@ -67,6 +67,8 @@ def read_questions(file: StoragePath, benchmark: Benchmark) -> list[Question]:
         )
     read = _read_jsonl if file.name.endswith(".jsonl") else _read_llava
     questions = [_categorize(question, benchmark) for question in read(file, benchmark)]
+    if not questions and benchmark.include == ("*",) and not benchmark.exclude:
+        raise UserError(f"{file}: contains no question; each line needs question_id, text and answer")
     questions = questions[: benchmark.max_rows]
     if not questions:
         raise UserError(f"evaluate.{benchmark.name}: include and exclude select no question of {file}")

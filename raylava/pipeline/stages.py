@@ -99,6 +99,11 @@ class PrepareStage(Stage):
         build_indexes(indexes, [file for source in spec.sources for file in source.annotation_files], self._resources)
         return prepare(spec, self._tokenizer, progress, node_labels, folders, indexes).counts()
 
+    def validate_sources(self) -> None:
+        """Raise UserError for a source without annotation files, without reading them."""
+        for source in self._prepare_spec.sources:
+            assert source.annotation_files
+
     def check_sources(self, progress: ProgressBar) -> SourceCheck:
         """Check the rows and images of the corpus on the connected cluster. Raises UserError like the stage."""
         spec, labels = self._prepare_spec, node_labels_for(PREPARE, self._resources)

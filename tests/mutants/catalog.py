@@ -1102,4 +1102,160 @@ MUTANTS = [
             "tests/unit/compat/test_deepspeed.py::test_checkpoints_are_written_in_the_background_without_frozen_weights",
         ),
     ),
+    *_in(
+        "raylava/artifacts.py",
+        (
+            "hashes are computed before the upload",
+            "    hashes = folder_sha256(folder)\n    target.upload_folder(folder)\n",
+            "    target.upload_folder(folder)\n    hashes = folder_sha256(Path(target.path))\n",
+            "tests/unit/test_artifacts.py::test_hashes_are_those_of_the_files_before_they_were_uploaded",
+        ),
+        (
+            "verify finds damaged files",
+            "return None if file.sha256() == expected else",
+            "return None if file.sha256() else",
+            "tests/unit/test_artifacts.py::test_verify_names_damaged_and_missing_files",
+        ),
+    ),
+    *_in(
+        "raylava/storage.py",
+        (
+            "an uploaded folder is on disk",
+            '            for entry in folder.rglob("*"):\n',
+            "            for entry in ():\n",
+            "tests/unit/test_artifacts.py::test_content_is_on_disk_before_the_record_that_completes_it",
+        ),
+        (
+            "links that loop are followed once",
+            "and (status.st_dev, status.st_ino) not in parents:",
+            "and len(parents) < 9:",
+            "tests/unit/test_storage.py::test_listing_leaves_out_what_no_row_can_name_and_follows_looping_links_once",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/crashes.py",
+        (
+            "a crash is searched for after two deaths",
+            "_DEATHS_BEFORE_SEARCH = 2",
+            "_DEATHS_BEFORE_SEARCH = 9",
+            "tests/unit/corpus/test_crashes.py::test_every_deadly_row_is_found_after_the_second_death",
+        ),
+        (
+            "an exception is no death",
+            "        _write_attempts(file, task, begun, crashes)  # the process lives",
+            "        pass  # the process lives",
+            "tests/unit/corpus/test_crashes.py::test_exception_in_an_attempt_is_no_death",
+        ),
+        (
+            "attempts end at some time",
+            "if begun >= _MAX_DEATHS:",
+            "if False:",
+            "tests/unit/corpus/test_crashes.py::test_attempts_that_keep_dying_without_a_deadly_row_end_the_run",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/block_writer.py",
+        (
+            "a crashed row is not processed again",
+            "                if raw.position in crashes:\n",
+            "                if False:\n",
+            "tests/ray/corpus/test_prepare.py::test_rows_that_abort_their_process_are_quarantined_and_counted",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/binary_formats.py",
+        (
+            "Parquet reads its own columns only",
+            "if name in ROW_FIELDS]",
+            "if name]",
+            "tests/unit/corpus/test_formats.py::test_parquet_reads_its_own_columns_in_batches",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/json_formats.py",
+        (
+            "a wrong comma ends the scan at once",
+            "if self._may_be_incomplete(error) and self._read_chunk():",
+            "if self._read_chunk():",
+            "tests/unit/corpus/test_formats.py::test_wrong_comma_is_reported_without_reading_the_rest",
+        ),
+    ),
+    *_in(
+        "raylava/models/checkpoint.py",
+        (
+            "weights of other shapes are refused",
+            'key for key, *_ in loading["mismatched_keys"]',
+            "key for key, *_ in ()",
+            "tests/unit/models/test_checkpoint.py",
+        ),
+        (
+            "weights without a place are refused",
+            'for key in loading["unexpected_keys"]',
+            "for key in ()",
+            "tests/unit/models/test_checkpoint.py",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/evaluation.py",
+        (
+            "an edited artifact is another model",
+            "if all(recorded.get(name) == digest for name, digest in behavior.items()):",
+            "if recorded:",
+            "tests/unit/pipeline/test_model_ref.py::test_artifact_is_identified_by_its_fingerprint_until_one_of_its_files_is_edited",
+        ),
+        (
+            "tokenizer and templates identify a model",
+            '        fields["behavior"] = behavior\n',
+            "        pass\n",
+            "tests/unit/pipeline/test_model_ref.py",
+        ),
+    ),
+    *_in(
+        "raylava/local_copies.py",
+        (
+            "a damaged copy is downloaded again",
+            "    if content == json.loads(hashes.read_text()):\n",
+            "    if content:\n",
+            "tests/ray/test_storage_s3.py::test_copy_that_was_damaged_on_disk_is_downloaded_again_by_another_process",
+        ),
+        (
+            "a copy is that of the current content",
+            "json.dumps([path.uri, versions])",
+            "json.dumps([path.uri])",
+            "tests/ray/test_storage_s3.py::test_copy_of_a_bucket_is_kept_until_an_object_changes",
+        ),
+    ),
+    *_in(
+        "raylava/corpus/block_cache.py",
+        (
+            "a damaged block is downloaded again",
+            "if storage_path(target).sha256() != record.sha256:",
+            "if False:",
+            "tests/ray/corpus/test_block_cache.py::test_cached_block_that_was_damaged_on_disk_is_downloaded_again",
+        ),
+    ),
+    *_in(
+        "raylava/evaluate/answer_files.py",
+        (
+            "what the model said is scored, not the label",
+            '    ("answer", "response"): "response",\n',
+            '    ("answer", "response"): "answer",\n',
+            "tests/unit/evaluate/test_answer_files.py",
+        ),
+    ),
+    *_in(
+        "raylava/console.py",
+        (
+            "control codes of data have no effect",
+            "return markup.escape(printable(text))",
+            "return markup.escape(text)",
+            "tests/unit/test_console.py::test_control_codes_and_markup_in_data_are_printed_as_they_are",
+        ),
+        (
+            "logs hold no secrets of URLs",
+            "return redact_urls(super().format(record))",
+            "return super().format(record)",
+            "tests/unit/test_console.py::test_secrets_in_urls_stay_out_of_the_terminal_and_the_log_with_its_traceback",
+        ),
+    ),
 ]

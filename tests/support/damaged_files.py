@@ -191,7 +191,7 @@ def _write_questions_and_answers(folder: Path) -> None:
     (folder / "questions").mkdir()
     for name, line in lines.items():
         (folder / "questions" / f"{name}.jsonl").write_text(line)
-        (folder / "questions" / f"answers-{name}.jsonl").write_text(line)
+        (folder / "questions" / f"given-{name}.jsonl").write_text(line)
     (folder / "questions" / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     (folder / "questions" / "good.jsonl").write_text(json.dumps(good))
     (folder / "questions" / "grade-2.json").write_text('{"v1_0": 2}')
@@ -206,7 +206,10 @@ def _write_questions_and_answers(folder: Path) -> None:
 def _write_artifacts(folder: Path) -> None:
     storage = storage_path(folder / "artifacts")
     for stage in ("prepare", "pretrain", "finetune", "evaluate", "untrained"):
-        ArtifactSpec(stage, {}, storage).commit({}, {}, 1.0)
+        artifact = ArtifactSpec(stage, {}, storage).commit({}, {}, 1.0)
+        Path(artifact.path.path).rename(folder / stage)
+        Path(artifact.path.path).parent.rmdir()
+        (folder / stage).rename(folder / "artifacts" / stage)
     damaged = {"empty": b"", "cut": b'{"stage": "prep', "list": b"[]", "types": b'{"stage": 3}', "binary": b"\xff\x00"}
     for name, content in damaged.items():
         (folder / "damaged" / name).mkdir(parents=True)

@@ -110,10 +110,10 @@ def test_shards_are_staged_from_the_index_of_an_earlier_command(tmp_path: Path, 
 
 
 def test_tars_and_parquet_are_not_scanned_to_be_identified(tmp_path: Path, scans: list[str]) -> None:
-    (tmp_path / "rows.tar").write_bytes(b"not even a tar")
+    (tmp_path / "rows.tar").write_bytes(b"not even a tar".ljust(512))
     os.utime(tmp_path / "rows.tar", (OLD, OLD))
     source = SourceFiles(Source(annotations="rows.tar"), str(tmp_path / "rows.tar"), "")
-    assert fields(source, tmp_path / "scanned")["annotations"][0]["bytes"] == 14
+    assert fields(source, tmp_path / "scanned")["annotations"][0]["bytes"] == 512
     assert scans == []
 
 

@@ -48,7 +48,7 @@ def test_each_human_turn_of_llava_json_is_a_question_with_its_history(tmp_path: 
     [
         ("q.jsonl", '{"question_id": 1, "text": "a"}', "q.jsonl:1: not a question"),
         ("q.jsonl", "nonsense", "q.jsonl:1: not a question"),
-        ("q.jsonl", "", "include and exclude select no question of"),
+        ("q.jsonl", "", "q.jsonl: contains no question"),
         ("q.json", '[{"conversations": []}]', "row 0 is not a conversation"),
         ("q.jsonl", '{"question_id": 1, "text": "a", "answer": "b"}\n' * 2, "two questions have the id '1'"),
         ("q.jsonl", '{"question_id": 1, "text": "a", "answers": []}', "question '1' has no answer"),
