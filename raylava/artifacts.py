@@ -123,6 +123,8 @@ def load_artifact(path: str) -> Artifact:
         raise UserError(
             f"{path}: not a complete artifact (no {RECORD_FILE}); `raylava run` prints the paths"
         ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); give an artifact's folder") from error
 
 
 def read_artifact(folder: StoragePath) -> Artifact:

@@ -35,7 +35,7 @@ _CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 16
 
 def printable(text: str) -> str:
     """Return a text with terminal control codes, except new lines and tabs, as escape sequences such as \\x1b."""
-    return text.translate(_CONTROL_CODES)
+    return text.encode(errors="backslashreplace").decode().translate(_CONTROL_CODES)
 
 
 def escape(text: str) -> str:
@@ -49,7 +49,7 @@ class Console:
     def __init__(self, stream: TextIO, log: Path | None = None) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
-        self._rich = RichConsole(file=stream, width=width, highlight=False)
+        self._rich = RichConsole(file=stream, width=width, highlight=False, emoji=False)
         self.log = log
 
     def say(self, text: str) -> None:
@@ -199,7 +199,10 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
     sys.stdout.flush()
     sys.stderr.flush()
     originals = [os.dup(1), os.dup(2)]
-    out, err = (os.fdopen(os.dup(descriptor), "w", encoding="utf-8", buffering=1) for descriptor in originals)
+    out, err = (
+        os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        for descriptor in originals
+    )
     log_descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
@@ -225,7 +228,7 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
 
 def _attach_log_handlers(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
     console_handler = ConsoleLogHandler(console)
-    file_handler = logging.FileHandler(log)
+    file_handler = logging.FileHandler(log, encoding="utf-8", errors="backslashreplace")
     file_handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(console_handler)
     logger.setLevel(logging.INFO)

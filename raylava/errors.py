@@ -7,8 +7,16 @@ if TYPE_CHECKING:
     from subprocess import CompletedProcess
 
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/?#\"'<>]*@)?([^\s?#\"'<>]*)(\?[^\s\"'<>]*)?", re.IGNORECASE)
-SECRET_NAMES = re.compile(r"secret|passw|token|credential|access_?key|api_?key|sig(nature)?\b|-sign", re.IGNORECASE)
+# The user of a URL ends at the first @; a password may hold characters that belong to no URL.
+_URL = re.compile(
+    r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{0,20}://)([^\s/?#]{0,300}@|[^\s@:]{0,300}:[^\s@]{0,300}@)?"
+    r"([^\s?#\"'<>]*)([?#][^\s\"'<>]*)?",
+    re.IGNORECASE,
+)
+_USER_IS_NO_SECRET = ("abfs://", "abfss://", "hdfs://")  # the name of a container, or of a user without a password
+SECRET_NAMES = re.compile(
+    r"secret|passw|pwd|token|credential|auth|access_?key|api_?key|sig(nature)?\b|-sign", re.IGNORECASE
+)
 
 
 class UserError(Exception):
@@ -26,7 +34,7 @@ def first_line(error: BaseException) -> str:
     what the operating system says of it.
     """
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return redact_urls(f"{error.filename}: {error.strerror}")
+        return redact_urls(" ".join(f"{error.filename}: {error.strerror}".split("\n")))
     lines = str(error).strip().splitlines()
     text = redact_urls(lines[0] if lines else "")
     if isinstance(error, (UserError, RunError)):
@@ -41,7 +49,9 @@ def redact_urls(text: str) -> str:
 
 def _redact_url(url: "re.Match[str]") -> str:
     scheme, user, rest, query = url.groups(default="")
-    return scheme + ("…@" if user else "") + rest + ("?…" if SECRET_NAMES.search(query) else query)
+    if user and (":" in user or scheme.lower() not in _USER_IS_NO_SECRET):
+        user = "…@"
+    return scheme + user + rest + (f"{query[0]}…" if SECRET_NAMES.search(query) else query)
 
 
 def last_line(command: "CompletedProcess[str]") -> str:

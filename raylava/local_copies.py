@@ -1,7 +1,8 @@
 """Copies of remote files and folders on this node's disk, each downloaded once for all processes of the node.
 
 A copy is keyed by the identity of the remote content (ETags on S3, elsewhere sizes and modification times), so that a
-changed folder is downloaded again. The SHA-256 of its files is kept beside it and checked by each process that uses it.
+changed folder is downloaded again. The SHA-256 of its files is kept beside it, and compared again by the first process
+that finds a file with another size, inode or time than when it was last compared.
 """
 
 import fcntl
@@ -54,13 +55,39 @@ def _is_intact(folder: Path) -> bool:
     hashes = folder / HASHES_FILE
     if not hashes.exists():
         return False
-    if folder in _checked:
+    if folder in _checked or _read_stats(folder) == _file_stats(folder):
         return True
     content = {name: digest for name, digest in folder_sha256(folder).items() if name != HASHES_FILE}
     if content == json.loads(hashes.read_text()):
+        _keep_stats(folder)
         return True
     logger.warning("%s: changed since it was downloaded; downloading it again", folder)
     return False
+
+
+def _file_stats(folder: Path) -> dict[str, list[int]]:
+    """Return the size, inode, modification and change time of each file of a copy: hashing models takes too long."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    stats = ((file, file.stat()) for file in files)
+    return {
+        str(file.relative_to(folder)): [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        for file, stat in stats
+    }
+
+
+def _stats_file(folder: Path) -> Path:
+    return folder.with_suffix(".stats")
+
+
+def _keep_stats(folder: Path) -> None:
+    _stats_file(folder).write_text(json.dumps(_file_stats(folder)))
+
+
+def _read_stats(folder: Path) -> dict[str, list[int]] | None:
+    try:
+        return dict(json.loads(_stats_file(folder).read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def _download(path: StoragePath, folder: Path) -> None:
@@ -71,6 +98,7 @@ def _download(path: StoragePath, folder: Path) -> None:
         (partial / HASHES_FILE).write_text(json.dumps(folder_sha256(partial)))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        _keep_stats(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

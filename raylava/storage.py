@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ READ_BYTES = 8 << 20  # bytes of one request for a remote file that is read in p
 _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 60.0
 
+_MAX_PATH, _MAX_NAME = 4096, 255  # bytes, on Linux and macOS alike or less
 _SINGLE_SLASH = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|file|https?):/?(?!/)")
 
 T = TypeVar("T")
@@ -293,7 +295,10 @@ class _RangeReader(io.RawIOBase):
 
 def cache_folder() -> Path:
     """Return the folder for cached files on this node, below XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "raylava"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "raylava"
+    except RuntimeError:  # a container's user has no home
+        return Path(tempfile.gettempdir()) / f"raylava-{os.getuid()}"
 
 
 def storage_path(uri: str | Path) -> StoragePath:
@@ -304,7 +309,7 @@ def storage_path(uri: str | Path) -> StoragePath:
     if text.rstrip("/") in ("s3:", "gs:", "gcs:"):
         raise UserError(f"{text}: names no bucket; give such as s3://BUCKET/raylava")
     if "://" not in text:
-        local = str(Path(text).expanduser().absolute())
+        local = _local_path(text)
         return StoragePath(pafs.LocalFileSystem(), local, local)
     try:
         filesystem, path = _s3(text) if text.startswith("s3://") else pafs.FileSystem.from_uri(text)
@@ -315,6 +320,20 @@ def storage_path(uri: str | Path) -> StoragePath:
     if isinstance(filesystem, pafs.LocalFileSystem):
         return storage_path(path)
     return StoragePath(filesystem, path, text)
+
+
+def _local_path(text: str) -> str:
+    """Return an absolute path. Raises UserError for one that no file can have."""
+    try:
+        path = str(Path(text).expanduser().absolute())
+        encoded = path.encode()  # pyarrow's paths are UTF-8
+    except (RuntimeError, ValueError) as error:  # no such user; lone surrogates
+        raise UserError(f"{text[:100]!r} is no path ({first_line(error)}); write it in full") from error
+    too_long = len(encoded) >= _MAX_PATH or any(len(name) > _MAX_NAME for name in encoded.split(b"/"))
+    if too_long or "\0" in path:
+        problem = "is too long for a path" if too_long else "has a null character"
+        raise UserError(f"{text[:100]!r} {problem}; name an existing file or folder")
+    return path
 
 
 def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -349,10 +368,19 @@ def _s3_client(session: "boto3.Session") -> Any:
 def _s3_versions(path: str) -> Iterator[tuple[str, int, str]]:
     """Yield (relative path, size, ETag) of an object, or of the objects below a prefix."""
     import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, key = path.partition("/")
-    pages = _s3_client(boto3.Session()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-    for entry in (entry for page in pages for entry in page.get("Contents", ())):
+    try:
+        pages = _s3_client(boto3.Session()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        entries = [entry for page in pages for entry in page.get("Contents", ())]
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in ("NoSuchBucket", "404"):
+            return
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
+    for entry in entries:
         name = entry["Key"].removeprefix(key)
         if (not key or name == "" or name.startswith("/")) and not name.endswith("/"):
             yield name, entry["Size"], entry["ETag"]

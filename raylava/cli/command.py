@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from raylava.console import Console, escape, printable, redirect_output
-from raylava.errors import UserError, first_line
+from raylava.errors import UserError, first_line, redact_urls
 from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)
 
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(127, 160)}  # terminals act on some of these
 _CLOSED_PIPE = 141  # the status of a process that SIGPIPE ends
 
 
@@ -70,7 +71,7 @@ def write_output(option: str, file: str, content: bytes) -> None:
 
 def _print_result(result: CommandResult, as_json: bool, out: IO[str]) -> None:
     if as_json:
-        out.write(json.dumps(result.data, ensure_ascii=False) + "\n")
+        out.write(redact_urls(json.dumps(result.data, ensure_ascii=False)).translate(_JSON_ESCAPES) + "\n")
     elif result.text is not None:
-        out.write(printable(result.text).rstrip("\n") + "\n")
+        out.write(printable(redact_urls(result.text)).rstrip("\n") + "\n")
     out.flush()  # a full disk or a closed pipe is noticed here

@@ -62,10 +62,11 @@ def _inspect_sources(
         for stage in stages:
             with console.stage(stage.label.replace("prepare", "inspect"), "rows") as progress:
                 check = checks[stage.label] = stage.check_sources(progress)
-            repaired += repair_images(check, stage.image_roots) if repair else 0
     for label, check in checks.items():
         console.show(source_table(label.removeprefix("prepare "), check))
     write_output("--csv", csv, _findings(checks))
+    if repair:
+        repaired = sum(repair_images(checks[stage.label], stage.image_roots) for stage in stages)
     return CommandResult(
         {label.removeprefix("prepare "): _counts(check) for label, check in checks.items()} | {"repaired": repaired},
         _summary(checks, csv, repaired),
@@ -86,7 +87,7 @@ def _counts(check: "SourceCheck") -> dict[str, Any]:
 
 def _summary(checks: "dict[str, SourceCheck]", csv: str, repaired: int) -> str:
     findings = [finding for check in checks.values() for finding in check.findings]
-    repairable = sum(bool(finding.repair) for finding in findings) - repaired
+    repairable = len({(finding.source, finding.image) for finding in findings if finding.repair}) - repaired
     text = f"{len(findings):,} findings: {csv}"
     text += f"; {repaired:,} images repaired by links" if repaired else ""
     return text + (f"; {repairable:,} could be repaired by links: add --repair" if repairable else "")

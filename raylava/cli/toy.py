@@ -22,8 +22,11 @@ def command(
 
 def _toy(folder: Path, storage: str, console: Console) -> CommandResult:
     from raylava.local_copies import local_copy
+    from raylava.storage import storage_path
     from raylava.toy.demo import make_toy_assets
 
+    if not Path(storage_path(folder).path).parent.is_dir():
+        raise UserError(f"{folder}: the folder that it would be in does not exist; create it first")
     if folder.exists() and not folder.is_symlink():
         raise UserError(f"{folder}: exists and is not a link to toy assets; name a new folder")
     artifact = make_toy_assets(storage, console)

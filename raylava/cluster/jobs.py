@@ -23,7 +23,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import raylava
 from raylava.artifacts import fingerprint
-from raylava.errors import SECRET_NAMES, RunError, UserError, first_line
+from raylava.errors import SECRET_NAMES, RunError, UserError, first_line, redact_urls
 
 _STOP_TIMEOUT_S = 60.0
 
@@ -73,7 +73,7 @@ def check_no_secret(spec: JobSpec) -> None:
 def _contains_secret(text: str) -> bool:
     try:
         uri = urlsplit(text)
-        return "://" in text and bool(uri.username or SECRET_NAMES.search(uri.query))
+        return "://" in text and (redact_urls(text) != text or bool(SECRET_NAMES.search(uri.query)))
     except ValueError:  # not a URI
         return False
 

@@ -108,16 +108,17 @@ def parse_yaml(text: str) -> Any:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, which takes the last of two equal keys in silence, made to refuse them."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if name in seen and name != "<<":
-                raise yaml.constructor.ConstructorError(
+            if name in seen and name is not None:
+                raise yaml.composer.ComposerError(
                     None, None, f"the key {name!r} occurs twice; remove one", key_node.start_mark
                 )
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

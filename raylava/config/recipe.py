@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 StageName = Literal["pretrain", "finetune"]  # the two training stages
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"  # of what becomes part of a path: neither `..` nor hidden
+_MANY = 10**10  # more than any count that fits a machine; larger ones are mistakes
 MAX_SEED = 2**32 - 1  # the largest that every library takes
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -174,9 +175,9 @@ class Source(ConfigModel):
     annotations: str = not_fingerprinted(...)  # a location; the files' content enters the fingerprint instead
     images: str = not_fingerprinted("")
     format: Literal["auto", "llava_json", "jsonl", "parquet", "webdataset"] = "auto"
-    include: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = Field(("*",), min_length=1)
     exclude: tuple[str, ...] = ()
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=_MANY)
     sampling_weight: float = Field(1.0, gt=0, le=1000)
 
 
@@ -237,9 +238,9 @@ class Corpus(ConfigModel):
     max_length: int = Field(2048, ge=16, le=1 << 20)
     on_overlong: Literal["quarantine", "truncate_exchanges", "truncate_tokens"] = "quarantine"
     image_encoding: ImageEncoding = ImageEncoding()
-    max_pixels: int = Field(64_000_000, ge=1)
-    max_chars: int = Field(1_000_000, ge=1)
-    max_image_bytes: int = Field(64_000_000, ge=1)
+    max_pixels: int = Field(64_000_000, ge=1, le=_MANY)
+    max_chars: int = Field(1_000_000, ge=1, le=_MANY)
+    max_image_bytes: int = Field(64_000_000, ge=1, le=_MANY)
     samples_per_block: int = Field(2048, ge=1, le=1 << 20)
     operators: tuple[Annotated[OperatorConfig, BeforeValidator(_parse_operator)], ...] = ()
     quarantine_limit: _Fraction = not_fingerprinted(0.01)
@@ -372,9 +373,9 @@ class Training(ConfigModel):
     """
 
     enabled: bool = True
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    global_batch_size: int = Field(128, ge=1)
+    epochs: int = Field(1, ge=1, le=100_000)
+    max_steps: int | None = Field(None, ge=1, le=_MANY)
+    global_batch_size: int = Field(128, ge=1, le=_MANY)
     batching: Literal["mixed", "by_modality"] = "mixed"
     loss_weighting: Literal["tokens", "samples", "groups"] = "tokens"
     loss_group_size: int | None = Field(None, ge=1)
@@ -391,7 +392,7 @@ class Training(ConfigModel):
     max_grad_norm: float | None = Field(None, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     shuffle_window_gb: float = Field(100.0, gt=0)
-    max_tokens_per_pack: Annotated[int, Field(ge=16)] | Literal["auto"] = not_fingerprinted(2048)
+    max_tokens_per_pack: Annotated[int, Field(ge=16, le=_MANY)] | Literal["auto"] = not_fingerprinted(2048)
     zero: ZeroConfig = not_fingerprinted(ZeroConfig())
     activation_checkpointing: bool | Literal["auto"] = not_fingerprinted(False)
     attn_implementation: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flex_attention"] = not_fingerprinted(
@@ -448,7 +449,8 @@ class Benchmark(ConfigModel):
     """Held-out questions with reference answers: JSONL, or LLaVA JSON in which each human turn is a question.
 
     `benchmark: custom` reads such a file; another name reads the official files of that benchmark (docs/evaluation.md
-    lists them) from the folder `questions`. Answers to a judged benchmark are not scored. `protocol` selects between
+    lists them) from the folder `questions`. `images` is the folder of the images, by default that of the questions, or
+    the one within the official files. Answers to a judged benchmark are not scored. `protocol` selects between
     toolkits' scoring rules where they differ. `categories` assigns a question to the first category whose regular
     expression matches it. `max_new_tokens` defaults to the benchmark's own limit, 32 for `custom`. `baselines` also
     scores blank images, or the model before training.
@@ -459,14 +461,14 @@ class Benchmark(ConfigModel):
     protocol: str = ""
     questions: str = not_fingerprinted(...)
     images: str = not_fingerprinted("")
-    include: tuple[str, ...] = ("*",)
+    include: tuple[str, ...] = Field(("*",), min_length=1)
     exclude: tuple[str, ...] = ()
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=_MANY)
     prompt_suffix: str = ""
     categories: Annotated[dict[str, str], AfterValidator(_check_patterns)] = {}
     metric: Literal["exact_match", "vqa_accuracy", "yes_no"] = "exact_match"
-    max_new_tokens: int | None = Field(None, ge=1)
-    batch_size: int = not_fingerprinted(32, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, le=_MANY)
+    batch_size: int = not_fingerprinted(32, ge=1, le=_MANY)
     baselines: tuple[Literal["blank_images", "untrained"], ...] = ()
 
     @model_validator(mode="after")

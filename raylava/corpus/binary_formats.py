@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylava.corpus.quarantine import BadRow, Reason, describe_error
-from raylava.corpus.row_format import IMAGE_SUFFIXES, Part, RowRef, check_encoding, parse_json, read_span
+from raylava.corpus.row_format import IMAGE_SUFFIXES, LONGEST_MAGIC, Part, RowRef, check_encoding, parse_json, read_span
 from raylava.corpus.rows import ROW_FIELDS
 from raylava.errors import RunError, UserError, first_line
 from raylava.storage import READ_BYTES, StoragePath
@@ -75,7 +75,7 @@ class WebDataset:
         sample: dict[str, Any] = {}
         try:
             with file.open_random() as stream:
-                check_encoding(file, stream.read(4) or b"")
+                check_encoding(file, stream.read(LONGEST_MAGIC) or b"")
                 stream.seek(0)
                 with tarfile.open(fileobj=stream, mode="r:") as tar:
                     for member in (member for member in tar if not member.isdir()):
@@ -85,6 +85,7 @@ class WebDataset:
                             sample = {}
                         sample = sample or {"key": name, "members": {}}
                         _add_member(sample, suffix, member)
+                    _check_end(file, stream, tar.offset)
         except (tarfile.TarError, ValueError) as error:  # ValueError: headers that are none
             raise UserError(f"{file}: not a tar, or truncated ({first_line(error)})") from error
         if not sample:
@@ -123,6 +124,19 @@ class WebDataset:
             turns = [{"from": "human", "value": "<image>" * len(images)}, {"from": "gpt", "value": caption}]
             return {"id": key, "image": images, "conversations": turns}
         return f"{key}: has neither .json nor .txt with an image, only {', '.join(sorted(members))}"
+
+
+def _check_end(file: StoragePath, stream: Any, offset: int) -> None:
+    """Raise UserError unless a tar has nothing but zeros from `offset` on, where tarfile found no further header.
+
+    It takes a damaged header, and the end of the first of two concatenated tars, for the end of the file.
+    """
+    stream.seek(offset)
+    while content := stream.read(READ_BYTES):
+        if content.strip(b"\0"):
+            raise UserError(
+                f"{file}: a damaged header at byte {offset}, or a second tar after it; write the file again as one tar"
+            )
 
 
 def _add_member(sample: dict[str, Any], suffix: str, member: tarfile.TarInfo) -> None:

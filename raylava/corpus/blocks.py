@@ -228,7 +228,7 @@ def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
 
 def cell(value: object) -> str:
     """Return a value as a cell that reads back, in one line, and that no spreadsheet takes for a formula."""
-    text = redact_urls(str(value))[:_MAX_CELL].encode(errors="backslashreplace").decode()
+    text = redact_urls(str(value)[: 2 * _MAX_CELL])[:_MAX_CELL].encode(errors="backslashreplace").decode()
     text = text.translate(_CONTROL_CHARACTERS)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 

@@ -9,12 +9,13 @@ import json
 import logging
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Protocol
 
-from raylava.corpus.shards import shard_file
+from raylava.corpus.shards import SHARDS, shard_file
 from raylava.errors import RunError
 from raylava.storage import StoragePath
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _DEATHS_BEFORE_SEARCH = 2
 _MAX_DEATHS = 8  # a shard that still kills its workers is not to blame on one row
 READING = -1  # announced instead of a position: rows are being read
+_FINISHED = -2  # all rows were processed, or an exception ended it
 
 Crashes = Mapping[int, str]  # position of a row in its shard → how its process died
 Announce = Callable[[int], None]
@@ -46,17 +48,27 @@ def shard_attempt(output: StoragePath, shard: int, task: str, process_rows: Proc
     if begun >= _MAX_DEATHS:
         raise RunError(
             f"shard {shard} killed {begun} workers, although each of its rows can be processed alone; "
-            "give the workers more memory, or set samples_per_block lower"
+            "give the workers more memory, or set samples_per_block lower, and run the command again"
         )
-    if begun >= _DEATHS_BEFORE_SEARCH:
-        logger.warning("shard %d killed %d workers; searching for the row", shard, begun)
-        crashes |= find_crashes(process_rows, crashes)
     _write_attempts(file, task, begun + 1, crashes)
     try:
+        if begun >= _DEATHS_BEFORE_SEARCH:
+            logger.warning("shard %d killed %d workers; searching for the row", shard, begun)
+            for crashes in find_crashes(process_rows, crashes):  # noqa: B020 (each has all of those before it)
+                _write_attempts(file, task, begun + 1, crashes)
         yield crashes
     except Exception:
         _write_attempts(file, task, begun, crashes)  # the process lives, so that no row has killed it
         raise
+
+
+def reset_attempts(output: StoragePath, shards: Iterable[int]) -> None:
+    """Forget the attempts of an earlier, perhaps interrupted run at these shards, but not the crashed rows."""
+    names = {file.name for file in (output / SHARDS).children()}
+    for file in (shard_file(output, "attempts", shard, "json") for shard in shards):
+        if file.name in names:
+            record = json.loads(file.read_bytes())
+            file.write_bytes(json.dumps(record | {"begun": 0}).encode())
 
 
 def _read_attempts(file: StoragePath, task: str) -> tuple[int, dict[int, str]]:
@@ -73,19 +85,21 @@ def _write_attempts(file: StoragePath, task: str, begun: int, crashes: Crashes) 
     file.write_bytes(json.dumps({"task": task, "begun": begun, "crashes": dict(crashes)}).encode())
 
 
-def find_crashes(process_rows: ProcessRows, known: Crashes) -> dict[int, str]:
-    """Return the rows that kill a process, beyond those that are known. Raises RunError when reading them does."""
+def find_crashes(process_rows: ProcessRows, known: Crashes) -> Iterator[dict[int, str]]:
+    """Yield the rows that kill a process, beyond those that are known, after each that is found.
+
+    Raises RunError when reading the rows kills a process.
+    """
     crashes = dict(known)
     while True:
         position, death = _process_in_child(process_rows, crashes)
         if death is None:
-            return crashes
+            return
         if position == READING:
-            raise RunError(
-                f"reading the rows of a shard ends its process ({death}); the annotation file may be damaged"
-            )
+            raise RunError(f"reading the rows of a shard ends its process ({death}); the file may be damaged")
         logger.warning("row %d of the shard ends its process (%s)", position, death)
         crashes[position] = death
+        yield dict(crashes)
 
 
 def _process_in_child(process_rows: ProcessRows, crashes: Crashes) -> tuple[int, str | None]:
@@ -98,15 +112,24 @@ def _process_in_child(process_rows: ProcessRows, crashes: Crashes) -> tuple[int,
     child = context.Process(target=_announce_rows, args=(process_rows, crashes, sender), name="find-crashes")
     child.start()
     sender.close()
-    position = READING
+    position, announced = READING, READING
     try:
-        while True:
-            position = receiver.recv()
+        while announced != _FINISHED:
+            position, announced = announced, receiver.recv()
     except EOFError:
         child.join()
-    status = child.exitcode or 0
-    return position, signal.Signals(-status).name if status < 0 else None
+        status = child.exitcode or 0
+        return announced, signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    child.join()
+    return position, None
 
 
 def _announce_rows(process_rows: ProcessRows, crashes: Crashes, sender: Connection) -> None:
-    process_rows(crashes, sender.send)
+    """Process the rows as a child. If the memory runs out, the system ends the child rather than the worker."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        process_rows(crashes, sender.send)
+    except Exception as error:
+        logger.info("the search for crashes ended", exc_info=error)
+    sender.send(_FINISHED)

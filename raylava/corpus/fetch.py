@@ -49,7 +49,7 @@ class FetchedImage:
         """Return a JSON line with the URL, the size and the SHA-256 of the content, or the problem."""
         line: dict[str, str | int] = {"url": redact_urls(self.url)}
         if self.content is None:
-            line["problem"] = self.problem
+            line["problem"] = redact_urls(self.problem)
         else:
             line |= {"bytes": len(self.content), "sha256": hashlib.sha256(self.content).hexdigest()}
         return json.dumps(line, ensure_ascii=False).encode() + b"\n"

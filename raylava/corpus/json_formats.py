@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from raylava.corpus.row_format import Part, RowRef, check_encoding, parse_json, read_span, unreadable
+from raylava.corpus.row_format import LONGEST_MAGIC, Part, RowRef, check_encoding, parse_json, read_span, unreadable
 from raylava.errors import UserError
 from raylava.storage import READ_BYTES, StoragePath
 
@@ -167,7 +167,7 @@ class JsonLines:
         offset, rows = part.start, 0
         with file.open_random() as stream, io.BufferedReader(_PartReader(stream, part), READ_BYTES) as reader:
             if not part.start:
-                check_encoding(file, reader.peek(4))
+                check_encoding(file, reader.peek(LONGEST_MAGIC))
             else:
                 offset += len(reader.readline()) - 1  # the line that began before the part, or the end of one
             while part.stop is None or offset < part.stop:

@@ -39,6 +39,7 @@ from raylava.corpus.blocks import (
     encode_lengths,
     encode_quarantine,
 )
+from raylava.corpus.crashes import reset_attempts
 from raylava.corpus.deduplication import duplicates_kind, find_partition, keys_kind
 from raylava.corpus.image_hash import difference_hash
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
@@ -90,9 +91,10 @@ def prepare(
     output = storage_path(spec.output)
     rows_in, shards = stage_rows(spec, output, indexes)
     map_on_cluster = _map_on_cluster(spec, node_labels or {})
+    complete = existing_shards(output, "record", "json", shards)
+    reset_attempts(output, _missing(shards, complete))
     prepare_operators(spec, shards, benchmarks or {}, map_on_cluster)
     monitor = _QuarantineMonitor(spec, rows_in, output)
-    complete = existing_shards(output, "record", "json", shards)
     for record in in_parallel(functools.partial(_read_record, output), complete):
         monitor.add(record)
     gauges = Gauges(output.name, "prepare")

@@ -11,11 +11,12 @@ from raylava.errors import UserError
 from raylava.storage import StoragePath
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+LONGEST_MAGIC = 10  # bytes that `check_encoding` needs
 _UTF_16_OR_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
+    b"BZh91AY&SY": "bzip2",
     b"\xfd7zXZ": "xz",
     b"PK\x03\x04": "zip",
 }

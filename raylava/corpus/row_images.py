@@ -99,6 +99,17 @@ def _reject_special_file(file: StoragePath, name: str) -> None:
         raise BadRow(Reason.IMAGE_UNREADABLE, f"{name} is not a regular file")
 
 
+def is_within(root: StoragePath, name: str) -> bool:
+    """Return whether no link on the way to an image leads out of a local `root`."""
+    try:
+        file = resolve_image_path(root, name)
+        if root.is_local:
+            _reject_escaping_link(root, file, name)
+    except BadRow:
+        return False
+    return True
+
+
 def _reject_escaping_link(root: StoragePath, file: StoragePath, name: str) -> None:
     folder, _, base = file.path.rpartition("/")
     resolved = _real_path(file.path) if os.path.islink(file.path) else _resolve_folder(folder) / base

@@ -9,15 +9,16 @@ import csv
 import functools
 import io
 import json
+import logging
 import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from raylava.corpus.blocks import cell
+from raylava.corpus.crashes import READING, Announce, Crashes, shard_attempt
 from raylava.corpus.fetch import is_url
 from raylava.corpus.images import decode_image, image_format
 from raylava.corpus.parallel import MapOnCluster
@@ -25,13 +26,19 @@ from raylava.corpus.quarantine import BadRow, Reason, describe_error
 from raylava.corpus.row_format import IMAGE_SUFFIXES
 from raylava.corpus.row_images import ImageReader
 from raylava.corpus.row_index import RowIndexes
-from raylava.corpus.rows import parse_row, resolve_image_path
+from raylava.corpus.rows import image_names, parse_row, resolve_image_path, sample_id
 from raylava.corpus.shards import PrepareSpec, RawRow, read_shard, stage_rows
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 
+logger = logging.getLogger(__name__)
+
 MISNAMED = "image suffix differs"  # a remark: the content decides, so that nothing is quarantined
-_SUFFIXES = {"JPEG": ("jpg", "jpeg"), "TIFF": ("tif", "tiff")}  # of the formats that have two
+_SUFFIXES = {
+    "JPEG": ("jpg", "jpeg"),
+    "MPO": ("jpg", "jpeg", "mpo"),
+    "TIFF": ("tif", "tiff"),
+}  # of the formats that have two
 
 
 @dataclass(frozen=True)
@@ -98,15 +105,29 @@ def check_sources(
 
 
 def check_shard(spec: PrepareSpec, shard: int) -> dict[str, Any]:
-    """Check the rows of one shard; return its counts, and the findings as JSON."""
+    """Check the rows of one shard; return its counts, and the findings as JSON. Rows that crash are found, too."""
+    check_rows = functools.partial(_check_rows, spec, shard)
+    with shard_attempt(storage_path(spec.output), shard, "check", check_rows) as crashes:
+        return check_rows(crashes)
+
+
+def _check_rows(
+    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = lambda position: None
+) -> dict[str, Any]:
     findings: list[Finding] = []
     rows = images = by_url = 0
+    announce(READING)
     for raw in read_shard(spec, shard):
         rows += 1
+        announce(raw.position)
+        suffix = raw.selected.id_suffix
         try:
-            row = parse_row(raw.content, raw.selected.id_suffix)
+            if raw.position in crashes:
+                raise BadRow(Reason.CRASHED, f"its processing ended the process ({crashes[raw.position]})")
+            row = parse_row(raw.content, suffix)
         except BadRow as bad:
-            findings.append(_finding(raw, raw.selected.id_suffix, "", bad.reason, bad.detail))
+            names = " ".join(image_names(raw.content))
+            findings.append(_finding(raw, sample_id(raw.content, suffix), names, bad.reason, bad.detail))
             continue
         urls = [image for image in row.images if isinstance(image, str) and is_url(image)]
         by_url += len(urls)
@@ -114,6 +135,7 @@ def check_shard(spec: PrepareSpec, shard: int) -> dict[str, Any]:
         reader = ImageReader(raw.image_root, spec.corpus.max_image_bytes)
         others = (image for image in row.images if image not in urls)
         findings += _image_findings(raw, row.sample_id, others, reader, spec.corpus.max_pixels)
+        announce(READING)
     encoded = json.dumps([asdict(finding) for finding in findings])
     return {"shard": shard, "rows": rows, "images": images, "by_url": by_url, "findings": encoded}
 
@@ -170,13 +192,20 @@ def _images_by_stem(folder: str) -> dict[str, list[str]]:
 def repair_images(check: SourceCheck, image_roots: list[str]) -> int:
     """Link the files that findings name as repairs to the missing names; return the number of links.
 
-    `image_roots` has the image folder of each source; folders in buckets are left as they are.
+    `image_roots` has the image folder of each source; folders in buckets are left as they are. A link that cannot be
+    made is logged.
     """
     repaired = 0
     for finding in check.findings:
         root = storage_path(image_roots[finding.source])
-        target = Path(resolve_image_path(root, finding.image).path) if finding.repair and root.is_local else None
-        if target is not None and not target.exists():
+        if not finding.repair or not root.is_local:
+            continue
+        target = resolve_image_path(root, finding.image).path
+        if os.path.lexists(target):  # another row names the same image
+            continue
+        try:
             os.link(resolve_image_path(root, finding.repair).path, target)
             repaired += 1
+        except OSError as error:
+            logger.warning("%s: cannot be linked to %s (%s)", finding.image, finding.repair, error.strerror)
     return repaired

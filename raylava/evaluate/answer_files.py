@@ -20,6 +20,7 @@ _TEXT_FIELDS = {
     ("response",): "response",
     ("answer", "response"): "response",
 }
+_ID_FIELDS = {"question_id", "questionId"}
 _FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _ADDED_BY_TOOLKITS = re.compile(r"<image>|Please answer yes or no\.")
 
@@ -64,7 +65,7 @@ def _entries(file: str, content: str) -> Iterator[tuple[str, Callable[[], Any]]]
     """Yield (place in the file, function that returns the entry) of each answer."""
     numbered = enumerate(content.split("\n"), 1)  # splitlines would also split at U+2028
     lines = [(number, line) for number, line in numbered if line.strip()]
-    if lines and _is_json_object(lines[0][1]) and (len(lines) > 1 or "question_id" in json.loads(lines[0][1])):
+    if lines and _is_json_object(lines[0][1]) and (len(lines) > 1 or _ID_FIELDS & json.loads(lines[0][1]).keys()):
         for number, line in lines:
             yield f":{number}", functools.partial(json.loads, line)
         return

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from raylava.config.recipe import Benchmark
+from raylava.corpus.row_images import is_within
 from raylava.corpus.sources import file_sizes
 from raylava.errors import UserError, first_line
 from raylava.evaluate.answer_files import join_predictions, read_predictions
@@ -32,9 +33,10 @@ class LoadedBenchmark:
 
     @cached_property
     def image_sizes(self) -> dict[str, int]:
-        """Size in bytes of each image that exists, by path below `image_root`."""
+        """Size in bytes of each image that exists, by path below `image_root`; links out of it are not followed."""
         names = {question.image for question in self.questions if question.image}
-        return file_sizes(storage_path(self.image_root), names)
+        root = storage_path(self.image_root)
+        return {name: size for name, size in file_sizes(root, names).items() if is_within(root, name)}
 
 
 class BenchmarkCache:

@@ -45,7 +45,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def is_folder(name: str) -> bool:
     """Return whether a model's name is a folder (a path or URI) rather than a hub id."""
-    return "://" in name or name.startswith((".", "/", "~")) or Path(name).is_dir()
+    if "://" in name or name.startswith((".", "/", "~")):
+        return True
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # a name that is too long, or holds a null character
+        return False
 
 
 def absolute_name(name: str) -> str:
@@ -123,8 +128,13 @@ def behavior_identity(name: str) -> dict[str, str]:
     if not is_folder(name):
         return {}
     folder = storage_path(name)
-    names = [file for file, _ in folder.walk_files() if _BEHAVIOR_FILES.fullmatch(file)]
+    names = [file for file, _ in folder.walk_files() if is_behavior_file(file)]
     return {file: (folder / file).sha256() for file in names}
+
+
+def is_behavior_file(file: str) -> bool:
+    """Return whether a file of a model's folder, beside its weights, determines its answers."""
+    return _BEHAVIOR_FILES.fullmatch(file) is not None
 
 
 def _check_weight_files(folder: StoragePath, files: Mapping[str, int], suffix: str) -> None:
@@ -200,7 +210,7 @@ def _hub_commit(name: str, revision: str) -> str:
 
         try:
             return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no hub id has
             raise UserError(
                 f"{name}@{revision}: the hub cannot be reached and no copy is cached; use a folder"
             ) from error

@@ -21,7 +21,7 @@ from raylava.evaluate.metrics.scoring import SCORING_VERSION, score_answers, sco
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
 from raylava.models.checkpoint import find_checkpoint, legacy_scale
-from raylava.models.hub import behavior_identity, is_folder, weights_identity
+from raylava.models.hub import behavior_identity, is_behavior_file, is_folder, weights_identity
 from raylava.models.registry import LlavaCheckpoint
 from raylava.pipeline.stage import Stage, run_stage
 from raylava.progress import ProgressBar, ProgressReporter
@@ -136,7 +136,7 @@ def _check_images(label: str, loaded: LoadedBenchmark) -> None:
     if images and not any(image in loaded.image_sizes for image in images):
         raise UserError(
             f"{label}: none of its images is in {loaded.image_root} (the first is {images[0]}); give the folder that "
-            "has them"
+            "has them itself, since links out of it are not followed"
         )
 
 
@@ -173,6 +173,18 @@ def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: P
         return run_stage(stage, reporter)
 
 
+def _is_edited(artifact: Artifact) -> bool:
+    """Return whether files that determine a model's answers differ from its record; in a bucket, all but weights."""
+    recorded = artifact.record.get("files")
+    if recorded is None:  # older records have no hashes
+        return False
+    found = behavior_identity(artifact.path.uri)
+    if artifact.path.is_local:
+        found |= weights_identity(artifact.path.uri, "main")
+    expected = {name: digest for name, digest in recorded.items() if name in found or is_behavior_file(name)}
+    return found != expected
+
+
 def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
     """Identify a model by its artifact's fingerprint, or by its files if it is none or was edited since it was built.
 
@@ -189,9 +201,7 @@ def model_ref(model: str, transformers_version: str | None = None) -> ModelRef:
                 "version; omit the option"
             )
         artifact = load_artifact(model)
-        behavior = behavior_identity(checkpoint.name)
-        recorded = artifact.record.get("files", behavior)  # older records have no hashes
-        if all(recorded.get(name) == digest for name, digest in behavior.items()):
+        if not _is_edited(artifact):
             return ModelRef(checkpoint, artifact.fingerprint)
     fields: dict[str, Any] = {"weights": weights_identity(checkpoint.name, checkpoint.revision)}
     if behavior := behavior_identity(checkpoint.name):

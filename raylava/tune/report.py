@@ -27,7 +27,7 @@ _MAX_TRIALS = 30  # trials listed in a table of the page; results.csv lists all
 def write_report(results: SweepResults, folder: StoragePath) -> None:
     """Write report.md, report.html and results.csv into `folder`."""
     markdown = render_markdown(results)
-    (folder / "results.csv").write_bytes(redact_urls(_csv(results)).encode())
+    (folder / "results.csv").write_bytes(_csv(results).encode())
     (folder / "report.md").write_bytes(markdown.encode())
     (folder / "report.html").write_bytes(render_html(results, markdown).encode())
 
@@ -58,7 +58,8 @@ def _csv(results: SweepResults) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: redact_urls(value) if isinstance(value, str) else value for name, value in row.items()})
     return text.getvalue()
 
 

@@ -41,7 +41,7 @@ def _variable(name: "re.Match[str]") -> str:
     key = name[1] or name[2]
     if key not in os.environ:
         raise UserError(f"search.study_storage: environment variable {key} is not set; set it on the driver's machine")
-    return os.environ[key]
+    return os.environ[key].replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
 
 
 def distribution(search_range: SearchRange) -> BaseDistribution:

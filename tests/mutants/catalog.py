@@ -1199,8 +1199,8 @@ MUTANTS = [
         "raylava/pipeline/evaluation.py",
         (
             "an edited artifact is another model",
-            "if all(recorded.get(name) == digest for name, digest in behavior.items()):",
-            "if recorded:",
+            "    return found != expected\n",
+            "    return False\n",
             "tests/unit/pipeline/test_model_ref.py::test_artifact_is_identified_by_its_fingerprint_until_one_of_its_files_is_edited",
         ),
         (

@@ -42,7 +42,23 @@ check tag.yaml
 check digits.yaml
     digits.yaml: not valid YAML: Exceeds the limit (4300 digits) for integer
 check deep.yaml
-    deep.yaml: not valid YAML: maximum recursion depth exceeded while calling a
+    deep.yaml: not valid YAML: maximum recursion depth exceeded
+show ~nosuchuser/x
+    '~nosuchuser/x' is no path
+status --storage ~nosuchuser/x
+    '~nosuchuser/x' is no path
+chat a/b/c hello
+    a/b/c@main: the hub cannot be reached and no copy is cached; use a folder
+toy nowhere/at/all
+    nowhere/at/all: the folder that it would be in does not exist; create it first
+toy
+    Missing argument 'FOLDER'
+run recipe.yaml 'data="a\\0b"'
+    'a\\x00b' has a null character
+check recipe.yaml corpora.instruction.sources.0.include=[]
+    recipe.yaml: corpora.instruction.sources.0.include=[]: Tuple should have at
+check recipe.yaml finetune.epochs=99999999999999999999
+    recipe.yaml: finetune.epochs=99999999999999999999: Input should be less than
 check self.yaml
     self.yaml: extends itself through self.yaml; remove one `extends:`
 check parent-number.yaml
@@ -853,6 +869,19 @@ def test_mistake_is_one_line_and_status_2(
     assert (status, output, error.count("\n")) == (2, "", 1), error
     assert error.replace(f"{folder}{os.sep}", "").startswith(f"error: {MISTAKES[command]}")
     assert not [path for path in folder.glob("raylava-storage/*/*") if path.parent.name != "sources"], "a stage began"
+
+
+@pytest.mark.parametrize(
+    "command", ["show", "inspect", "verify", "replay", "status --storage", "chat --image", "check"]
+)
+@pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000, "\udcff.yaml"], ids=["name", "path", "not UTF-8"])
+def test_name_that_no_file_can_have_is_one_line_and_status_2(
+    command: str, name: str, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    status = main([*command.split(), name])
+    error = capfd.readouterr().err
+    assert (status, error.count("\n")) == (2, 1), error
 
 
 def test_the_table_has_every_command_and_at_least_150_mistakes() -> None:

@@ -23,6 +23,8 @@ DATA = "data=s3://bucket/data"
         (["tracking.mlflow=postgresql://me:planted@host/db"], STORAGE, "recipe.yaml.tracking.mlflow"),
         (["tracking.mlflow=https://host/?api_token=planted"], STORAGE, "recipe.yaml.tracking.mlflow"),
         ([], "s3://key:planted@bucket/raylava", "arguments.3"),
+        (["tracking.mlflow=https://planted@host/x"], STORAGE, "recipe.yaml.tracking.mlflow"),
+        (["tracking.mlflow=https://host/x?X-Amz-Signature=planted"], STORAGE, "recipe.yaml.tracking.mlflow"),
         ([], "s3://bucket/raylava?access_key=AK&secret_key=planted", "arguments.3"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raylava.config.load import RENAMED_KEYS, _sections, _suggest_key, load_recipe
+from raylava.config.load import RENAMED_KEYS, _sections, _suggest_key, load_recipe, parse_yaml
 from raylava.config.recipe import Recipe
 from raylava.errors import UserError
 from raylava.models.registry import validate_backbones
@@ -223,3 +223,10 @@ def test_old_key_or_value_in_a_recipe_is_refused_with_the_new_one(minimal: str, 
     with pytest.raises(UserError) as error:
         load_recipe(minimal, [override])
     assert message in str(error.value)
+
+
+def test_yaml_merges_may_override_keys_but_a_mapping_has_a_key_once() -> None:
+    merged = parse_yaml("base: &base {lr: 1}\na: &a\n  <<: *base\n  lr: 2\nb:\n  <<: *a\n  lr: 3\n")
+    assert merged == {"base": {"lr": 1}, "a": {"lr": 2}, "b": {"lr": 3}}
+    with pytest.raises(yaml.YAMLError, match="the key 'lr' occurs twice"):
+        parse_yaml("a:\n  lr: 2\n  lr: 3\n")

@@ -8,7 +8,8 @@ import pytest
 
 from raylava.config.recipe import FetchConfig
 from raylava.corpus import fetch
-from raylava.corpus.fetch import UrlFetcher, is_url
+from raylava.corpus.fetch import UrlFetcher, fetched_content, is_url
+from raylava.corpus.quarantine import BadRow
 from tests.support.image_server import ImageServer
 
 IMAGE = b"\x89PNG" + bytes(1000)
@@ -108,6 +109,17 @@ def test_record_has_the_hash_of_the_content_or_the_problem(server: ImageServer) 
     fetched, failed = (json.loads(fetcher.fetch(server.url + path).record()) for path in ("/a.png", "/status/404"))
     assert (fetched["sha256"], fetched["bytes"]) == (hashlib.sha256(IMAGE).hexdigest(), len(IMAGE))
     assert failed == {"url": f"{server.url}/status/404", "problem": "HTTP status 404"}
+
+
+def test_signed_query_and_user_of_a_url_are_neither_recorded_nor_quarantined() -> None:
+    url = "https://user:hunter2@host:99999/x.jpg?X-Amz-Signature=abc123"
+    image = UrlFetcher(FetchConfig()).fetch(url)
+    with pytest.raises(BadRow) as error:
+        fetched_content(url, {url: image})
+    for text in (image.record().decode(), error.value.detail):
+        assert "https://…@host:99999/x.jpg?…" in text
+        assert "hunter2" not in text
+        assert "abc123" not in text
 
 
 def test_urls_are_told_from_paths() -> None:

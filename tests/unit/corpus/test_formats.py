@@ -282,3 +282,20 @@ def test_member_named_key_is_not_mistaken_for_the_samples_key(tmp_path: Path) ->
     members = [("a.json", json.dumps({"conversations": TALK}).encode()), ("a.key", b"1")]
     (row,) = scan_and_read("webdataset", write_tar(tmp_path / "x.tar", members))
     assert row == {"id": "a", "conversations": TALK}
+
+
+def test_damaged_header_or_a_second_tar_does_not_hide_the_rest(tmp_path: Path) -> None:
+    row = json.dumps({"conversations": TALK}).encode()
+    whole = Path(write_tar(tmp_path / "x.tar", [(f"{name}.json", row) for name in "abcd"]).path).read_bytes()
+    damaged = bytearray(whole)
+    damaged[2 * 512 + 10] ^= 1  # in the name of the second header
+    for content in (bytes(damaged), whole + whole):
+        (tmp_path / "y.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"y\.tar: a damaged header at byte \d+, or a second tar after it"):
+            list(FORMATS["webdataset"].scan(storage_path(tmp_path / "y.tar")))
+
+
+def test_tar_whose_first_member_begins_like_a_compressed_file_is_read(tmp_path: Path) -> None:
+    members = [("BZh9.json", json.dumps({"conversations": TALK}).encode())]
+    (row,) = scan_and_read("webdataset", write_tar(tmp_path / "x.tar", members))
+    assert row["id"] == "BZh9"

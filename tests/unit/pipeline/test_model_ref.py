@@ -69,6 +69,20 @@ def test_artifact_is_identified_by_its_fingerprint_until_one_of_its_files_is_edi
     assert model_ref(spec.path.uri).identity != spec.fingerprint
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "model.safetensors"])
+def test_artifact_with_another_or_no_file_is_another_model(file: str, model: Path, tmp_path: Path) -> None:
+    spec = ArtifactSpec("finetune", {}, storage_path(tmp_path / "storage"))
+    publish_folder(model, spec.path)
+    spec.commit({}, {}, 1.0)
+    if file == "model.safetensors":
+        content = bytearray((spec.path / file).read_bytes())
+        content[-1] ^= 1
+        (spec.path / file).write_bytes(bytes(content))
+    else:
+        (spec.path / file).delete()
+    assert model_ref(spec.path.uri).identity != spec.fingerprint
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

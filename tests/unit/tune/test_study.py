@@ -145,6 +145,14 @@ def test_database_url_with_an_unset_environment_variable_is_refused(variant: Var
         resume_study(variant, folder, study_storage="postgresql://$NO_SUCH@host/db")
 
 
+def test_value_of_an_environment_variable_is_inserted_as_it_is(
+    variant: Variant, folder: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDIES", f"{folder.path}/$HOME-${{NO_SUCH}}.db")
+    resume_study(variant, folder, study_storage="sqlite:///${STUDIES}").next_settings("a", True)
+    assert (folder / "$HOME-${NO_SUCH}.db").exists()
+
+
 def test_database_url_expands_environment_variables(
     variant: Variant, folder: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
