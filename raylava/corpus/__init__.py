@@ -1,7 +1,7 @@
 """Image-text corpora as Arrow blocks, prepared with Ray Data.
 
 Sources:
-- formats.py: locates rows in LLaVA JSON, JSON Lines, Parquet and WebDataset files
+- formats.py: lists the formats; json_formats.py, binary_formats.py: locate and read their rows; row_format.py: shared
 - row_index.py: indexes of annotation files, built once; source_cache.py: what identifies a source
 - sources.py: selects the rows of a source; rows.py: parses them into one row type
 
@@ -13,7 +13,7 @@ From a row to a sample:
 
 The pipeline:
 - prepare.py: all passes over a corpus; shards.py: its division into shards; block_writer.py: the block of one shard
-- parallel.py: the mapping of shards with Ray Data
+- parallel.py: the mapping of shards with Ray Data; crashes.py: finds rows that end the process of their worker
 - blocks.py: the on-disk format; block_cache.py: a bounded local cache of remote blocks; shuffle.py: the order of epochs
-- inspect.py: statistics and an HTML page of a prepared corpus
+- inspect.py: statistics and an HTML page of a prepared corpus; source_check.py: checks sources before preparation
 """

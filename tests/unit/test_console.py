@@ -117,3 +117,18 @@ def test_file_error_names_the_file_in_one_line(capfd: pytest.CaptureFixture[str]
 
 def test_long_texts_are_redacted_in_linear_time() -> None:
     assert redact_urls("a" * 200_000 + " ://" + "b" * 200_000).count("b") == 200_000
+
+
+def test_json_output_has_no_control_codes_no_secrets_and_reads_back(capfd: pytest.CaptureFixture[str]) -> None:
+    data = {"text": EVIL, "lone": "\ud800", "url": "https://user:hunter2@host/x"}
+    assert execute("show", True, lambda _: CommandResult(data)) == 0
+    output = capfd.readouterr().out
+    assert not {"\x1b", "\x9b"} & set(output)
+    assert "hunter2" not in output
+    assert json.loads(output) == data | {"url": "https://…@host/x"}
+
+
+def test_emoji_codes_in_data_are_not_replaced() -> None:
+    stream = io.StringIO()
+    Console(stream).say(escape("coco:train:2014"))
+    assert stream.getvalue() == "coco:train:2014\n"

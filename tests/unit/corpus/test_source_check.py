@@ -85,3 +85,15 @@ def test_list_of_findings_reads_back_and_holds_no_formula(spec: PrepareSpec, tmp
     assert table[0]["sample_id"].startswith("'=1+1")
     assert table[0]["image"] == "a\\x0ab.jpg"
     assert len(table) == 6
+
+
+def test_name_that_cannot_be_linked_is_left_and_the_others_are_repaired(spec: PrepareSpec, tmp_path: Path) -> None:
+    rows, images = read_rows(spec)
+    rows[0]["image"] = "ocr_vqa/dangling.jpg"
+    rows[6]["image"] = "ocr_vqa/renamed.jpg"  # the same as row 4
+    (images / "ocr_vqa" / "dangling.jpg").symlink_to("nowhere.jpg")
+    Image.new("P", (8, 8)).save(images / "ocr_vqa" / "dangling.gif", "GIF")
+    Path(spec.source_paths[0][0]).write_text(json.dumps(rows))
+    assert repair_images(check(spec, tmp_path), [str(images)]) == 1
+    assert (images / "ocr_vqa" / "renamed.jpg").exists()
+    assert (images / "ocr_vqa" / "dangling.jpg").is_symlink()

@@ -118,3 +118,17 @@ def test_image_of_a_question_is_a_path(image: object, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps(line))
     with pytest.raises(UserError, match=r"q\.jsonl:1: not a question \(ValueError: image is a (int|list|dict)"):
         load_benchmark(Benchmark(name="b", questions="q.jsonl"), str(tmp_path))
+
+
+def test_images_behind_a_link_out_of_the_folder_do_not_count_as_there(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(b"1")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
+    line = {"question_id": 1, "image": "images/a.png", "text": "?", "answer": "x"}
+    (tmp_path / "data" / "q.jsonl").write_text(json.dumps(line))
+    assert load_benchmark(Benchmark(name="b", questions="q.jsonl"), str(tmp_path / "data")).image_sizes == {}
+    line["image"] = "a.png"
+    (tmp_path / "data" / "q.jsonl").write_text(json.dumps(line))
+    benchmark = Benchmark(name="b", questions="q.jsonl", images="images")
+    assert load_benchmark(benchmark, str(tmp_path / "data")).image_sizes == {"a.png": 1}
