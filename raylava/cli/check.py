@@ -58,6 +58,9 @@ def _check(
 
 
 def _check_operators(recipe: "Recipe") -> None:
+    if not any(corpus and corpus.operators for corpus in (recipe.corpora.alignment, recipe.corpora.instruction)):
+        return  # the library imports torch
+
     from raylava.corpus.operator_library import compared_benchmarks, load_operators
 
     benchmarks = [benchmark.name for benchmark in recipe.evaluate]

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -196,7 +197,9 @@ def _check_types(operator: Operator) -> None:
     except Exception:  # a user's annotation may name what only a type checker imports
         return
     for name, value in operator.arguments.items():
-        accepted = typing.get_args(annotations.get(name)) or (annotations.get(name),)
+        annotation = annotations.get(name)
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        accepted = typing.get_args(annotation) if is_union else (annotation,)
         if (
             set(accepted) <= _PLAIN_TYPES
             and type(value) not in accepted

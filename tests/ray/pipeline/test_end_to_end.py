@@ -121,6 +121,7 @@ def test_checkpoints_are_removed_once_a_stage_is_complete(artifacts: dict[str, A
         "connector.safetensors",
         "mechanisms.json",
         "metrics.jsonl",
+        "sha256.json",
         "steps.jsonl",
         "tensorboard",
     }
@@ -191,7 +192,7 @@ def test_results_and_answer_sheet_show_the_model_beside_both_baselines(
     page = sheet.read_bytes().decode()
     assert sheet.name == ANSWER_SHEET
     assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page, "the page is self-contained"
+    assert "://" not in page, "the page is self-contained"
 
 
 def upload(folder: Path, bucket: str) -> str:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from raylava.config.recipe import Corpus, Source
+from raylava.config.recipe import Corpus, OperatorConfig, Source
 from raylava.corpus.blocks import Blocks, Manifest, decode_quarantine
 from raylava.corpus.conversation import Turn
 from raylava.corpus.operator_library import (
@@ -239,3 +240,25 @@ def test_recipe_round_trips_with_operators() -> None:
     original = corpus("answer_words", {f"{USER}:larger_than": {"size": 10}})
     assert Corpus.model_validate_json(original.model_dump_json()) == original
     assert dataclasses.is_dataclass(PrepareSpec)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        (f"{USER}:aborting_key", {"numbers": [3]}, None),
+        ("answer_words", {"minimum": 1, "maximum": None}, None),
+        ("without_repetition", {"max_fraction": 1}, None),
+        ("answer_words", {"minimum": "x"}, "minimum='x' is a str, not int"),
+        ("answer_words", {"maximum": 2.5}, "maximum=2.5 is a float, not int"),
+        (f"{USER}:larger_than", {"size": True}, "size=True is a bool, not int"),
+    ],
+)
+def test_argument_of_a_plain_type_is_checked_before_any_row(
+    name: str, arguments: dict[str, Any], problem: str | None
+) -> None:
+    config = OperatorConfig(name=name, arguments=arguments)
+    if problem is None:
+        load_operators([config], "operators")
+        return
+    with pytest.raises(UserError, match=re.escape(problem)):
+        load_operators([config], "operators")
