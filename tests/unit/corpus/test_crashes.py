@@ -16,6 +16,10 @@ from raylava.storage import StoragePath, storage_path
 EXIT = 99  # instead of a signal: the process exits, as C libraries do
 
 
+class Death(BaseException):
+    """Ends an attempt as the death of its process would: nothing that it does on an exception is done."""
+
+
 def process_rows(deadly: dict[int, int], crashes: Crashes, announce: Announce) -> None:
     """Process ten rows; a deadly one sends its signal to the process, or raises if it has none."""
     for position in (READING, *range(10)):
@@ -36,7 +40,7 @@ def attempt(output: StoragePath, deadly: dict[int, int], task: str = "block") ->
     with shard_attempt(output, 3, task, functools.partial(process_rows, deadly)) as found:
         dies = any(signal and position not in found for position, signal in deadly.items())
         if dies:
-            raise KeyboardInterrupt  # not an Exception: the record stays as a death leaves it
+            raise Death  # the record stays as a death leaves it
         return dict(found)
 
 
@@ -45,7 +49,7 @@ def attempt_until_done(output: StoragePath, deadly: dict[int, int]) -> tuple[int
     for deaths in range(9):
         try:
             found = attempt(output, deadly)
-        except KeyboardInterrupt:
+        except Death:
             continue
         assert found is not None
         return deaths, found
@@ -88,7 +92,7 @@ def test_attempts_that_keep_dying_without_a_deadly_row_end_the_run(
 ) -> None:
     monkeypatch.setattr(crashes, "find_crashes", lambda process, known: iter(()))
     for _ in range(8):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Death):
             attempt(storage_path(tmp_path), {2: 9})
     with pytest.raises(RunError, match="shard 3 killed 8 workers, although each of its rows can be processed alone"):
         attempt(storage_path(tmp_path), {2: 9})
@@ -101,13 +105,13 @@ def test_row_that_exits_its_process_is_found_like_one_that_kills_it(tmp_path: Pa
 def test_found_rows_are_kept_if_the_search_itself_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed_after_one(process: object, known: Crashes) -> Iterator[Crashes]:
         yield {2: "SIGABRT"}
-        raise KeyboardInterrupt
+        raise Death
 
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Death):
             attempt(storage_path(tmp_path), {2: 6})
     monkeypatch.setattr(crashes, "find_crashes", killed_after_one)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Death):
         attempt(storage_path(tmp_path), {2: 6})
     record = json.loads((tmp_path / "rows" / "attempts-00003.json").read_text())
     assert record == {"task": "block", "begun": 3, "crashes": {"2": "SIGABRT"}}
@@ -115,8 +119,8 @@ def test_found_rows_are_kept_if_the_search_itself_is_killed(tmp_path: Path, monk
 
 def test_a_new_run_begins_to_count_anew_but_knows_the_crashed_rows(tmp_path: Path) -> None:
     for _ in range(7):
-        with pytest.raises(KeyboardInterrupt), shard_attempt(storage_path(tmp_path), 3, "block", NOTHING):
-            raise KeyboardInterrupt
+        with pytest.raises(Death), shard_attempt(storage_path(tmp_path), 3, "block", NOTHING):
+            raise Death
     attempt_until_done(storage_path(tmp_path), {2: 6})
     reset_attempts(storage_path(tmp_path), [3, 4])
     record = json.loads((tmp_path / "rows" / "attempts-00003.json").read_text())
