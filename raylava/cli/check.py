@@ -61,17 +61,13 @@ def _check_operators(recipe: "Recipe") -> None:
     if not any(corpus and corpus.operators for corpus in (recipe.corpora.alignment, recipe.corpora.instruction)):
         return  # the library imports torch
 
-    from raylava.corpus.operator_library import compared_benchmarks, load_operators
+    from raylava.corpus.operator_library import check_compared_benchmarks, load_operators
 
     benchmarks = [benchmark.name for benchmark in recipe.evaluate]
     for name, corpus in (("alignment", recipe.corpora.alignment), ("instruction", recipe.corpora.instruction)):
-        operators = load_operators(corpus.operators, f"corpora.{name}.operators") if corpus else []
-        for compared in compared_benchmarks(operators):
-            if compared not in benchmarks:
-                known = ", ".join(benchmarks) or "none is there"
-                raise UserError(
-                    f"corpora.{name}.operators: {compared!r} is no benchmark of evaluate; choose one of: {known}"
-                )
+        key = f"corpora.{name}.operators"
+        operators = load_operators(corpus.operators, key) if corpus else []
+        check_compared_benchmarks(operators, benchmarks, key)
 
 
 def _check_folders(recipe: "Recipe") -> None:

@@ -25,7 +25,7 @@ from raylava.corpus.blocks import (
     sample_lengths,
 )
 from raylava.corpus.conversation import ChatTokenizer
-from raylava.corpus.crashes import READING, Announce, Crashes, shard_attempt
+from raylava.corpus.crashes import READING, Announce, Crashes, announce_nothing, refuse_crashed, shard_attempt
 from raylava.corpus.deduplication import KeyedRow, row_verdicts, write_keys
 from raylava.corpus.fetch import UrlFetcher, is_url
 from raylava.corpus.operator_library import DECONTAMINATE, load_operators
@@ -41,10 +41,6 @@ from raylava.storage import StoragePath, storage_path
 _FETCHED_TOGETHER = 256  # rows whose images are fetched at the same time, and held in memory
 
 
-def _announce_nothing(position: int) -> None:
-    pass
-
-
 def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
     """Read the rows of one shard and write its block, lengths, quarantined rows and, last, its record.
 
@@ -57,7 +53,7 @@ def make_block(spec: PrepareSpec, shard: int) -> BlockRecord:
 
 
 def _block_content(
-    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = _announce_nothing
+    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = announce_nothing
 ) -> "_BlockContent":
     content = _BlockContent()
     chat_tokenizer = _chat_tokenizer(spec.language)
@@ -96,7 +92,7 @@ def write_shard_keys(spec: PrepareSpec, operator: int, shard: int) -> int:
 
 
 def _keyed_rows(
-    spec: PrepareSpec, operator: int, shard: int, crashes: Crashes, announce: Announce = _announce_nothing
+    spec: PrepareSpec, operator: int, shard: int, crashes: Crashes, announce: Announce = announce_nothing
 ) -> list[KeyedRow]:
     chain = _operator_chain(spec, shard, operator)
     return [
@@ -157,8 +153,7 @@ def _row_outcomes(
             reader = ImageReader(raw.image_root, spec.corpus.max_image_bytes, fetched)
             announce(raw.position)
             try:
-                if raw.position in crashes:
-                    raise BadRow(Reason.CRASHED, f"its processing ended the process ({crashes[raw.position]})")
+                refuse_crashed(raw.position, crashes)
                 parsed = parse_row(raw.content, raw.selected.id_suffix)
             except BadRow as bad:
                 yield _RowOutcome(raw, None, bad, reader)

@@ -218,15 +218,20 @@ def concatenate_lengths(lengths: Iterable[Lengths]) -> Lengths:
 
 def encode_quarantine(rows: Sequence[QuarantinedRow]) -> bytes:
     """Encode quarantined rows as CSV with a header."""
+    return encode_csv(rows, QuarantinedRow)
+
+
+def encode_csv(rows: Sequence[Any], row_type: type) -> bytes:
+    """Encode instances of a dataclass as CSV with a header and one line each, with cells that read back."""
     text = io.StringIO()
-    names = [field.name for field in fields(QuarantinedRow)]
+    names = [field.name for field in fields(row_type)]
     writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writeheader()
-    writer.writerows({name: cell(value) for name, value in asdict(row).items()} for row in rows)
+    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     return text.getvalue().encode()
 
 
-def cell(value: object) -> str:
+def _cell(value: object) -> str:
     """Return a value as a cell that reads back, in one line, and that no spreadsheet takes for a formula."""
     text = redact_urls(str(value)[: 2 * _MAX_CELL])[:_MAX_CELL].encode(errors="backslashreplace").decode()
     text = text.translate(_CONTROL_CHARACTERS)

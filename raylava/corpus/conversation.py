@@ -3,7 +3,7 @@
 Spans follow from the chat template's pieces, never from string lengths. Pure: imports neither Ray nor DeepSpeed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -38,13 +38,16 @@ class TokenizedChat:
         """Return the number of tokens with every image expanded to `image_tokens` tokens."""
         return len(self.input_ids) + self.image_count * (image_tokens - 1)
 
+    def expanded_lengths(self, image_id: int, image_tokens: int) -> Iterator[int]:
+        """Yield, for each of `input_ids`, the number of tokens up to and with it, with images expanded."""
+        return accumulate(image_tokens if token == image_id else 1 for token in self.input_ids)
+
     def truncate(self, max_length: int, image_id: int, image_tokens: int) -> "TokenizedChat":
         """Return the conversation cut to `max_length` tokens with images expanded.
 
         An image that would be cut is left out with everything after it. Loss spans are cut, too; none may be left.
         """
-        expanded = accumulate(image_tokens if token == image_id else 1 for token in self.input_ids)
-        count = sum(1 for length in expanded if length <= max_length)
+        count = sum(1 for length in self.expanded_lengths(image_id, image_tokens) if length <= max_length)
         spans = [(start, min(stop, count)) for start, stop in self.loss_spans if start < count]
         ids = self.input_ids[:count]
         return TokenizedChat(ids, spans, ids.count(image_id))

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
+from raylava.corpus.quarantine import BadRow, Reason
 from raylava.corpus.shards import SHARDS, shard_file
 from raylava.errors import RunError
 from raylava.storage import StoragePath
@@ -34,6 +35,16 @@ class ProcessRows(Protocol):
     """Processes the rows of a shard except the crashed ones; announces READING, or a row's position, before it acts."""
 
     def __call__(self, crashes: Crashes, announce: Announce) -> object: ...
+
+
+def announce_nothing(position: int) -> None:
+    """Announce to nobody: of an attempt that is no search."""
+
+
+def refuse_crashed(position: int, crashes: Crashes) -> None:
+    """Raise BadRow for a row that has crashed."""
+    if position in crashes:
+        raise BadRow(Reason.CRASHED, f"its processing ended the process ({crashes[position]})")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +163,14 @@ def compared_benchmarks(operators: Sequence[Operator]) -> list[str]:
     """Return the names of the benchmarks with whose images operators compare rows."""
     comparing = (operator for operator in operators if operator.name == DECONTAMINATE)
     return list(dict.fromkeys(name for operator in comparing for name in operator.arguments["benchmarks"]))
+
+
+def check_compared_benchmarks(operators: Sequence[Operator], known: Collection[str], key: str) -> None:
+    """Raise UserError, which names the recipe's `key`, unless all compared benchmarks are among the `known`."""
+    for name in compared_benchmarks(operators):
+        if name not in known:
+            choices = ", ".join(known) or "none is there"
+            raise UserError(f"{key}: {name!r} is no benchmark of evaluate; choose one of: {choices}")
 
 
 def load_operators(configs: Sequence[OperatorConfig], key: str) -> list[Operator]:

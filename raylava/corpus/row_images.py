@@ -72,9 +72,7 @@ def read_image_file(root: StoragePath, name: str, max_bytes: int) -> bytes:
     A BadRow is raised for whatever is wrong with this image: it is missing, has more than `max_bytes` bytes, is a
     folder, pipe or device, or its path or a link leads out of `root`.
     """
-    file = resolve_image_path(root, name)
-    if root.is_local:
-        _reject_escaping_link(root, file, name)
+    file = _locate(root, name)
     try:
         if root.is_local:
             _reject_special_file(file, name)  # reading a pipe or a device might never end
@@ -102,12 +100,18 @@ def _reject_special_file(file: StoragePath, name: str) -> None:
 def is_within(root: StoragePath, name: str) -> bool:
     """Return whether no link on the way to an image leads out of a local `root`."""
     try:
-        file = resolve_image_path(root, name)
-        if root.is_local:
-            _reject_escaping_link(root, file, name)
+        _locate(root, name)
     except BadRow:
         return False
     return True
+
+
+def _locate(root: StoragePath, name: str) -> StoragePath:
+    """Return the location of an image below `root`. Raises BadRow when its path or a link leads out of `root`."""
+    file = resolve_image_path(root, name)
+    if root.is_local:
+        _reject_escaping_link(root, file, name)
+    return file
 
 
 def _reject_escaping_link(root: StoragePath, file: StoragePath, name: str) -> None:

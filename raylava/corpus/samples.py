@@ -4,7 +4,6 @@ Needs no Ray; prepare.py calls it for every row.
 """
 
 from collections.abc import Callable
-from itertools import accumulate
 
 from raylava.config.recipe import Corpus
 from raylava.corpus.blocks import Sample
@@ -84,7 +83,7 @@ def _truncate_exchanges(
 ) -> TokenizedChat:
     """Drop whole exchanges from the end until the rest fits, with the images they refer to."""
     image_id = chat_tokenizer.image_id
-    lengths = list(accumulate(image_tokens if token == image_id else 1 for token in chat.input_ids))
+    lengths = list(chat.expanded_lengths(image_id, image_tokens))
     for exchanges in range(len(chat.loss_spans) - 1, 0, -1):
         stop = chat.loss_spans[exchanges - 1][1]
         if lengths[stop - 1] <= corpus.max_length:

@@ -5,20 +5,18 @@ is missing while a file of the same name with another suffix is there (LLaVA-665
 repaired by a link with the name that the row has.
 """
 
-import csv
 import functools
-import io
 import json
 import logging
 import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raylava.corpus.blocks import cell
-from raylava.corpus.crashes import READING, Announce, Crashes, shard_attempt
+from raylava.corpus.blocks import encode_csv
+from raylava.corpus.crashes import READING, Announce, Crashes, announce_nothing, refuse_crashed, shard_attempt
 from raylava.corpus.fetch import is_url
 from raylava.corpus.images import decode_image, image_format
 from raylava.corpus.parallel import MapOnCluster
@@ -73,12 +71,7 @@ class SourceCheck:
 
     def to_csv(self) -> bytes:
         """Return the findings as CSV, with cells that no spreadsheet takes for a formula."""
-        text = io.StringIO()
-        names = [field.name for field in fields(Finding)]
-        writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
-        writer.writerows({name: cell(value) for name, value in asdict(finding).items()} for finding in self.findings)
-        return text.getvalue().encode()
+        return encode_csv(self.findings, Finding)
 
 
 def check_sources(
@@ -112,7 +105,7 @@ def check_shard(spec: PrepareSpec, shard: int) -> dict[str, Any]:
 
 
 def _check_rows(
-    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = lambda position: None
+    spec: PrepareSpec, shard: int, crashes: Crashes, announce: Announce = announce_nothing
 ) -> dict[str, Any]:
     findings: list[Finding] = []
     rows = images = by_url = 0
@@ -122,8 +115,7 @@ def _check_rows(
         announce(raw.position)
         suffix = raw.selected.id_suffix
         try:
-            if raw.position in crashes:
-                raise BadRow(Reason.CRASHED, f"its processing ended the process ({crashes[raw.position]})")
+            refuse_crashed(raw.position, crashes)
             row = parse_row(raw.content, suffix)
         except BadRow as bad:
             names = " ".join(image_names(raw.content))
@@ -167,8 +159,8 @@ def _finding(raw: RawRow, sample_id: str, image: str, reason: str, detail: str, 
 
 def _suffix_remark(name: str, content: bytes) -> str:
     """Return which format a file has if its suffix names another one."""
-    suffix, found = name.rpartition(".")[2].lower(), image_format(content)
-    return "" if suffix in _SUFFIXES.get(found, (found.lower(),)) else f"a {found} file"
+    suffix, actual_format = name.rpartition(".")[2].lower(), image_format(content)
+    return "" if suffix in _SUFFIXES.get(actual_format, (actual_format.lower(),)) else f"a {actual_format} file"
 
 
 def _same_stem(root: StoragePath, name: str) -> str:

@@ -62,10 +62,11 @@ class SourceFiles:
             raise UserError(f"{root}: no such file; set the source's annotations (or data=…)")
         if kind != pafs.FileType.Directory:
             return [root]
-        files = [file for file in root.children() if file.name.lower().endswith(tuple(SUFFIXES))]
-        compressed = [file.name for file in root.children() if file.name.lower().endswith(COMPRESSED_SUFFIXES)]
+        children = root.children()
+        files = [file for file in children if file.name.lower().endswith(tuple(SUFFIXES))]
+        compressed = [file for file in children if file.name.lower().endswith(COMPRESSED_SUFFIXES)]
         if compressed:
-            raise UserError(f"{root / compressed[0]}: compressed, so that its rows cannot be read; decompress it")
+            raise UserError(f"{compressed[0]}: compressed, so that its rows cannot be read; decompress it")
         if not files:
             raise UserError(f"{root}: contains no file of a known format ({', '.join(SUFFIXES)})")
         return files

@@ -13,7 +13,12 @@ import ray
 from raylava.artifacts import ArtifactSpec, fingerprint, lock
 from raylava.cluster.roles import PREPARE, node_labels_for
 from raylava.config.recipe import Resources
-from raylava.corpus.operator_library import DECONTAMINATE, compared_benchmarks, load_operators
+from raylava.corpus.operator_library import (
+    DECONTAMINATE,
+    check_compared_benchmarks,
+    compared_benchmarks,
+    load_operators,
+)
 from raylava.corpus.operators import Operator
 from raylava.corpus.parallel import Function, map_with_ray_data
 from raylava.corpus.prepare import ImageFolder, check_quarantine, prepare
@@ -83,10 +88,7 @@ class PrepareStage(Stage):
         key = f"corpora.{self._prepare_spec.name}.operators"
         sources = [operator.source_sha256 for operator in self._operators if operator.source_sha256]
         names = compared_benchmarks(self._operators)
-        for name in names:
-            if name not in self._benchmarks:
-                known = ", ".join(self._benchmarks) or "none is there"
-                raise UserError(f"{key}: {DECONTAMINATE}: {name!r} is no benchmark of evaluate; choose one of: {known}")
+        check_compared_benchmarks(self._operators, self._benchmarks, f"{key}: {DECONTAMINATE}")
         images = [_sha256(sorted(self._benchmarks[name].image_sizes.items())) for name in names]
         return ({"operator_sources": sources} if sources else {}) | ({"benchmark_images": images} if images else {})
 

@@ -1157,8 +1157,8 @@ MUTANTS = [
         "raylava/corpus/block_writer.py",
         (
             "a crashed row is not processed again",
-            "                if raw.position in crashes:\n",
-            "                if False:\n",
+            "                refuse_crashed(raw.position, crashes)\n",
+            "",
             "tests/ray/corpus/test_prepare.py::test_rows_that_abort_their_process_are_quarantined_and_counted",
         ),
     ),
