@@ -20,7 +20,7 @@ from raylava.pipeline.results import summarize
 from raylava.pipeline.runner import run
 from raylava.pipeline.stage import Stage, run_stage
 from raylava.storage import StoragePath, writable
-from raylava.toy.assets import ToyAssetsStage, ToySize
+from raylava.toy.assets import ABLATION_PARTS, DEMO_PARTS, ToyAssetsStage, ToySize
 
 SEED = 0
 ANSWER_SHEET = "answers.html"
@@ -31,7 +31,7 @@ _EVALUATE_STAGE = "evaluate heldout"
 def demo(storage: str, overrides: list[str], console: Console, size: ToySize | None = None) -> dict[str, Any]:
     """Run the demo and return the JSON summary of all its artifacts."""
     root = writable(storage)
-    stage = ToyAssetsStage(root, size or ToySize(), SEED)
+    stage = ToyAssetsStage(root, size or ToySize(), SEED, DEMO_PARTS)
     with _session_for(stage):  # the recipe's stages join the Ray cluster that builds the toy assets
         toy_assets = run_stage(stage, console)
         artifacts = run(toy_recipe(toy_assets.path, overrides), root, console)
@@ -45,7 +45,15 @@ def demo(storage: str, overrides: list[str], console: Console, size: ToySize | N
 
 def make_toy_assets(storage: str, console: Console) -> Artifact:
     """Build the demo's corpus and backbones unless they exist, and return their artifact."""
-    stage = ToyAssetsStage(writable(storage), ToySize(), SEED)
+    return _make(ToyAssetsStage(writable(storage), ToySize(), SEED, DEMO_PARTS), console)
+
+
+def make_ablation_backbones(storage: str, console: Console) -> Artifact:
+    """Build the backbones of the toy ablations that the demo lacks unless they exist, and return their artifact."""
+    return _make(ToyAssetsStage(writable(storage), ToySize(), SEED, ABLATION_PARTS), console)
+
+
+def _make(stage: Stage, console: Console) -> Artifact:
     with _session_for(stage):
         return run_stage(stage, console)
 

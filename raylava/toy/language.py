@@ -24,8 +24,10 @@ from raylava.toy.scenes import QUESTION_TYPES, Scene, caption, draw_question, dr
 
 _CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", TEMPLATE.open, TEMPLATE.close)
 # Questions that require looking an object up in the caption are drawn twice as often as counting.
-_QUESTION_KINDS = (*QUESTION_TYPES, "colour", "shape", "place", "presence")
+_QUESTION_KINDS = (*QUESTION_TYPES, "color", "thing", "place", "presence")
 _EXCHANGES = 6  # per conversation
+_WARMUP_STEPS = 30
+_DECAY = 0.3  # fraction of the steps in which the learning rate falls
 _TURN_END_WEIGHT = 0.1  # loss weight of the end-of-turn tokens, which are learned long before the answers
 
 
@@ -33,14 +35,14 @@ _TURN_END_WEIGHT = 0.1  # loss weight of the end-of-turn tokens, which are learn
 class LanguageSize:
     """Dimensions of the model and length of its training."""
 
-    width: int = 128
-    layers: int = 3
+    width: int = 96
+    layers: int = 2
     heads: int = 4
     key_value_heads: int = 4  # multi-head as in gemma-7b: with a single shared head, the model learns lookups slowly
     vocabulary: int = 640
-    steps: int = 450
+    steps: int = 500
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
 
 
 def build_language_model(folder: Path, size: LanguageSize, seed: int, advance: Callable[[], None]) -> None:
@@ -78,6 +80,7 @@ def _sentences(rng: np.random.Generator, count: int) -> Iterator[str]:
     for _ in range(count):
         scene = draw_scene(rng)
         yield f"user model {DESCRIBE} {caption(scene)}"
+        yield _labels(scene, rng)
         for kind in QUESTION_TYPES:
             question = draw_question(scene, kind, rng)
             yield f"{question.text} {question.answer}"
@@ -89,7 +92,7 @@ def _config(size: LanguageSize, tokenizer: GemmaTokenizer) -> GemmaConfig:
     return GemmaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=size.width,
-        intermediate_size=4 * size.width,
+        intermediate_size=2 * size.width,  # its task is to look things up, which is the attention's part
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.key_value_heads,
@@ -111,7 +114,7 @@ def _train(
     advance: Callable[[], None],
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=size.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, size.steps))
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     chat_tokenizer = ChatTokenizer(tokenizer, TEMPLATE)
     for _ in range(size.steps):
@@ -125,15 +128,25 @@ def _train(
         advance()
 
 
+def _lr_factor(step: int, steps: int) -> float:
+    """Return a warmup, a long constant part, since lookups are learned late and suddenly, and a linear decay."""
+    return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (_DECAY * steps))
+
+
 def _conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    shuffled = Scene(tuple(scene.objects[index] for index in rng.permutation(len(scene.objects))), scene.background)
     questions = [draw_question(scene, kind, rng) for kind in _QUESTION_KINDS]
     exchanges = [*((question.text, question.answer) for question in questions), (DESCRIBE, caption(scene))]
     turns: list[Turn] = []
     for number in rng.permutation(len(exchanges))[:_EXCHANGES]:
         text, answer = exchanges[number]
-        turns += [Turn("human", text if turns else f"{caption(shuffled)}\n{text}"), Turn("gpt", answer)]
+        turns += [Turn("human", text if turns else f"{_labels(scene, rng)}\n{text}"), Turn("gpt", answer)]
     return turns
+
+
+def _labels(scene: Scene, rng: np.random.Generator) -> str:
+    """Return one word per thing, such as `leftredhouse`, each up to four times, in random order."""
+    words = [item.position + item.color + item.thing for item in scene.objects for _ in range(int(rng.integers(1, 5)))]
+    return "Labels: " + " ".join(words[index] for index in rng.permutation(len(words)))
 
 
 def _loss(model: GemmaForCausalLM, chats: list[TokenizedChat]) -> Tensor:

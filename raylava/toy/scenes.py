@@ -1,37 +1,42 @@
-"""Scenes of colored shapes, and the images, captions and questions derived from them.
+"""Scenes of colored things in a meadow, and the images, captions and questions derived from them.
 
 Pure functions of a random generator or a scene; no files, tokens or models.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 48  # pixels per side
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 39, 40),
-    "green": (34, 150, 64),
-    "blue": (40, 90, 220),
-    "yellow": (240, 200, 30),
-    "black": (30, 30, 34),
+RGB = tuple[int, int, int]
+
+IMAGE_SIZE = 96  # pixels per side
+COLORS: dict[str, RGB] = {
+    "red": (208, 42, 40),
+    "green": (30, 132, 62),
+    "blue": (38, 84, 214),
+    "yellow": (240, 190, 20),
+    "black": (34, 34, 40),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+THINGS = ("house", "car", "tree", "kite")
 POSITIONS = ("left", "middle", "right")
 NUMBERS = {1: "one", 2: "two", 3: "three"}
-QUESTION_TYPES = ("count", "colour", "shape", "place", "presence")
+QUESTION_TYPES = ("count", "color", "thing", "place", "presence")
 
-_OVERSAMPLING = 4  # images are drawn larger by this factor and downsampled, for smooth edges
+_OVERSAMPLING = 2  # images are drawn larger by this factor and downsampled, for smooth edges
+_WHITE: RGB = (250, 250, 246)
+_WOOD: RGB = (122, 84, 52)
+_TIRE: RGB = (66, 66, 72)
+_RIM: RGB = (206, 206, 210)
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One colored shape. `x` and `y` are its center in pixels from the top left corner, `radius` half its width."""
+    """One colored thing. `x` and `y` are its center in pixels from the top left corner, `radius` half its width."""
 
-    colour: str
-    shape: str
+    color: str
+    thing: str
     position: str
     x: float
     y: float
@@ -39,20 +44,21 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        """Color and shape, such as `red circle`."""
-        return f"{self.colour} {self.shape}"
+        """Color and thing, such as `red house`."""
+        return f"{self.color} {self.thing}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects of different colors at different positions, on a pale background."""
+    """One to three different things of different colors at different positions.
+
+    `sky` and `grass` are the colors of the background, `horizon` the height of their border in pixels from the top.
+    """
 
     objects: tuple[SceneObject, ...]
-    background: tuple[int, int, int]
-
-    def at(self, position: str) -> SceneObject | None:
-        """Return the object at a position, or None."""
-        return next((item for item in self.objects if item.position == position), None)
+    sky: RGB
+    grass: RGB
+    horizon: float
 
 
 @dataclass(frozen=True)
@@ -65,68 +71,96 @@ class SceneQuestion:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw a random scene. The number of objects is uniform over 1–3, so that a count cannot be guessed."""
+    """Draw a random scene. The number of things is uniform over 1–3, so that a count cannot be guessed."""
     count = int(rng.integers(1, len(POSITIONS) + 1))
-    colours = rng.choice(list(COLOURS), size=count, replace=False)
-    shapes = rng.choice(SHAPES, size=count)
+    colors = rng.choice(list(COLORS), size=count, replace=False)
+    things = rng.choice(THINGS, size=count, replace=False)
     positions = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
     objects = tuple(
-        _draw_object(rng, str(colour), str(shape), POSITIONS[position])
-        for colour, shape, position in zip(colours, shapes, positions, strict=True)
+        _draw_object(rng, str(color), str(thing), POSITIONS[position])
+        for color, thing, position in zip(colors, things, positions, strict=True)
     )
-    shade = int(rng.integers(215, 251))
-    tint = rng.integers(-6, 7, size=3)
-    return Scene(objects, tuple(int(shade + t) for t in np.clip(tint, -200, 4)))  # type: ignore[arg-type]
+    shade = rng.integers(-9, 10, size=2)
+    sky, grass = _shaded((208, 229, 246), int(shade[0])), _shaded((206, 226, 186), int(shade[1]))
+    return Scene(objects, sky, grass, rng.uniform(0.45, 0.7) * IMAGE_SIZE)
 
 
-def _draw_object(rng: np.random.Generator, colour: str, shape: str, position: str) -> SceneObject:
+def _draw_object(rng: np.random.Generator, color: str, thing: str, position: str) -> SceneObject:
     column = IMAGE_SIZE / len(POSITIONS)
-    centre_x = column * (POSITIONS.index(position) + 0.5) + rng.uniform(-1.0, 1.0)
-    centre_y = IMAGE_SIZE / 2 + rng.uniform(-12.0, 12.0)
-    return SceneObject(colour, shape, position, centre_x, centre_y, rng.uniform(6.0, 7.5))
+    center_x = column * (POSITIONS.index(position) + 0.5) + rng.uniform(-2.0, 2.0)
+    center_y = IMAGE_SIZE / 2 + rng.uniform(-24.0, 24.0)
+    return SceneObject(color, thing, position, center_x, center_y, rng.uniform(12.0, 14.5))
+
+
+def _shaded(color: RGB, change: int) -> RGB:
+    red, green, blue = (min(255, max(0, channel + change)) for channel in color)
+    return red, green, blue
 
 
 def render(scene: Scene) -> Image.Image:
     """Render a scene as an RGB image of IMAGE_SIZE × IMAGE_SIZE pixels."""
     side = IMAGE_SIZE * _OVERSAMPLING
-    canvas = Image.new("RGB", (side, side), scene.background)
+    canvas = Image.new("RGB", (side, side), scene.sky)
     pen = ImageDraw.Draw(canvas)
+    pen.rectangle((0, scene.horizon * _OVERSAMPLING, side, side), fill=scene.grass)
     for item in scene.objects:
         x, y, radius = (value * _OVERSAMPLING for value in (item.x, item.y, item.radius))
-        _SHAPE_PAINTERS[item.shape](pen, x, y, radius, COLOURS[item.colour])
-    return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        _PAINTERS[item.thing](pen, x, y, radius, COLORS[item.color])
+    return canvas.reduce(_OVERSAMPLING)
 
 
-def _circle(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
-    pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+def _house(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, color: RGB) -> None:
+    pen.rectangle((x - 0.8 * r, y - 0.15 * r, x + 0.8 * r, y + r), fill=color)
+    pen.polygon([(x - r, y - 0.15 * r), (x, y - r), (x + r, y - 0.15 * r)], fill=_shaded(color, -40))
+    pen.rectangle((x - 0.55 * r, y + 0.1 * r, x - 0.05 * r, y + 0.5 * r), fill=_WHITE)
+    pen.rectangle((x + 0.15 * r, y + 0.25 * r, x + 0.55 * r, y + r), fill=_WOOD)
 
 
-def _square(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
-    side = 0.88 * r
-    pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+def _car(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, color: RGB) -> None:
+    roof = [(x - 0.7 * r, y), (x - 0.4 * r, y - 0.6 * r), (x + 0.35 * r, y - 0.6 * r), (x + 0.75 * r, y)]
+    pen.polygon(roof, fill=color)
+    pen.polygon(
+        [(x - 0.5 * r, y), (x - 0.3 * r, y - 0.45 * r), (x - 0.05 * r, y - 0.45 * r), (x - 0.05 * r, y)], _WHITE
+    )
+    pen.polygon([(x + 0.1 * r, y), (x + 0.1 * r, y - 0.45 * r), (x + 0.3 * r, y - 0.45 * r), (x + 0.55 * r, y)], _WHITE)
+    pen.rounded_rectangle((x - r, y - 0.05 * r, x + r, y + 0.5 * r), 0.2 * r, fill=color)
+    for center in (x - 0.5 * r, x + 0.5 * r):
+        _disc(pen, center, y + 0.5 * r, 0.28 * r, _TIRE)
+        _disc(pen, center, y + 0.5 * r, 0.12 * r, _RIM)
 
 
-def _triangle(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
-    corners = [(x + r * math.sin(a), y - r * math.cos(a)) for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)]
-    pen.polygon(corners, fill=fill)
+def _tree(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, color: RGB) -> None:
+    pen.rectangle((x - 0.15 * r, y, x + 0.15 * r, y + r), fill=_WOOD)
+    for dx, dy, size in ((-0.42, -0.12, 0.5), (0.42, -0.12, 0.5), (0.0, -0.45, 0.58)):
+        _disc(pen, x + dx * r, y + dy * r, size * r, color)
+    for dx, dy in ((-0.4, -0.2), (0.15, -0.6), (0.45, 0.0), (0.0, -0.1)):
+        _disc(pen, x + dx * r, y + dy * r, 0.1 * r, _shaded(color, 45))
 
 
-def _cross(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
-    arm = 0.32 * r
-    pen.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
-    pen.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
+def _kite(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, color: RGB) -> None:
+    top, bottom, left, right = (x, y - r), (x, y + 0.45 * r), (x - 0.75 * r, y - 0.3 * r), (x + 0.75 * r, y - 0.3 * r)
+    pen.polygon([top, right, bottom, left], fill=color)
+    width = max(1, round(0.08 * r))
+    pen.line([top, bottom], fill=_WHITE, width=width)
+    pen.line([left, right], fill=_WHITE, width=width)
+    tail = [bottom, (x + 0.2 * r, y + 0.65 * r), (x - 0.1 * r, y + 0.8 * r), (x + 0.15 * r, y + r)]
+    pen.line(tail, fill=_shaded(color, -30), width=2 * width)
 
 
-_SHAPE_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, tuple[int, int, int]], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
+def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, color: RGB) -> None:
+    pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
+
+
+_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, RGB], None]] = {
+    "house": _house,
+    "car": _car,
+    "tree": _tree,
+    "kite": _kite,
 }
 
 
 def caption(scene: Scene) -> str:
-    """Return the objects from left to right: `Here: left red circle, right blue square.`
+    """Return the things from left to right: `Here: left red house, right blue car.`
 
     The prefix "Here:" puts a space before the first position too, so that each position is always the same token.
     """
@@ -143,22 +177,22 @@ def _random_object(scene: Scene, rng: np.random.Generator) -> SceneObject:
 
 
 def _count_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
-    return SceneQuestion("count", "How many shapes are there?", NUMBERS[len(scene.objects)])
+    return SceneQuestion("count", "How many things are there?", NUMBERS[len(scene.objects)])
 
 
-def _colour_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+def _color_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     item = _random_object(scene, rng)
-    return SceneQuestion("colour", f"What colour is the shape on the {item.position}?", item.colour)
+    return SceneQuestion("color", f"What color is the {item.thing}?", item.color)
 
 
-def _shape_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
+def _thing_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     item = _random_object(scene, rng)
-    return SceneQuestion("shape", f"Which shape is {item.colour}?", item.shape)
+    return SceneQuestion("thing", f"What is on the {item.position}?", item.thing)
 
 
 def _position_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     item = _random_object(scene, rng)
-    return SceneQuestion("place", f"Where is the {item.colour} shape?", item.position)
+    return SceneQuestion("place", f"Where is the {item.thing}?", item.position)
 
 
 def _presence_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
@@ -166,15 +200,15 @@ def _presence_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     if rng.random() < 0.5:
         name, answer = _random_object(scene, rng).name, "yes"
     else:
-        absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
+        absent = [f"{color} {thing}" for color in COLORS for thing in THINGS if f"{color} {thing}" not in present]
         name, answer = absent[int(rng.integers(len(absent)))], "no"
     return SceneQuestion("presence", f"Is there a {name}?", answer)
 
 
 _QUESTION_BUILDERS: dict[str, Callable[[Scene, np.random.Generator], SceneQuestion]] = {
     "count": _count_question,
-    "colour": _colour_question,
-    "shape": _shape_question,
+    "color": _color_question,
+    "thing": _thing_question,
     "place": _position_question,
     "presence": _presence_question,
 }

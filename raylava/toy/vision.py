@@ -1,7 +1,7 @@
 """Small CLIP and DINOv2 backbones of transformers' own classes, with training objectives like those of the originals.
 
-CLIP learns with supervision by words: it predicts the color and shape that cover each patch. DINOv2 learns from images
-alone: it reconstructs masked patches.
+CLIP learns with supervision by words: it predicts the color, the kind and the position of the thing that covers each
+patch. DINOv2 learns from images alone: it reconstructs masked patches.
 """
 
 import json
@@ -16,12 +16,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 
 from raylava.corpus.images import normalize_pixels
 from raylava.models.registry import PixelRule
-from raylava.toy.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene, draw_scene, render
+from raylava.toy.scenes import COLORS, IMAGE_SIZE, POSITIONS, THINGS, Scene, draw_scene, render
 
-PIXELS = PixelRule(IMAGE_SIZE, (0.86, 0.86, 0.86), (0.25, 0.25, 0.25))
-PATCH = 8  # pixels per side
+PIXELS = PixelRule(IMAGE_SIZE, (0.78, 0.84, 0.78), (0.2, 0.18, 0.22))
+PATCH = 16  # pixels per side
 _GRID = IMAGE_SIZE // PATCH
 _MASKED_FRACTION = 0.4  # of patches, for DINOv2
+_WORDS = {"color": tuple(COLORS), "thing": THINGS, "position": POSITIONS}  # what CLIP learns, by attribute of a thing
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class VisionSize:
     width: int = 96
     layers: int = 4
     heads: int = 4
-    steps: int = 300
+    steps: int = 200
     batch: int = 64
     lr: float = 2e-3
 
 
 def build_clip(folder: Path, size: VisionSize, seed: int, advance: Callable[[], None]) -> None:
-    """Train a CLIPVisionModel to predict each patch's color and shape, and save it as a Hugging Face folder."""
+    """Train a CLIPVisionModel to describe the thing in each patch, and save it as a Hugging Face folder."""
     torch.manual_seed(seed)
     model = CLIPVisionModel(
         CLIPVisionConfig(
@@ -50,17 +51,18 @@ def build_clip(folder: Path, size: VisionSize, seed: int, advance: Callable[[], 
             projection_dim=size.width,
         )
     )
-    colour, shape = (nn.Linear(size.width, 1 + len(words)) for words in (COLOURS, SHAPES))
-    heads = nn.ModuleDict({"norm": nn.LayerNorm(size.width), "colour": colour, "shape": shape})
+    heads = nn.ModuleList([nn.Linear(size.width, 1 + len(words)) for words in _WORDS.values()])
+    norm = nn.LayerNorm(size.width)
 
     def loss(pixels: Tensor, scenes: list[Scene]) -> Tensor:
-        patches = heads["norm"](model(pixels).last_hidden_state[:, 1:]).flatten(0, 1)
-        colours, shapes = _patch_classes(scenes)
-        return nn.functional.cross_entropy(colour(patches), colours) + nn.functional.cross_entropy(
-            shape(patches), shapes
-        )
+        patches = norm(model(pixels).last_hidden_state[:, 1:]).flatten(0, 1)
+        losses = [
+            nn.functional.cross_entropy(head(patches), classes)
+            for head, classes in zip(heads, _patch_classes(scenes), strict=True)
+        ]
+        return torch.stack(losses).sum()
 
-    _train(nn.ModuleList([model, heads]), loss, size, seed, advance)
+    _train(nn.ModuleList([model, norm, heads]), loss, size, seed, advance)
     _save(model, folder, "CLIPImageProcessor")
 
 
@@ -110,20 +112,19 @@ def _train(
         advance()
 
 
-def _patch_classes(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Return the color and shape classes of all patches, each of shape (batch · patches,); 0 is background."""
-    colours = torch.zeros(len(scenes), _GRID, _GRID, dtype=torch.long)
-    shapes = torch.zeros_like(colours)
+def _patch_classes(scenes: list[Scene]) -> list[Tensor]:
+    """Return the classes of all patches by _WORDS, each of shape (batch · patches,); 0 is background."""
+    classes = [torch.zeros(len(scenes), _GRID, _GRID, dtype=torch.long) for _ in _WORDS]
     for number, scene in enumerate(scenes):
         for item in scene.objects:
-            rows, columns = (_covered_patches(centre, item.radius) for centre in (item.y, item.x))
-            colours[number, rows, columns] = 1 + list(COLOURS).index(item.colour)
-            shapes[number, rows, columns] = 1 + SHAPES.index(item.shape)
-    return colours.flatten(), shapes.flatten()
+            rows, columns = (_covered_patches(center, item.radius) for center in (item.y, item.x))
+            for values, (attribute, words) in zip(classes, _WORDS.items(), strict=True):
+                values[number, rows, columns] = 1 + words.index(getattr(item, attribute))
+    return [values.flatten() for values in classes]
 
 
-def _covered_patches(centre: float, radius: float) -> slice:
-    return slice(max(0, int((centre - radius) // PATCH)), min(_GRID, int((centre + radius) // PATCH) + 1))
+def _covered_patches(center: float, radius: float) -> slice:
+    return slice(max(0, int((center - radius) // PATCH)), min(_GRID, int((center + radius) // PATCH) + 1))
 
 
 def _patches(pixels: Tensor) -> Tensor:
