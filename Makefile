@@ -1,5 +1,8 @@
 # One environment, two commands: `make demo` runs the main job, `make test` passes the tests.
-PYTHON ?= python3.11
+# The newest Python of those supported that runs and can create virtual environments; PYTHON=… selects another.
+SUPPORTED := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c '$(SUPPORTED)' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # Workers of pytest-xdist, each of which runs one test file at a time, in the order of collection.
@@ -11,6 +14,8 @@ PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2> /dev/null || { echo "error: no Python 3.11 to 3.13 with venv is \
+	installed here; install one (Debian and Ubuntu: apt install python3 python3-venv), or set PYTHON=…" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
