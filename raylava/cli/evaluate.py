@@ -1,6 +1,6 @@
 """`raylava evaluate`: have a model answer a benchmark, and score it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
@@ -70,42 +70,12 @@ def command(
 
 
 def _evaluate(options: _Options, console: Console) -> CommandResult:
+    from raylava import api
     from raylava.cli.tables import result_table
-    from raylava.cluster.roles import TRAIN, node_labels_for
-    from raylava.config.recipe import Resources
-    from raylava.evaluate.engines import validate_engine, validate_precision
-    from raylava.evaluate.generation import ActorPool
-    from raylava.evaluate.loading import load_named_benchmark
-    from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
     from raylava.pipeline.report import show_unjudged
     from raylava.pipeline.results import is_scored
-    from raylava.storage import writable
 
-    validate_engine(options.engine)
-    validate_precision(options.precision)
-    benchmark, loaded = load_named_benchmark(
-        options.benchmark,
-        options.data,
-        options.images,
-        options.metric,
-        options.protocol,
-        options.max_rows,
-        options.max_new_tokens,
-        options.batch_size,
-    )
-    node_labels = node_labels_for(TRAIN, Resources())
-    actors = ActorPool(options.workers, gpus_per_actor=options.gpus_per_worker, node_labels=node_labels)
-    storage = writable(options.storage)
-    request = EvaluationRequest(
-        model_ref(options.model, options.transformers_version),
-        benchmark,
-        loaded,
-        actors,
-        judge=options.judge,
-        engine=options.engine,
-        precision=options.precision,
-    )
-    artifact = evaluate_model(request, storage, console)
+    artifact = api.evaluate(**asdict(options), reporter=console)
     if is_scored(artifact):
         console.show(result_table(artifact.metrics))
     else:

@@ -23,13 +23,9 @@ def command(
 
 
 def _run(recipe_file: str, overrides: list[str], only: str | None, storage: str, console: Console) -> CommandResult:
-    from raylava.config.load import load_recipe
+    from raylava import api
     from raylava.pipeline.report import show_results
-    from raylava.pipeline.results import summarize
-    from raylava.pipeline.runner import run
-    from raylava.storage import writable
 
-    recipe = load_recipe(recipe_file, overrides)
-    artifacts = run(recipe, writable(storage), console, only)
-    show_results(artifacts, console)
-    return CommandResult(summarize(artifacts))
+    run = api.run(recipe_file, overrides, storage=storage, only=only, reporter=console)
+    show_results(run.artifacts, console)
+    return CommandResult(run.summary())

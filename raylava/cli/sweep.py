@@ -46,35 +46,45 @@ def command(
 def _sweep(
     file: str, overrides: list[str], plan_only: bool, options: EstimateOptions, console: Console
 ) -> CommandResult:
+    from raylava import api
     from raylava.perf.hardware import read_prices
-    from raylava.storage import writable
-    from raylava.tune.report import write_report
-    from raylava.tune.results import SweepResults
-    from raylava.tune.runner import SweepRun
-    from raylava.tune.sweep import load_sweep
-    from raylava.tune.sweep_plan import plan_of_results, plan_sweep
-    from raylava.tune.tables import plan_table, results_table
+    from raylava.tune.tables import results_table
 
-    sweep, storage = load_sweep(file), writable(options.storage)
     if options.prices:
         read_prices(options.prices)  # a mistake in it must not be found after the trials
+    if plan_only:
+        return _show_plan(file, overrides, options, console)
+    sweep = api.sweep(
+        file,
+        overrides,
+        storage=options.storage,
+        device_hour_price=lambda recipe: _device_hour_price(options, recipe),
+        console=console,
+    )
+    console.show(results_table(sweep.results))
+    report = escape(str(sweep.folder / "report.html"))
+    console.say(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
+    if sweep.failed:
+        raise RunError(
+            f"{len(sweep.failed)} of {len(sweep.trials)} trials failed, the first: {sweep.failed[0].failure}"
+        )
+    return CommandResult({"results": sweep.table(), "folder": sweep.folder.uri})
+
+
+def _show_plan(file: str, overrides: list[str], options: EstimateOptions, console: Console) -> CommandResult:
+    """Display the stages of a sweep and its predicted hours, without running it."""
+    from raylava.storage import writable
+    from raylava.tune.runner import SweepRun
+    from raylava.tune.sweep import load_sweep
+    from raylava.tune.sweep_plan import plan_sweep
+    from raylava.tune.tables import plan_table
+
+    sweep, storage = load_sweep(file), writable(options.storage)
     sweep_run = SweepRun(sweep, overrides, storage)
     plan = plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
     console.show(plan_table(plan))
-    if plan_only:
-        hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
-        return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
-    price = _device_hour_price(options, plan.variants[0].recipe)
-    trials = sweep_run.run(console, price)
-    results = SweepResults(sweep, overrides, plan_of_results(trials, storage, sweep_run.inputs), trials, price)
-    write_report(results, sweep_run.folder)
-    console.show(results_table(results))
-    report = escape(str(sweep_run.folder / "report.html"))
-    console.say(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
-    failed = [trial for trial in trials if trial.outcome == "failed"]
-    if failed:
-        raise RunError(f"{len(failed)} of {len(trials)} trials failed, the first: {failed[0].failure}")
-    return CommandResult({"results": results.table(), "folder": sweep_run.folder.uri})
+    hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
+    return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
 
 
 def _device_hour_price(options: EstimateOptions, recipe: "Recipe") -> float | None:

@@ -1,0 +1,186 @@
+"""Run a recipe, an evaluation or a sweep, and read its results. The commands of the same names call these functions."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylava.api.corpora import open_blocks
+from raylava.artifacts import Artifact
+from raylava.cluster.roles import TRAIN, node_labels_for
+from raylava.config.load import load_recipe
+from raylava.config.recipe import Recipe, Resources
+from raylava.console import Console
+from raylava.corpus.blocks import Blocks
+from raylava.errors import UserError
+from raylava.evaluate.engines import validate_engine, validate_precision
+from raylava.evaluate.generation import ActorPool
+from raylava.evaluate.loading import load_named_benchmark
+from raylava.pipeline import runner
+from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
+from raylava.pipeline.results import EVALUATE_PREFIX, headline_score, scored_benchmarks, summarize
+from raylava.progress import ProgressReporter
+from raylava.storage import StoragePath, writable
+from raylava.tune.report import write_report
+from raylava.tune.results import SweepResults
+from raylava.tune.runner import SweepRun
+from raylava.tune.sweep import load_sweep
+from raylava.tune.sweep_plan import plan_of_results, plan_sweep
+from raylava.tune.tables import plan_table
+from raylava.tune.variants import TrialResult
+
+DEFAULT_STORAGE = "raylava-storage"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The artifacts of a recipe, by stage label: `prepare instruction`, `pretrain`, `finetune`, `evaluate NAME`."""
+
+    recipe: Recipe
+    artifacts: Mapping[str, Artifact]
+
+    @property
+    def model(self) -> str:
+        """The folder or URI of the trained model, which plain transformers can load. Raises UserError without one."""
+        return str(self._artifact("finetune").path)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The headline score of the trained model by benchmark: a fraction, or the benchmark's own points."""
+        names = scored_benchmarks(self.artifacts)
+        return {name: headline_score(self.artifacts[EVALUATE_PREFIX + name]) for name in names}
+
+    def blocks(self, corpus: str = "instruction") -> Blocks:
+        """Return a prepared corpus of the recipe as a sequence of samples. Raises UserError when it was not built."""
+        return open_blocks(str(self._artifact(f"prepare {corpus}").path))
+
+    def summary(self) -> dict[str, Any]:
+        """Return fingerprint, path and metrics by stage label, as JSON-serializable values (`raylava run --json`)."""
+        return summarize(self.artifacts)
+
+    def _artifact(self, label: str) -> Artifact:
+        if label not in self.artifacts:
+            raise UserError(f"{label}: not a stage of this run; choose one of: {', '.join(self.artifacts)}")
+        return self.artifacts[label]
+
+
+def run(
+    recipe: Recipe | str,
+    overrides: Sequence[str] = (),
+    *,
+    storage: str = DEFAULT_STORAGE,
+    only: str | None = None,
+    reporter: ProgressReporter | None = None,
+) -> Run:
+    """Build every missing artifact of a recipe, on the cluster of RAY_ADDRESS or on this machine.
+
+    `recipe` is a Recipe, or the file or name of one, to which `overrides` such as `finetune.lr=1e-5` are applied.
+    `only="prepare"` stops after the corpora. Progress goes to standard error unless a `reporter` is given.
+
+    Raises UserError for a mistake in the recipe or its data, before anything runs if possible, and RunError when a
+    stage fails; a second call resumes it.
+    """
+    loaded = _load(recipe, overrides)
+    artifacts = runner.run(loaded, writable(storage), reporter or Console(sys.stderr), only)
+    return Run(loaded, artifacts)
+
+
+def _load(recipe: Recipe | str, overrides: Sequence[str]) -> Recipe:
+    if isinstance(recipe, str):
+        return load_recipe(recipe, list(overrides))
+    if overrides:
+        raise UserError(f"overrides={list(overrides)}: apply to a recipe's file or name; pass them to load_recipe")
+    return recipe
+
+
+def evaluate(
+    model: str,
+    benchmark: str,
+    data: str,
+    *,
+    images: str = "",
+    metric: str = "exact_match",
+    protocol: str = "",
+    max_rows: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    judge: str = "",
+    engine: str = "transformers",
+    precision: str = "auto",
+    workers: int | None = None,
+    gpus_per_worker: int = 0,
+    transformers_version: str | None = None,
+    storage: str = DEFAULT_STORAGE,
+    reporter: ProgressReporter | None = None,
+) -> Artifact:
+    """Let a model answer a benchmark, and score it. Returns the evaluation's artifact.
+
+    `model` is a finetune artifact, a Hugging Face folder or a hub id; `benchmark` an official one (vqav2, pope, …) or
+    `custom`; `data` the folder of its official files, or the file of custom questions; `images` the folder of the
+    images if it is another one. `metrics["scores"]` of the artifact has each metric's value with its 95 % interval,
+    `metrics["headline"]` the name of the main one. `workers` is the number of model replicas (default: all that fit).
+
+    Raises UserError for a mistake in the arguments or files, RunError when the model cannot be run.
+    """
+    validate_engine(engine)
+    validate_precision(precision)
+    named, loaded = load_named_benchmark(
+        benchmark, data, images, metric, protocol, max_rows, max_new_tokens, batch_size
+    )
+    node_labels = node_labels_for(TRAIN, Resources())
+    request = EvaluationRequest(
+        model_ref(model, transformers_version),
+        named,
+        loaded,
+        ActorPool(workers, gpus_per_actor=gpus_per_worker, node_labels=node_labels),
+        judge=judge,
+        engine=engine,
+        precision=precision,
+    )
+    return evaluate_model(request, writable(storage), reporter or Console(sys.stderr))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The results of a sweep, and the folder of its report (report.html, report.md, results.csv)."""
+
+    results: SweepResults
+    trials: Sequence[TrialResult]
+    folder: StoragePath
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one row per trial: levels, settings, scores, hours, as JSON-serializable values."""
+        return self.results.table()
+
+    @property
+    def failed(self) -> list[TrialResult]:
+        """The trials that failed; their `failure` is the reason."""
+        return [trial for trial in self.trials if trial.outcome == "failed"]
+
+
+def sweep(
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    storage: str = DEFAULT_STORAGE,
+    device_hour_price: Callable[[Recipe], float | None] = lambda _: None,
+    console: Console | None = None,
+) -> Sweep:
+    """Run every variant of a sweep, building shared stages once, and write its report.
+
+    `file` is the file or name of a sweep; `overrides` apply to its recipe. `device_hour_price` returns the price of a
+    GPU or CPU core for an hour, or None. Failed trials are part of the result. Raises UserError for a mistake in the
+    sweep.
+    """
+    console = console or Console(sys.stderr)
+    root, settings = writable(storage), list(overrides)
+    loaded = load_sweep(file)
+    sweep_run = SweepRun(loaded, settings, root)
+    plan = plan_sweep(sweep_run.planned_variants(), root, sweep_run.inputs)
+    console.show(plan_table(plan))
+    price = device_hour_price(plan.variants[0].recipe)
+    trials = sweep_run.run(console, price)
+    finished = plan_of_results(trials, root, sweep_run.inputs)
+    results = SweepResults(loaded, settings, finished, trials, price)
+    write_report(results, sweep_run.folder)
+    return Sweep(results, trials, sweep_run.folder)
