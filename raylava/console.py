@@ -44,17 +44,32 @@ def escape(text: str) -> str:
 
 
 class Console:
-    """The output of one command. `stream` is standard error of the terminal, `log` the file with all other output."""
+    """The output of one command.
 
-    def __init__(self, stream: TextIO, log: Path | None = None) -> None:
+    `stream` is standard error of the terminal, `out` its standard output (default: `stream`), and `log` the file with
+    all other output.
+    """
+
+    def __init__(self, stream: TextIO, log: Path | None = None, out: TextIO | None = None) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
+        self._out = out or stream
         self._rich = RichConsole(file=stream, width=width, highlight=False, emoji=False)
         self.log = log
 
     def say(self, text: str) -> None:
         """Print one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
         self._rich.print(text, soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Write a text without a line's end, as a prompt."""
+        self.stream.write(text)
+        self.stream.flush()
+
+    def print_result(self, text: str) -> None:
+        """Print a result on standard output as it is, before the command ends."""
+        self._out.write(printable(redact_urls(text)) + "\n")
+        self._out.flush()
 
     def show(self, table: Table) -> None:
         """Print a table."""
@@ -207,7 +222,7 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
-    console = Console(err, log)
+    console = Console(err, log, out)
     console_handler, file_handler = _attach_log_handlers(console, log)
     try:
         with warnings.catch_warnings():

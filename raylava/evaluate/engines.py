@@ -1,6 +1,8 @@
 """Generation engines: a LLaVA model, loaded from a folder or a hub id, that answers questions about images."""
 
 import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,22 @@ from raylava.models.registry import LlavaCheckpoint
 History = tuple[tuple[str, str], ...]
 ENGINES = ("transformers", "vllm")
 PRECISIONS = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # auto: dtype of the checkpoint
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question of a conversation with the RGB images that come with it, and its answer, None until there is one."""
+
+    question: str
+    images: tuple[Image.Image, ...] = ()
+    answer: str | None = None
+
+
+def build_conversation(question: str, image: Image.Image | None, history: History) -> list[Exchange]:
+    """Return a conversation that ends with `question`; the image belongs to its first turn."""
+    turns = [*history, (question, None)]
+    images = () if image is None else (image,)
+    return [Exchange(text, () if index else images, answer) for index, (text, answer) in enumerate(turns)]
 
 
 class GenerationEngine(Protocol):
@@ -72,15 +90,14 @@ class PromptBuilder:
             ) from error
         complete_processor(self.processor, model)
 
-    def prompt(self, text: str, image: Image.Image | None, history: History) -> str:
-        """Return the conversation in the chat template, up to the start of the next answer."""
-        turns = [turn for exchange in history for turn in exchange] + [text]
-        roles = ("user", "assistant")
-        messages: list[dict[str, Any]] = [
-            {"role": roles[index % 2], "content": [{"type": "text", "text": turn}]} for index, turn in enumerate(turns)
-        ]
-        if image is not None:
-            messages[0]["content"].insert(0, {"type": "image"})
+    def prompt(self, conversation: Iterable[Exchange]) -> str:
+        """Return the conversation in the chat template, up to the start of the answer that the last exchange lacks."""
+        messages: list[dict[str, Any]] = []
+        for exchange in conversation:
+            parts = [{"type": "image"} for _ in exchange.images] + [{"type": "text", "text": exchange.question}]
+            messages.append({"role": "user", "content": parts})
+            if exchange.answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": exchange.answer}]})
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def blank_image(self, image: Image.Image) -> Image.Image:
@@ -102,7 +119,6 @@ class TransformersEngine:
         llava = load_converted(model, PRECISIONS[precision])
         self._model = llava.to(device).eval()
 
-    @torch.inference_mode()
     def answer(
         self,
         questions: list[str],
@@ -113,12 +129,25 @@ class TransformersEngine:
         """See GenerationEngine."""
         if not questions:
             return []
-        conversations = zip(questions, images, histories or [()] * len(questions), strict=True)
-        prompts = [self._prompt_builder.prompt(text, image, history) for text, image, history in conversations]
-        present_images = [image for image in images if image is not None]
+        return self._generate(
+            [
+                build_conversation(text, image, history)
+                for text, image, history in zip(questions, images, histories or [()] * len(questions), strict=True)
+            ],
+            max_new_tokens,
+        )
+
+    def continue_conversation(self, conversation: Sequence[Exchange], max_new_tokens: int) -> str:
+        """Return the greedily decoded answer to the last question, whose exchange has no answer yet."""
+        return self._generate([conversation], max_new_tokens)[0]
+
+    @torch.inference_mode()
+    def _generate(self, conversations: Sequence[Sequence[Exchange]], max_new_tokens: int) -> list[str]:
+        """Return the next answer of each conversation."""
+        images = [image for exchanges in conversations for exchange in exchanges for image in exchange.images]
         inputs = self._processor(
-            text=prompts,
-            images=present_images or None,
+            text=[self._prompt_builder.prompt(conversation) for conversation in conversations],
+            images=images or None,
             padding=True,
             padding_side="left",
             add_special_tokens=False,
@@ -168,7 +197,7 @@ class VllmEngine:
         tokenizer = self._prompt_builder.processor.tokenizer
         prompts: list[dict[str, Any]] = []
         for text, image, history in conversations:
-            prompt = self._prompt_builder.prompt(text, image, history)
+            prompt = self._prompt_builder.prompt(build_conversation(text, image, history))
             prompts.append({"prompt_token_ids": tokenizer.encode(prompt, add_special_tokens=False)})
             if image is not None:
                 prompts[-1]["multi_modal_data"] = {"image": image}

@@ -6,7 +6,6 @@ batch to reduce padding. Scoring is in `metrics`.
 
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -20,8 +19,8 @@ from raylava.config.recipe import Resources
 from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow
 from raylava.corpus.row_images import read_image_file
-from raylava.errors import RunError, UserError, first_line
-from raylava.evaluate.engines import GenerationEngine, TransformersEngine, load_engine
+from raylava.errors import RunError, UserError
+from raylava.evaluate.engines import GenerationEngine, load_engine
 from raylava.evaluate.prediction_store import PredictionStore
 from raylava.evaluate.questions import GeneratedAnswer, Question
 from raylava.models.registry import LlavaCheckpoint
@@ -152,6 +151,11 @@ def _question_from_json(fields: dict[str, Any]) -> Question:
     return Question(**fields | {"history": history, "references": tuple(fields["references"])})
 
 
+def read_rgb_image(folder: StoragePath, name: str) -> Image.Image:
+    """Read an image below a folder. Raises BadRow when it is unusable, OSError when the folder is missing."""
+    return Image.fromarray(decode_image(read_image_file(folder, name, _MAX_IMAGE_BYTES), _MAX_PIXELS))
+
+
 class _GenerationActor:
     """The Ray Data actor: holds the model and answers one batch of questions per call."""
 
@@ -204,25 +208,7 @@ class _GenerationActor:
         if question.image is None:
             return None
         try:
-            content = read_image_file(self._image_root, question.image, _MAX_IMAGE_BYTES)
-            image = Image.fromarray(decode_image(content, _MAX_PIXELS))
+            image = read_rgb_image(self._image_root, question.image)
         except BadRow as problem:
             return problem
         return self._engine.blank_image(image) if self._config.blank_images else image
-
-
-def chat_once(model: LlavaCheckpoint, image: str | None, question: str, max_new_tokens: int) -> str:
-    """Answer one question on this machine, for `raylava chat`. Raises UserError if the model or image is unusable."""
-    pixels = None
-    if image is not None:
-        try:
-            file = storage_path(image)
-            if file.is_local:  # a user may well name a link to an image elsewhere
-                file = storage_path(os.path.realpath(file.path))
-            folder = StoragePath(file.filesystem, file.path.rpartition("/")[0], file.uri.rpartition("/")[0])
-            content = read_image_file(folder, file.name, _MAX_IMAGE_BYTES)
-            pixels = Image.fromarray(decode_image(content, _MAX_PIXELS))
-        except (OSError, BadRow) as error:
-            raise UserError(f"--image {image}: {first_line(error)}; give an image file") from error
-    engine = TransformersEngine(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return engine.answer([question], [pixels], max_new_tokens)[0]

@@ -55,7 +55,6 @@ SHORT_MODULES = {
     "tune/published_scores.py": "the paper's table, as data",
     "cli/__main__.py": "required by `python -m raylava.cli`",
     "cli/demo.py": "one command",
-    "cli/chat.py": "one command",
     "cli/show.py": "one command",
     "cli/verify.py": "one command",
     "cli/batches.py": "one command",

@@ -86,7 +86,7 @@ def test_unwritable_storage_is_reported_in_one_line(recipe: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["dance"], ["run"], ["chat", "model"], ["show", "a", "--nonsense"], ["evaluate", "m", "--limit", "0"]],
+    [[], ["dance"], ["run"], ["chat"], ["show", "a", "--nonsense"], ["evaluate", "m", "--limit", "0"]],
 )
 def test_wrong_command_line_is_reported_in_one_line(arguments: list[str], capfd: Captured) -> None:
     status, out, err = run(capfd, *arguments)

@@ -14,7 +14,7 @@ from raylava.artifacts import Artifact
 from raylava.config.recipe import Language, Model, Vision
 from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import normalize_pixels, resize_exact
-from raylava.evaluate.engines import PromptBuilder, TransformersEngine
+from raylava.evaluate.engines import PromptBuilder, TransformersEngine, build_conversation
 from raylava.models.export import build_processor, export_model
 from raylava.models.llava import build_llava
 from raylava.models.registry import (
@@ -118,7 +118,7 @@ def test_generation_stops_at_both_end_tokens_and_answers_do_not_depend_on_the_ba
 
 def test_prompt_of_a_later_turn_equals_the_text_of_training(exported: Path, language: LanguageSpec) -> None:
     builder = PromptBuilder(LlavaCheckpoint(str(exported)))
-    prompt = builder.prompt("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),))
+    prompt = builder.prompt(build_conversation("And?", Image.new("RGB", (8, 8)), (("What is it?", "a cross"),)))
     tokenizer = load_tokenizer(language)
     turns = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a cross"), Turn("human", "And?"), Turn("gpt", "x")]
     tokenized = ChatTokenizer(tokenizer, language.template).encode(turns, image_count=1)

@@ -1,0 +1,163 @@
+"""`raylava chat` reads questions from a terminal or a pipe; only answers go to standard output."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers.utils import logging as progress
+
+from raylava.cli import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _no_loading_bar() -> Iterator[None]:
+    """In the process of the tests, the bar of transformers does not go to the log file, where a command sends it."""
+    progress.disable_progress_bar()
+    yield
+    progress.enable_progress_bar()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.new("RGB", (48, 48), (200, 30, 30)).save(tmp_path / "a red.png")
+    return tmp_path / "a red.png"
+
+
+def chat(
+    capfd: Captured, monkeypatch: pytest.MonkeyPatch, lines: bytes | None, *arguments: object
+) -> tuple[int, str, str]:
+    """Run `raylava chat` with `lines` on a standard input that is no terminal; None closes it."""
+    stdin = None if lines is None else io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status = main(["chat", *map(str, arguments), "--max-new-tokens", "3"])
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_each_line_of_a_pipe_is_a_question_and_each_answer_one_line(
+    untrained_llava: Path, image: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = chat(capfd, monkeypatch, b"What is it?\n\nAre you sure?\n", untrained_llava, "--image", image)
+    assert (status, err) == (0, "")
+    assert out.count("\n") == 2
+    _, alone, _ = chat(capfd, monkeypatch, None, untrained_llava, "What is it?", "--image", image)
+    assert " ".join(alone.splitlines()) == out.split("\n")[0], "the first answer is that of one question"
+
+
+def test_json_is_the_whole_conversation_in_one_object(
+    untrained_llava: Path, image: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"Which?\n/image {image}\nAnd this?\n/new\nHello\n/quit\nnever asked\n".encode()
+    options = ["--image", image, "--image", image, "--json"]
+    status, out, err = chat(capfd, monkeypatch, lines, untrained_llava, *options)
+    assert (status, err) == (0, "")
+    first, second = json.loads(out)["conversations"]
+    assert [(turn["question"], turn["images"]) for turn in first] == [
+        ("Which?", [str(image)] * 2),
+        ("And this?", [str(image)]),
+    ]
+    assert [(turn["question"], turn["images"]) for turn in second] == [("Hello", [])]
+    assert all(isinstance(turn["answer"], str) for turn in (*first, *second))
+
+
+MISTAKES = {
+    "an image that does not exist": (b"/image none.png\nWhat?\n", [], "standard input, line 1: /image none.png: "),
+    "an unknown command": (b"Hello\n/picture\n", [], "standard input, line 2: /picture: unknown command; choose one"),
+    "a text in another encoding": ("schön\n".encode("latin-1"), [], "standard input is not utf-8 text"),
+    "an --image that does not exist": (b"What?\n", ["--image", "none.png"], "--image none.png: "),
+    "no standard input": (None, [], "no QUESTION, and standard input is closed; give a QUESTION"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_a_pipe_is_one_line_and_status_2(
+    mistake: str, untrained_llava: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, options, message = MISTAKES[mistake]
+    status, _, err = chat(capfd, monkeypatch, lines, untrained_llava, *options)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert message in err
+
+
+def test_one_question_may_have_several_images_and_a_bad_one_is_status_2(
+    untrained_llava: Path, image: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ["--image", image, "--image", image]
+    status, out, err = chat(capfd, monkeypatch, b"", untrained_llava, "Which?", *two, "--json")
+    assert (status, err) == (0, "")
+    assert list(json.loads(out)) == ["question", "answer"]
+    status, out, err = chat(capfd, monkeypatch, b"", untrained_llava, "Which?", *two, "--image", "none.png")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--image none.png" in err
+
+
+class Terminal:
+    """A process in a pseudo-terminal of its own, as a person at a keyboard sees it."""
+
+    def __init__(self, *command: str) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the process
+        )
+        os.close(slave)
+        self._text = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def read_until(self, expected: str, timeout_s: float = 120.0) -> str:
+        """Return the output up to and with `expected`."""
+        deadline = time.monotonic() + timeout_s
+        while expected not in self._text:
+            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {expected!r} in {self._text!r}"
+            self._text += os.read(self._master, 4096).decode()
+        seen, _, self._text = self._text.partition(expected)
+        return seen + expected
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_terminal_session_survives_mistakes_and_ctrl_c(untrained_llava: Path, image: Path) -> None:
+    options = ["--max-new-tokens", "1000000"]  # an untrained model goes on until it is interrupted
+    terminal = Terminal(sys.executable, "-m", "raylava.cli", "chat", str(untrained_llava), *options)
+    try:
+        terminal.read_until("\n> ")
+        terminal.type("/image none.png\n")
+        assert "/image none.png: BadRow: image missing" in terminal.read_until("\n> ")
+        terminal.type(f"/image {image}\n")
+        assert "error" not in terminal.read_until("\n> ")
+        terminal.type("What is it?\n")
+        terminal.read_until("What is it?")
+        time.sleep(1)
+        terminal.type("\x03")
+        assert "interrupted" in terminal.read_until("\n> ")
+        terminal.type("half a line\x03")
+        assert "interrupted" in terminal.read_until("\n> "), "Ctrl-C at the prompt drops the line"
+        terminal.type("/help\n")
+        assert "/new" in terminal.read_until("\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
