@@ -7,32 +7,25 @@ LLaVA, `train` trains it with DeepSpeed, `evaluate` scores it, `perf` predicts t
 `api` is the Python API, whose names are those of `__all__` here, `cli` the command line.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raylava.api import (
-        Artifact,
-        Blocks,
-        Model,
-        Recipe,
-        Run,
-        RunError,
-        Sample,
-        Sweep,
-        UserError,
-        evaluate,
-        load_model,
-        load_recipe,
-        make_toy_assets,
-        open_blocks,
-        run,
-        sweep,
-    )
+    from raylava.api.corpora import make_toy_assets, open_blocks
+    from raylava.api.models import Conversation, Model, load_model
+    from raylava.api.runs import Run, evaluate, run
+    from raylava.api.sweeps import Sweep, sweep
+    from raylava.artifacts import Artifact
+    from raylava.config.load import load_recipe
+    from raylava.config.recipe import Recipe
+    from raylava.corpus.blocks import Blocks, Sample
+    from raylava.errors import RunError, UserError
 
 __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "Blocks",
+    "Conversation",
     "Model",
     "Recipe",
     "Run",
@@ -48,13 +41,23 @@ __all__ = [
     "run",
     "sweep",
 ]
+_MODULES = {
+    "raylava.api.corpora": ("make_toy_assets", "open_blocks"),
+    "raylava.api.models": ("Conversation", "Model", "load_model"),
+    "raylava.api.runs": ("Run", "evaluate", "run"),
+    "raylava.api.sweeps": ("Sweep", "sweep"),
+    "raylava.artifacts": ("Artifact",),
+    "raylava.config.load": ("load_recipe",),
+    "raylava.config.recipe": ("Recipe",),
+    "raylava.corpus.blocks": ("Blocks", "Sample"),
+    "raylava.errors": ("RunError", "UserError"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the API at the first use of one of its names: the command line must start without Ray and torch."""
-    if name not in __all__:
-        raise AttributeError(f"module 'raylava' has no attribute {name!r}")
-    from raylava import api
-
-    globals().update({public: getattr(api, public) for public in __all__})
-    return globals()[name]
+    """Import a name of the API at its first use: the command line must start without Ray and torch."""
+    for module, names in _MODULES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(module), name)
+            return globals()[name]
+    raise AttributeError(f"module 'raylava' has no attribute {name!r}")

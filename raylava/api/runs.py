@@ -1,7 +1,7 @@
-"""Run a recipe, an evaluation or a sweep, and read its results. The commands of the same names call these functions."""
+"""Run a recipe or an evaluation, and read its results. The commands of the same names call these functions."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,7 @@ from raylava.pipeline import runner
 from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
 from raylava.pipeline.results import EVALUATE_PREFIX, headline_score, scored_benchmarks, summarize
 from raylava.progress import ProgressReporter
-from raylava.storage import StoragePath, writable
-from raylava.tune.report import write_report
-from raylava.tune.results import SweepResults
-from raylava.tune.runner import SweepRun
-from raylava.tune.sweep import load_sweep
-from raylava.tune.sweep_plan import plan_of_results, plan_sweep
-from raylava.tune.tables import plan_table
-from raylava.tune.variants import TrialResult
+from raylava.storage import writable
 
 DEFAULT_STORAGE = "raylava-storage"
 
@@ -138,49 +131,3 @@ def evaluate(
         precision=precision,
     )
     return evaluate_model(request, writable(storage), reporter or Console(sys.stderr))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The results of a sweep, and the folder of its report (report.html, report.md, results.csv)."""
-
-    results: SweepResults
-    trials: Sequence[TrialResult]
-    folder: StoragePath
-
-    def table(self) -> list[dict[str, Any]]:
-        """Return one row per trial: levels, settings, scores, hours, as JSON-serializable values."""
-        return self.results.table()
-
-    @property
-    def failed(self) -> list[TrialResult]:
-        """The trials that failed; their `failure` is the reason."""
-        return [trial for trial in self.trials if trial.outcome == "failed"]
-
-
-def sweep(
-    file: str,
-    overrides: Sequence[str] = (),
-    *,
-    storage: str = DEFAULT_STORAGE,
-    device_hour_price: Callable[[Recipe], float | None] = lambda _: None,
-    console: Console | None = None,
-) -> Sweep:
-    """Run every variant of a sweep, building shared stages once, and write its report.
-
-    `file` is the file or name of a sweep; `overrides` apply to its recipe. `device_hour_price` returns the price of a
-    GPU or CPU core for an hour, or None. Failed trials are part of the result. Raises UserError for a mistake in the
-    sweep.
-    """
-    console = console or Console(sys.stderr)
-    root, settings = writable(storage), list(overrides)
-    loaded = load_sweep(file)
-    sweep_run = SweepRun(loaded, settings, root)
-    plan = plan_sweep(sweep_run.planned_variants(), root, sweep_run.inputs)
-    console.show(plan_table(plan))
-    price = device_hour_price(plan.variants[0].recipe)
-    trials = sweep_run.run(console, price)
-    finished = plan_of_results(trials, root, sweep_run.inputs)
-    results = SweepResults(loaded, settings, finished, trials, price)
-    write_report(results, sweep_run.folder)
-    return Sweep(results, trials, sweep_run.folder)

@@ -70,12 +70,12 @@ def command(
 
 
 def _evaluate(options: _Options, console: Console) -> CommandResult:
-    from raylava import api
+    from raylava.api import runs
     from raylava.cli.tables import result_table
     from raylava.pipeline.report import show_unjudged
     from raylava.pipeline.results import is_scored
 
-    artifact = api.evaluate(**asdict(options), reporter=console)
+    artifact = runs.evaluate(**asdict(options), reporter=console)
     if is_scored(artifact):
         console.show(result_table(artifact.metrics))
     else:

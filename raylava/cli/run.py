@@ -23,9 +23,9 @@ def command(
 
 
 def _run(recipe_file: str, overrides: list[str], only: str | None, storage: str, console: Console) -> CommandResult:
-    from raylava import api
+    from raylava.api import runs
     from raylava.pipeline.report import show_results
 
-    run = api.run(recipe_file, overrides, storage=storage, only=only, reporter=console)
+    run = runs.run(recipe_file, overrides, storage=storage, only=only, reporter=console)
     show_results(run.artifacts, console)
     return CommandResult(run.summary())

@@ -46,7 +46,7 @@ def command(
 def _sweep(
     file: str, overrides: list[str], plan_only: bool, options: EstimateOptions, console: Console
 ) -> CommandResult:
-    from raylava import api
+    from raylava.api import sweeps
     from raylava.perf.hardware import read_prices
     from raylava.tune.tables import results_table
 
@@ -54,7 +54,7 @@ def _sweep(
         read_prices(options.prices)  # a mistake in it must not be found after the trials
     if plan_only:
         return _show_plan(file, overrides, options, console)
-    sweep = api.sweep(
+    sweep = sweeps.sweep(
         file,
         overrides,
         storage=options.storage,
