@@ -35,5 +35,5 @@ def _toy(folder: Path, storage: str, console: Console) -> CommandResult:
     elif folder.exists():
         raise UserError(f"{folder}: exists and is not a link to toy assets; name a new folder")
     folder.symlink_to(local_copy(artifact.path), target_is_directory=True)
-    next_command = "raylava run jobs/recipes/toy.yaml"
+    next_command = "raylava run toy"
     return CommandResult({"toy_assets": str(artifact.path)}, f"{folder}: corpus and backbones; next: {next_command}")
