@@ -25,7 +25,7 @@ demo: install
 
 ablation: install
 	$(BIN)/raylava toy toy
-	$(BIN)/raylava sweep jobs/recipes/toy-ablations.yaml
+	$(BIN)/raylava sweep toy-ablations
 
 # The unit tier first, since it takes seconds; the others in one run, since two would each end with an idle worker.
 test: test-unit

@@ -33,8 +33,13 @@ _INTRODUCTION = f"""\
 
 A recipe is a YAML file that holds every setting of an experiment. `extends: PARENT.yaml` merges it over another recipe;
 only what differs is written. On the command line, `key=value` changes any setting, for example `finetune.lr=1e-5` or
-`evaluate.0.max_new_tokens=16` (list items are numbered from 0). `raylava check RECIPE.yaml` reports unknown keys and
-values out of range without network, weights or cluster. The shipped recipes are in [jobs/recipes/](../jobs/recipes).
+`evaluate.0.max_new_tokens=16` (list items are numbered from 0). `raylava check RECIPE` reports unknown keys and values
+out of range without network, weights or cluster.
+
+`raylava recipes` lists the shipped recipes and sweeps ([jobs/recipes/](../jobs/recipes)). Their names work wherever a
+file does: `raylava run toy`, `extends: llava-gemma-2b`, `recipe: toy` of a sweep. A name has no `/` and no suffix
+`.yaml` or `.yml`; a file of that name takes precedence. Relative paths in a named recipe start at the current folder,
+as those in a file do. `raylava recipes copy toy mine.yaml` writes a copy to edit.
 
 The column *fingerprint* says whether a key takes part in the fingerprints of artifacts (see
 [architecture](architecture.md#fingerprints)): **yes** for a setting that determines the result, so that changing it

@@ -18,6 +18,7 @@ from raylava.cli import (
     inspect,
     local_cluster,
     preemption_watcher,
+    recipes,
     replay,
     run,
     score,
@@ -65,6 +66,7 @@ app = typer.Typer(
 )
 for name, module in _COMMANDS.items():
     app.command(name)(module.command)
+app.add_typer(recipes.group, name="recipes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

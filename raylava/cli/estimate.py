@@ -96,7 +96,7 @@ class EstimateOptions:
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="a recipe, or with --sweep a sweep")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe, or with --sweep a sweep: file or name")],
     overrides: Overrides = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="the file is a sweep; shared stages count once")] = False,
     nodes: Nodes = None,

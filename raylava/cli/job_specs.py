@@ -7,6 +7,7 @@ from typing import Any
 from raylava.cluster.jobs import JobSpec, is_uri, validate_shared_storage
 from raylava.config.load import load_recipe, read_mapping, read_recipe
 from raylava.config.recipe import Recipe
+from raylava.config.shipped import locate
 from raylava.errors import UserError
 from raylava.models.hub import is_folder
 from raylava.pipeline.graph import make_absolute
@@ -17,15 +18,15 @@ _SWEEP_FILE = "sweep.yaml"
 
 
 def job_spec_for(file: str, overrides: list[str], storage: str) -> JobSpec:
-    """Return the job that does what `raylava run` or `raylava sweep` would do with the file.
+    """Return the job that does what `raylava run` or `raylava sweep` would do with the file or shipped recipe.
 
     With local storage, which implies a shared disk, relative paths in the file become absolute. With a bucket they are
     rejected. Raises UserError for them, and for a file that is neither a recipe nor a sweep.
     """
     validate_shared_storage(storage)
-    content = read_mapping(Path(file), "recipe or sweep")
+    content = read_mapping(locate(file), "recipe or sweep")
     if "recipe" in content:
-        return _sweep_job(Path(file), content, overrides, storage)
+        return _sweep_job(file, content, overrides, storage)
     recipe = load_recipe(file, overrides)
     if is_uri(storage):
         _reject_local_paths(recipe)
@@ -34,12 +35,12 @@ def job_spec_for(file: str, overrides: list[str], storage: str) -> JobSpec:
     return JobSpec(recipe.name, ("run", _RECIPE_FILE, "--storage", storage), {_RECIPE_FILE: _as_json(recipe)})
 
 
-def _sweep_job(file: Path, content: Mapping[str, Any], overrides: list[str], storage: str) -> JobSpec:
+def _sweep_job(file: str, content: Mapping[str, Any], overrides: list[str], storage: str) -> JobSpec:
     from raylava.tune.sweep import load_sweep
     from raylava.tune.variants import variants
 
-    sweep = load_sweep(str(file))
-    base_recipe = read_recipe(str(file.parent / content["recipe"]))
+    sweep = load_sweep(file)
+    base_recipe = read_recipe(sweep.recipe)
     files = {_SWEEP_FILE: dict(content) | {"recipe": _RECIPE_FILE}, _RECIPE_FILE: base_recipe}
     recipes = [variant.recipe for variant in variants(sweep, overrides)]
     if is_uri(storage):

@@ -7,7 +7,9 @@ import typer
 
 DEFAULT_STORAGE = "raylava-storage"
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="a recipe")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a recipe file, or a name that `raylava recipes` lists")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings to change, such as finetune.lr=1e-5")
 ]

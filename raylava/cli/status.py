@@ -12,7 +12,7 @@ from raylava.console import Console
 
 def command(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE.yaml]", help="list the artifacts of this recipe only")
+        str | None, typer.Argument(metavar="[RECIPE]", help="list the artifacts of this recipe only")
     ] = None,
     overrides: Overrides = None,
     storage: Storage = DEFAULT_STORAGE,

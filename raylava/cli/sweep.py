@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a sweep")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep file, or a name that `raylava recipes` lists")],
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="show the plan and its hours, and run nothing")] = False,
     nodes: Nodes = None,

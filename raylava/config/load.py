@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from raylava.config.recipe import ConfigModel, Recipe
+from raylava.config.shipped import locate
 from raylava.errors import UserError
 
 _EXPONENT_WITHOUT_POINT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number in YAML 1.2, a string in YAML 1.1
@@ -49,7 +50,7 @@ RENAMED_VALUES = {"blank_pictures": "blank_images", "trim": "truncate_exchanges"
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
-    """Load the recipe in a YAML file, with its parents and `key=value` overrides applied.
+    """Load the recipe in a YAML file, or the shipped one of that name, with parents and `key=value` overrides applied.
 
     Raises UserError, in one line, for a missing file, YAML that does not parse, or a key or value out of range.
     """
@@ -60,8 +61,11 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read a recipe file merged over its parents, without validation. Raises UserError like `load_recipe`."""
-    return _read_with_parents(Path(path), visited=())
+    """Read a recipe, a file or a shipped one, merged over its parents, without validation.
+
+    Raises UserError like `load_recipe`.
+    """
+    return _read_with_parents(locate(path), visited=())
 
 
 def validate(data: dict[str, Any], source: str) -> Recipe:
@@ -82,7 +86,7 @@ def _read_with_parents(path: Path, visited: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends={parent!r} is not the path of a recipe; name one, or remove it")
-    return _merge(_read_with_parents(path.parent / parent, (*visited, resolved)), data)
+    return _merge(_read_with_parents(locate(parent, path.parent), (*visited, resolved)), data)
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: cannot read the {expected} ({error.strerror}); see jobs/recipes/ for the shipped ones"
+            f"{path}: cannot read the {expected} ({error.strerror}); `raylava recipes` lists the shipped ones"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of numbers and nesting that are too long
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error

@@ -4,15 +4,14 @@ import base64
 import html
 import json
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from raylava.artifacts import Artifact
 from raylava.cluster.session import ray_session
 from raylava.config.load import load_recipe
 from raylava.config.recipe import Recipe, Resources
+from raylava.config.shipped import recipes_folder
 from raylava.console import Console, escape
-from raylava.errors import UserError
 from raylava.evaluate.generation import decode_answers
 from raylava.evaluate.metrics.exact_match import is_exact_match
 from raylava.pipeline.report import show_results
@@ -71,15 +70,6 @@ def toy_recipe(toy_assets: StoragePath, overrides: list[str]) -> Recipe:
         f"model.vision.name={toy_assets / 'backbones' / 'clip'}",
     ]
     return load_recipe(str(recipes_folder() / "toy.yaml"), [*paths, *overrides])
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes: in the wheel, or in the checkout that raylava is installed from."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parent / "jobs" / "recipes"):
-        if folder.is_dir():
-            return folder
-    raise UserError("the shipped recipes are missing from this installation; reinstall raylava")
 
 
 def write_answer_sheet(evaluation: Artifact, images: StoragePath, console: Console) -> StoragePath:

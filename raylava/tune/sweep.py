@@ -1,12 +1,12 @@
 """Typed configuration of a sweep file: a base recipe, axes along which it varies, settings to search."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from raylava.config.load import describe_error, read_mapping
 from raylava.config.recipe import MAX_SEED, NAME_PATTERN, ConfigModel
+from raylava.config.shipped import locate
 from raylava.errors import UserError
 
 _RESULT_COLUMNS = (
@@ -155,13 +155,16 @@ class SweepConfig(ConfigModel):
 
 
 def load_sweep(path: str) -> SweepConfig:
-    """Load a sweep from a YAML file; its `recipe` is a path relative to that file.
+    """Load a sweep from a YAML file, or the shipped one of that name.
+
+    Its `recipe` is a path relative to that file, or the name of a shipped recipe.
 
     Raises UserError with a one-line message for a missing file, YAML that does not parse, or an invalid key or value.
     """
-    data = read_mapping(Path(path), "sweep")
+    file = locate(path)
+    data = read_mapping(file, "sweep")
     try:
         sweep = SweepConfig.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {describe_error(error, SweepConfig)}") from error
-    return sweep.model_copy(update={"recipe": str(Path(path).parent / sweep.recipe)})
+    return sweep.model_copy(update={"recipe": str(locate(sweep.recipe, file.parent))})

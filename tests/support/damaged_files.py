@@ -53,6 +53,7 @@ def _write_recipes(folder: Path, toy_assets: Artifact) -> None:
         "parent-number": "extends: 3",
         "parent-list": "extends: [a, b]",
         "parent-missing": "extends: nowhere.yaml",
+        "parent-name": "extends: nowhere",
         "number-key": "extends: recipe.yaml\n1: 2\n",
         "null-key": "extends: recipe.yaml\nnull: 2\n",
         "section-number": "extends: recipe.yaml\nfinetune: 3\n",

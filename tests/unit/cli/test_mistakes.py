@@ -43,6 +43,28 @@ check digits.yaml
     digits.yaml: not valid YAML: Exceeds the limit (4300 digits) for integer
 check deep.yaml
     deep.yaml: not valid YAML: maximum recursion depth exceeded
+check nowhere
+    nowhere: neither a file nor a shipped recipe; `raylava recipes` lists the
+run lava-gemma-2b
+    lava-gemma-2b: neither a file nor a shipped recipe; did you mean
+sweep toy-ablation
+    toy-ablation: neither a file nor a shipped recipe; did you mean toy-ablations
+check parent-name.yaml
+    nowhere: neither a file nor a shipped recipe; `raylava recipes` lists the
+check ''
+    .: cannot read the recipe
+recipes show toi
+    toi: no shipped recipe has this name; did you mean toy?
+recipes copy nowhere mine.yaml
+    nowhere: no shipped recipe has this name; `raylava recipes` lists the
+recipes copy toy recipe.yaml
+    recipe.yaml: exists already; name a new file
+recipes copy toy nowhere/at/all.yaml
+    nowhere/at/all.yaml: cannot be written (No such file or directory); name
+recipes copy toy
+    Missing argument 'FILE'.; see `raylava recipes copy --help`
+recipes toy
+    No such command 'toy'.; see `raylava recipes --help`
 show ~nosuchuser/x
     '~nosuchuser/x' is no path
 status --storage ~nosuchuser/x
@@ -840,7 +862,7 @@ local-cluster up --cluster list.yaml
 preemption-watcher
     Missing option '--address'.; see `raylava preemption-watcher --help`
 run
-    Missing argument 'RECIPE.yaml'.; see `raylava run --help`
+    Missing argument 'RECIPE'.; see `raylava run --help`
 dance
     No such command 'dance'.; see `raylava --help`
 run recipe.yaml --nonsense
@@ -888,5 +910,5 @@ def test_the_table_has_every_command_and_at_least_150_mistakes() -> None:
     from raylava.cli.app import app
 
     assert len(MISTAKES) >= 150
-    commands = {command.name for command in app.registered_commands}
+    commands = {command.name for command in [*app.registered_commands, *app.registered_groups]}
     assert {shlex.split(command)[0] for command in MISTAKES} >= commands - {"demo"}
