@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/raylava demo
 
 ablation: install
-	$(BIN)/raylava toy toy
+	$(BIN)/raylava toy toy --ablations
 	$(BIN)/raylava sweep toy-ablations
 
 # The unit tier first, since it takes seconds; the others in one run, since two would each end with an idle worker.

@@ -21,19 +21,24 @@ from raylava.pipeline.stage import Stage, run_stage
 from raylava.storage import StoragePath, writable
 from raylava.toy.assets import ABLATION_PARTS, DEMO_PARTS, ToyAssetsStage, ToySize
 
-SEED = 0
+SEED = 0  # of the toy assets that `raylava toy` builds
 ANSWER_SHEET = "answers.html"
 _SHEET_QUESTIONS = 3
 _EVALUATE_STAGE = "evaluate heldout"
 
 
-def demo(storage: str, overrides: list[str], console: Console, size: ToySize | None = None) -> dict[str, Any]:
-    """Run the demo and return the JSON summary of all its artifacts."""
+def demo(
+    storage: str, overrides: list[str], console: Console, size: ToySize | None = None, seed: int = SEED
+) -> dict[str, Any]:
+    """Run the demo and return the JSON summary of all its artifacts.
+
+    `seed` draws the corpus and the questions, and initializes the backbones and the training.
+    """
     root = writable(storage)
-    stage = ToyAssetsStage(root, size or ToySize(), SEED, DEMO_PARTS)
+    stage = ToyAssetsStage(root, size or ToySize(), seed, DEMO_PARTS)
     with _session_for(stage):  # the recipe's stages join the Ray cluster that builds the toy assets
         toy_assets = run_stage(stage, console)
-        artifacts = run(toy_recipe(toy_assets.path, overrides), root, console)
+        artifacts = run(toy_recipe(toy_assets.path, [f"seed={seed}", *overrides]), root, console)
     if _EVALUATE_STAGE in artifacts:
         sheet = write_answer_sheet(artifacts[_EVALUATE_STAGE], toy_assets.path / "corpus" / "images", console)
         console.say(f"answers: [bold]{escape(str(sheet))}[/]   (the questions above, with their images)")
