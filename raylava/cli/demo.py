@@ -6,14 +6,13 @@ import typer
 
 from raylava.cli.command import CommandResult, execute
 from raylava.cli.options import DEFAULT_STORAGE, AsJson, Overrides, Storage
-from raylava.config.recipe import MAX_SEED
 from raylava.console import Console
 
 
 def command(
     overrides: Overrides = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=MAX_SEED, metavar="N", help="draws the images and starts all training")
+        int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="draws the images and starts all training")
     ] = 0,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,

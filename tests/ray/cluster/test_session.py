@@ -69,6 +69,18 @@ def test_cluster_of_a_command_listens_on_the_loopback_interface(
     assert settings["num_cpus"] >= 3
 
 
+def test_training_on_a_cluster_of_a_command_is_polled_often_unless_the_user_says_otherwise(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+        monkeypatch.setenv(name, "")  # so that the environment is restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    with ray_session(Resources()):
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+        assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+
+
 def test_settings_of_a_cluster_that_is_joined_are_left_alone(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
