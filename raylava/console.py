@@ -22,10 +22,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from raylava.errors import redact_urls
-from raylava.progress import ProgressBar
+from raylava.progress import NullProgressBar, ProgressBar
 
 logger = logging.getLogger("raylava")
 
+_LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 _TABLE_INTERVAL_S = 30.0
 _LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
 _WIDTH_WITHOUT_TERMINAL = 110
@@ -44,21 +45,31 @@ def escape(text: str) -> str:
 
 
 class Console:
-    """The output of one command. `stream` is standard error of the terminal, `log` the file with all other output."""
+    """The output of one command. `stream` is standard error of the terminal, `log` the file with all other output.
 
-    def __init__(self, stream: TextIO, log: Path | None = None) -> None:
+    A quiet console shows results and errors only: neither messages nor progress.
+    """
+
+    def __init__(self, stream: TextIO, log: Path | None = None, quiet: bool = False) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._rich = RichConsole(file=stream, width=width, highlight=False, emoji=False)
         self.log = log
+        self.quiet = quiet
 
     def say(self, text: str) -> None:
-        """Print one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
-        self._rich.print(text, soft_wrap=True)
+        """Print a message, one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
+        if not self.quiet:
+            self._rich.print(text, soft_wrap=True)
 
-    def show(self, table: Table) -> None:
-        """Print a table."""
-        self._rich.print(table)
+    def show(self, result: Table | str) -> None:
+        """Print a table or a line of rich markup that belongs to the command's result, also on a quiet console."""
+        self._rich.print(result, soft_wrap=isinstance(result, str))
+
+    def show_log_record(self, level: int, text: str) -> None:
+        """Print a log record as one line."""
+        name, style = logging.getLevelName(level).lower(), _LEVEL_STYLES.get(level, "dim")
+        self._rich.print(f"[{style}]{name}[/]: {escape(redact_urls(text))}", soft_wrap=True)
 
     def error(self, text: str) -> None:
         """Print an error as one line."""
@@ -67,7 +78,9 @@ class Console:
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         """Display a live bar on a terminal; elsewhere print a line at the start, every 10 seconds and at the end."""
-        if self._rich.is_terminal:
+        if self.quiet:
+            yield NullProgressBar()
+        elif self._rich.is_terminal:
             with _rich_progress(self._rich) as progress:
                 yield _LiveBar(progress, progress.add_task(f"{title:<20}", total=None, metrics=""), unit)
         else:
@@ -78,6 +91,9 @@ class Console:
     @contextmanager
     def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
         """Yield a function that redraws the table; without a terminal it prints the table every 30 seconds."""
+        if self.quiet:
+            yield lambda: None
+            return
         if self._rich.is_terminal:
             with Live(render(), console=self._rich, auto_refresh=False) as live:
                 yield lambda: live.update(render(), refresh=True)
@@ -175,14 +191,14 @@ class _LineBar:
 
 
 class ConsoleLogHandler(logging.Handler):
-    """Shows raylava's own warnings on the console; records of other libraries stay in the log file."""
+    """Shows raylava's own records on the console; records of other libraries stay in the log file."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, console: Console, level: int = logging.WARNING) -> None:
+        super().__init__(max(level, logging.ERROR) if console.quiet else level)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(f"[yellow]{record.levelname.lower()}[/]: {escape(redact_urls(record.getMessage()))}")
+        self._console.show_log_record(record.levelno, record.getMessage())
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -193,8 +209,13 @@ class _RedactingFormatter(logging.Formatter):
 
 
 @contextmanager
-def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
-    """Redirect file descriptors 1 and 2 to `log`; yield (standard output, a console on standard error)."""
+def redirect_output(
+    log: Path, quiet: bool = False, log_level: int = logging.WARNING
+) -> Iterator[tuple[IO[str], Console]]:
+    """Redirect file descriptors 1 and 2 to `log`; yield (standard output, a console on standard error).
+
+    The console shows raylava's log records of `log_level` and above; a quiet one shows errors and results only.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -207,8 +228,8 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
-    console = Console(err, log)
-    console_handler, file_handler = _attach_log_handlers(console, log)
+    console = Console(err, log, quiet)
+    console_handler, file_handler = _attach_log_handlers(console, log, log_level)
     try:
         with warnings.catch_warnings():
             yield out, console
@@ -226,11 +247,11 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
         file_handler.close()
 
 
-def _attach_log_handlers(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
-    console_handler = ConsoleLogHandler(console)
+def _attach_log_handlers(console: Console, log: Path, log_level: int) -> tuple[logging.Handler, logging.Handler]:
+    console_handler = ConsoleLogHandler(console, log_level)
     file_handler = logging.FileHandler(log, encoding="utf-8", errors="backslashreplace")
     file_handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(console_handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(min(logging.INFO, log_level))
     logging.getLogger().addHandler(file_handler)
     return console_handler, file_handler

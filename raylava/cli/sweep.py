@@ -60,7 +60,8 @@ def _sweep(
         read_prices(options.prices)  # a mistake in it must not be found after the trials
     sweep_run = SweepRun(sweep, overrides, storage)
     plan = plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
-    console.show(plan_table(plan))
+    if plan_only or not console.quiet:
+        console.show(plan_table(plan))
     if plan_only:
         hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
         return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
@@ -70,7 +71,7 @@ def _sweep(
     write_report(results, sweep_run.folder)
     console.show(results_table(results))
     report = escape(str(sweep_run.folder / "report.html"))
-    console.say(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
+    console.show(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
     failed = [trial for trial in trials if trial.outcome == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {len(trials)} trials failed, the first: {failed[0].failure}")

@@ -97,9 +97,7 @@ def test_paths_are_never_names(reference: str) -> None:
 
 
 def test_unknown_name_suggests_the_closest_ones() -> None:
-    with pytest.raises(
-        UserError, match="lava-gema-2b: neither a file nor a shipped recipe; did you mean llava-gemma"
-    ):
+    with pytest.raises(UserError, match="lava-gema-2b: neither a file nor a shipped recipe; did you mean llava-gemma"):
         load_recipe("lava-gema-2b")
     Path("child.yaml").write_text("extends: tyo\nname: child\n")
     with pytest.raises(UserError, match="tyo: neither a file nor a shipped recipe; did you mean toy"):
