@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TextIO
@@ -18,16 +18,15 @@ from typing import IO, TextIO
 from rich import markup
 from rich.console import Console as RichConsole
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from raylava.errors import redact_urls
-from raylava.progress import NullProgressBar, ProgressBar
+from raylava.progress import NullProgressBar, ProgressBar, format_progress
 
 logger = logging.getLogger("raylava")
 
 _LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
-_TABLE_INTERVAL_S = 30.0
 _LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
 _WIDTH_WITHOUT_TERMINAL = 110
 # Control codes would let a text move the cursor, change the window's title or hide other text.
@@ -79,18 +78,24 @@ class Console:
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         """Display a live bar on a terminal; elsewhere print a line at the start, every 10 seconds and at the end."""
         if self.quiet:
-            yield NullProgressBar()
+            yield _Bar(title, unit)
         elif self._rich.is_terminal:
             with _rich_progress(self._rich) as progress:
-                yield _LiveBar(progress, progress.add_task(f"{title:<20}", total=None, metrics=""), unit)
+                yield _LiveBar(progress, title, unit)
         else:
             bar = _LineBar(self._rich, title, unit)
             yield bar
             bar.finish()
 
     @contextmanager
-    def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
-        """Yield a function that redraws the table; without a terminal it prints the table every 30 seconds."""
+    def live(
+        self, render: Callable[[], Table], list_states: Callable[[], Mapping[str, str]]
+    ) -> Iterator[Callable[[], None]]:
+        """Yield a function that shows the current state of several tasks.
+
+        It redraws the table on a terminal. Elsewhere it prints a line for each task of `list_states` (state by name)
+        whose state has changed, and the table is printed once, at the end.
+        """
         if self.quiet:
             yield lambda: None
             return
@@ -99,25 +104,24 @@ class Console:
                 yield lambda: live.update(render(), refresh=True)
                 live.update(render(), refresh=True)
             return
-        printed_at = time.monotonic()
+        shown: dict[str, str] = {}
 
-        def print_periodically() -> None:
-            nonlocal printed_at
-            if time.monotonic() - printed_at >= _TABLE_INTERVAL_S:
-                printed_at = time.monotonic()
-                self._rich.print(render())
+        def print_changes() -> None:
+            for name, state in list_states().items():
+                if shown.get(name) != state:
+                    shown[name] = state
+                    self.say(f"{escape(name)}: {escape(state)}")
 
-        yield print_periodically
+        yield print_changes
+        print_changes()
         self._rich.print(render())
 
 
 def _rich_progress(console: RichConsole) -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=20 if console.width >= _WIDTH_WITHOUT_TERMINAL else 8),
+        TextColumn("{task.fields[line]}", markup=False),
         console=console,
     )
 
@@ -136,58 +140,52 @@ class _RateMeter:
         return (done - first) / (now - started_at) if now > started_at else 0.0
 
 
-def _format_metrics(rate: float, unit: str, metrics: dict[str, float]) -> str:
-    parts = [f"{rate:.1f} {unit}/s"] if rate else []
-    return "  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()])
+class _Bar(NullProgressBar):
+    """A progress bar that displays nothing, but logs what is said."""
 
-
-def _print_detail(console: RichConsole, text: str) -> None:
-    console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
-
-
-class _LiveBar:
-    """A rich progress bar on a terminal."""
-
-    def __init__(self, progress: Progress, task: TaskID, unit: str) -> None:
-        self._progress, self._task, self._unit, self._meter = progress, task, unit, _RateMeter()
-
-    def update(self, done: float, total: float, **metrics: float) -> None:
-        text = _format_metrics(self._meter.rate(done), self._unit, metrics)
-        self._progress.update(self._task, completed=done, total=total, metrics=text)
+    def __init__(self, title: str, unit: str) -> None:
+        self._title, self._unit, self._meter = title, unit, _RateMeter()
 
     def say(self, text: str) -> None:
-        _print_detail(self._progress.console, text)
+        logger.info("%s: %s", self._title, text)
+
+    def _format(self, done: float, total: float, metrics: Mapping[str, float]) -> str:
+        return format_progress(done, total, self._unit, self._meter.rate(done), metrics)
 
 
-class _LineBar:
+class _LiveBar(_Bar):
+    """A rich progress bar on a terminal."""
+
+    def __init__(self, progress: Progress, title: str, unit: str) -> None:
+        super().__init__(title, unit)
+        self._progress, self._task = progress, progress.add_task(f"{escape(title):<12}", total=None, line="starting")
+
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        self._progress.update(self._task, completed=done, total=total, line=self._format(done, total, metrics))
+
+
+class _LineBar(_Bar):
     """Progress as lines, for output that is not a terminal."""
 
     def __init__(self, console: RichConsole, title: str, unit: str) -> None:
-        self._console, self._title, self._unit, self._meter = console, title, unit, _RateMeter()
-        self._printed_at = -_LINE_INTERVAL_S
-        self._line = ""
-        self._pending = False
+        super().__init__(title, unit)
+        self._console = console
+        self._pending: str | None = None
+        self._print("starting")
 
     def update(self, done: float, total: float, **metrics: float) -> None:
-        rate = self._meter.rate(done)
-        eta = f"  ETA {(total - done) / rate:.0f} s" if rate and done < total else ""
-        text = _format_metrics(rate, self._unit, metrics)
-        self._line = f"{self._title}: {done:g}/{total:g} {self._unit}  {text}{eta}"
-        self._pending = True
+        self._pending = self._format(done, total, metrics)
         if time.monotonic() - self._printed_at >= _LINE_INTERVAL_S:
-            self._print()
-
-    def say(self, text: str) -> None:
-        _print_detail(self._console, text)
+            self._print(self._pending)
 
     def finish(self) -> None:
-        if self._pending:
-            self._print()
+        if self._pending is not None:
+            self._print(self._pending)
 
-    def _print(self) -> None:
-        self._console.print(escape(self._line), soft_wrap=True)
+    def _print(self, line: str) -> None:
+        self._console.print(escape(f"{self._title}  {line}"), soft_wrap=True)
         self._printed_at = time.monotonic()
-        self._pending = False
+        self._pending = None
 
 
 class ConsoleLogHandler(logging.Handler):
