@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TextIO
@@ -18,15 +18,15 @@ from typing import IO, TextIO
 from rich import markup
 from rich.console import Console as RichConsole
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from raylava.errors import redact_urls
-from raylava.progress import ProgressBar
+from raylava.progress import NullProgressBar, ProgressBar, format_progress
 
 logger = logging.getLogger("raylava")
 
-_TABLE_INTERVAL_S = 30.0
+_LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 _LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
 _WIDTH_WITHOUT_TERMINAL = 110
 # Control codes would let a text move the cursor, change the window's title or hide other text.
@@ -47,19 +47,23 @@ class Console:
     """The output of one command.
 
     `stream` is standard error of the terminal, `out` its standard output (default: `stream`), and `log` the file with
-    all other output.
+    all other output. A quiet console shows results and errors only: neither messages nor progress.
     """
 
-    def __init__(self, stream: TextIO, log: Path | None = None, out: TextIO | None = None) -> None:
+    def __init__(
+        self, stream: TextIO, log: Path | None = None, out: TextIO | None = None, quiet: bool = False
+    ) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._out = out or stream
         self._rich = RichConsole(file=stream, width=width, highlight=False, emoji=False)
         self.log = log
+        self.quiet = quiet
 
     def say(self, text: str) -> None:
-        """Print one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
-        self._rich.print(text, soft_wrap=True)
+        """Print a message, one line of rich markup. Long lines are not wrapped, so that paths can be copied."""
+        if not self.quiet:
+            self._rich.print(text, soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Write a text without a line's end, as a prompt."""
@@ -71,9 +75,14 @@ class Console:
         self._out.write(printable(redact_urls(text)) + "\n")
         self._out.flush()
 
-    def show(self, table: Table) -> None:
-        """Print a table."""
-        self._rich.print(table)
+    def show(self, result: Table | str) -> None:
+        """Print a table or a line of rich markup that belongs to the command's result, also on a quiet console."""
+        self._rich.print(result, soft_wrap=isinstance(result, str))
+
+    def show_log_record(self, level: int, text: str) -> None:
+        """Print a log record as one line."""
+        name, style = logging.getLevelName(level).lower(), _LEVEL_STYLES.get(level, "dim")
+        self._rich.print(f"[{style}]{name}[/]: {escape(redact_urls(text))}", soft_wrap=True)
 
     def error(self, text: str) -> None:
         """Print an error as one line."""
@@ -82,41 +91,51 @@ class Console:
     @contextmanager
     def stage(self, title: str, unit: str) -> Iterator[ProgressBar]:
         """Display a live bar on a terminal; elsewhere print a line at the start, every 10 seconds and at the end."""
-        if self._rich.is_terminal:
+        if self.quiet:
+            yield _Bar(title, unit)
+        elif self._rich.is_terminal:
             with _rich_progress(self._rich) as progress:
-                yield _LiveBar(progress, progress.add_task(f"{title:<20}", total=None, metrics=""), unit)
+                yield _LiveBar(progress, title, unit)
         else:
             bar = _LineBar(self._rich, title, unit)
             yield bar
             bar.finish()
 
     @contextmanager
-    def live(self, render: Callable[[], Table]) -> Iterator[Callable[[], None]]:
-        """Yield a function that redraws the table; without a terminal it prints the table every 30 seconds."""
+    def live(
+        self, render: Callable[[], Table], list_states: Callable[[], Mapping[str, str]]
+    ) -> Iterator[Callable[[], None]]:
+        """Yield a function that shows the current state of several tasks.
+
+        It redraws the table on a terminal. Elsewhere it prints a line for each task of `list_states` (state by name)
+        whose state has changed, and the table is printed once, at the end.
+        """
+        if self.quiet:
+            yield lambda: None
+            return
         if self._rich.is_terminal:
             with Live(render(), console=self._rich, auto_refresh=False) as live:
                 yield lambda: live.update(render(), refresh=True)
                 live.update(render(), refresh=True)
             return
-        printed_at = time.monotonic()
+        shown: dict[str, str] = {}
 
-        def print_periodically() -> None:
-            nonlocal printed_at
-            if time.monotonic() - printed_at >= _TABLE_INTERVAL_S:
-                printed_at = time.monotonic()
-                self._rich.print(render())
+        def print_changes() -> None:
+            for name, state in list_states().items():
+                if shown.get(name) != state:
+                    shown[name] = state
+                    self.say(f"{escape(name)}: {escape(state)}")
 
-        yield print_periodically
+        yield print_changes
+        print_changes()
         self._rich.print(render())
 
 
 def _rich_progress(console: RichConsole) -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=20 if console.width >= _WIDTH_WITHOUT_TERMINAL else 8),
+        TextColumn("{task.fields[line]}", markup=False),
         console=console,
     )
 
@@ -135,69 +154,63 @@ class _RateMeter:
         return (done - first) / (now - started_at) if now > started_at else 0.0
 
 
-def _format_metrics(rate: float, unit: str, metrics: dict[str, float]) -> str:
-    parts = [f"{rate:.1f} {unit}/s"] if rate else []
-    return "  ".join(parts + [f"{name} {value:.4g}" for name, value in metrics.items()])
+class _Bar(NullProgressBar):
+    """A progress bar that displays nothing, but logs what is said."""
 
-
-def _print_detail(console: RichConsole, text: str) -> None:
-    console.print(f"  [dim]{escape(text)}[/]", soft_wrap=True)
-
-
-class _LiveBar:
-    """A rich progress bar on a terminal."""
-
-    def __init__(self, progress: Progress, task: TaskID, unit: str) -> None:
-        self._progress, self._task, self._unit, self._meter = progress, task, unit, _RateMeter()
-
-    def update(self, done: float, total: float, **metrics: float) -> None:
-        text = _format_metrics(self._meter.rate(done), self._unit, metrics)
-        self._progress.update(self._task, completed=done, total=total, metrics=text)
+    def __init__(self, title: str, unit: str) -> None:
+        self._title, self._unit, self._meter = title, unit, _RateMeter()
 
     def say(self, text: str) -> None:
-        _print_detail(self._progress.console, text)
+        logger.info("%s: %s", self._title, text)
+
+    def _format(self, done: float, total: float, metrics: Mapping[str, float]) -> str:
+        return format_progress(done, total, self._unit, self._meter.rate(done), metrics)
 
 
-class _LineBar:
+class _LiveBar(_Bar):
+    """A rich progress bar on a terminal."""
+
+    def __init__(self, progress: Progress, title: str, unit: str) -> None:
+        super().__init__(title, unit)
+        self._progress, self._task = progress, progress.add_task(f"{escape(title):<12}", total=None, line="starting")
+
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        self._progress.update(self._task, completed=done, total=total, line=self._format(done, total, metrics))
+
+
+class _LineBar(_Bar):
     """Progress as lines, for output that is not a terminal."""
 
     def __init__(self, console: RichConsole, title: str, unit: str) -> None:
-        self._console, self._title, self._unit, self._meter = console, title, unit, _RateMeter()
-        self._printed_at = -_LINE_INTERVAL_S
-        self._line = ""
-        self._pending = False
+        super().__init__(title, unit)
+        self._console = console
+        self._pending: str | None = None
+        self._print("starting")
 
     def update(self, done: float, total: float, **metrics: float) -> None:
-        rate = self._meter.rate(done)
-        eta = f"  ETA {(total - done) / rate:.0f} s" if rate and done < total else ""
-        text = _format_metrics(rate, self._unit, metrics)
-        self._line = f"{self._title}: {done:g}/{total:g} {self._unit}  {text}{eta}"
-        self._pending = True
+        self._pending = self._format(done, total, metrics)
         if time.monotonic() - self._printed_at >= _LINE_INTERVAL_S:
-            self._print()
-
-    def say(self, text: str) -> None:
-        _print_detail(self._console, text)
+            self._print(self._pending)
 
     def finish(self) -> None:
-        if self._pending:
-            self._print()
+        if self._pending is not None:
+            self._print(self._pending)
 
-    def _print(self) -> None:
-        self._console.print(escape(self._line), soft_wrap=True)
+    def _print(self, line: str) -> None:
+        self._console.print(escape(f"{self._title}  {line}"), soft_wrap=True)
         self._printed_at = time.monotonic()
-        self._pending = False
+        self._pending = None
 
 
 class ConsoleLogHandler(logging.Handler):
-    """Shows raylava's own warnings on the console; records of other libraries stay in the log file."""
+    """Shows raylava's own records on the console; records of other libraries stay in the log file."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, console: Console, level: int = logging.WARNING) -> None:
+        super().__init__(max(level, logging.ERROR) if console.quiet else level)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(f"[yellow]{record.levelname.lower()}[/]: {escape(redact_urls(record.getMessage()))}")
+        self._console.show_log_record(record.levelno, record.getMessage())
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -208,8 +221,13 @@ class _RedactingFormatter(logging.Formatter):
 
 
 @contextmanager
-def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
-    """Redirect file descriptors 1 and 2 to `log`; yield (standard output, a console on standard error)."""
+def redirect_output(
+    log: Path, quiet: bool = False, log_level: int = logging.WARNING
+) -> Iterator[tuple[IO[str], Console]]:
+    """Redirect file descriptors 1 and 2 to `log`; yield (standard output, a console on standard error).
+
+    The console shows raylava's log records of `log_level` and above; a quiet one shows errors and results only.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -222,8 +240,8 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
-    console = Console(err, log, out)
-    console_handler, file_handler = _attach_log_handlers(console, log)
+    console = Console(err, log, out, quiet)
+    console_handler, file_handler = _attach_log_handlers(console, log, log_level)
     try:
         with warnings.catch_warnings():
             yield out, console
@@ -241,11 +259,11 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
         file_handler.close()
 
 
-def _attach_log_handlers(console: Console, log: Path) -> tuple[logging.Handler, logging.Handler]:
-    console_handler = ConsoleLogHandler(console)
+def _attach_log_handlers(console: Console, log: Path, log_level: int) -> tuple[logging.Handler, logging.Handler]:
+    console_handler = ConsoleLogHandler(console, log_level)
     file_handler = logging.FileHandler(log, encoding="utf-8", errors="backslashreplace")
     file_handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(console_handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(min(logging.INFO, log_level))
     logging.getLogger().addHandler(file_handler)
     return console_handler, file_handler

@@ -54,7 +54,8 @@ def sweep(
     loaded = load_sweep(file)
     sweep_run = SweepRun(loaded, settings, root)
     plan = plan_sweep(sweep_run.planned_variants(), root, sweep_run.inputs)
-    console.show(plan_table(plan))
+    if not console.quiet:
+        console.show(plan_table(plan))
     price = device_hour_price(plan.variants[0].recipe)
     trials = sweep_run.run(console, price)
     finished = plan_of_results(trials, root, sweep_run.inputs)

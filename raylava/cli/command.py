@@ -6,18 +6,30 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from raylava.console import Console, escape, printable, redirect_output
 from raylava.errors import UserError, first_line, redact_urls
-from raylava.storage import cache_folder
 
 logger = logging.getLogger(__name__)
 
 _JSON_ESCAPES = {code: f"\\u{code:04x}" for code in range(127, 160)}  # terminals act on some of these
 _CLOSED_PIPE = 141  # the status of a process that SIGPIPE ends
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The global options: show errors and the result only, and the level of raylava's log that the console shows."""
+
+    quiet: bool = False
+    log_level: int = logging.WARNING
+
+
+_DEFAULT_OPTIONS = OutputOptions()
+output_options: ContextVar[OutputOptions] = ContextVar("output_options", default=_DEFAULT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,9 @@ class CommandResult:
 def execute(name: str, as_json: bool, body: Callable[[Console], CommandResult]) -> int:
     """Run a command's body and return the exit status. All output but its result goes to a log file."""
     timestamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6:06d}"
-    with redirect_output(_log_folder() / f"{name}-{timestamp}.log") as (out, console):
+    options = output_options.get()
+    log = _log_folder() / f"{name}-{timestamp}.log"
+    with redirect_output(log, options.quiet, options.log_level) as (out, console):
         try:
             result = body(console)
             _print_result(result, as_json, out)
@@ -47,12 +61,14 @@ def execute(name: str, as_json: bool, body: Callable[[Console], CommandResult]) 
         except Exception as error:  # reported in one line; the traceback is in the log file
             logger.info("the command failed", exc_info=error)
             console.error(first_line(error))
-            console.say(f"[dim]complete log: {escape(str(console.log))}[/]")
+            console.show(f"[dim]complete log: {escape(str(console.log))}[/]")
             return 1
 
 
 def _log_folder() -> Path:
     """Return the folder for log files: in the user's cache or, if that cannot be written, a temporary one."""
+    from raylava.storage import cache_folder  # imports pyarrow, which --help does not need
+
     folder = cache_folder() / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)

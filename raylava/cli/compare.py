@@ -30,7 +30,7 @@ def _compare(evaluations: list[str], html: str, console: Console) -> CommandResu
     write_output("--html", html, page(comparisons).encode())
     for comparison in comparisons:
         console.show(comparison_table(comparison))
-    console.say(f"page: [bold]{escape(html)}[/]   (the questions that are scored differently, with their images)")
+    console.show(f"page: [bold]{escape(html)}[/]   (the questions that are scored differently, with their images)")
     return CommandResult(
         {
             comparison.benchmark: {

@@ -1,5 +1,6 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and help texts that several commands share."""
 
+import inspect
 import os
 from typing import Annotated
 
@@ -29,6 +30,12 @@ BenchmarkData = Annotated[
 Address = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="the cluster's job server (RAY_API_SERVER_ADDRESS)")
 ]
+
+
+def help_text(description: str, *examples: str) -> str:
+    """Return the help of a command: its docstring, and a block of example lines, which typer would not indent."""
+    title = "Example:" if len(examples) == 1 else "Examples:"
+    return "\n".join([inspect.cleandoc(description), "", title, *examples])
 
 
 def job_server(address: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raylava.cli.command import CommandResult, execute
-from raylava.cli.options import AsJson
+from raylava.cli.options import AsJson, help_text
 from raylava.errors import UserError
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a name that `raylava recipes` lists")]
@@ -17,37 +17,31 @@ group = typer.Typer(invoke_without_command=True)
 
 @group.callback()
 def list_recipes(context: typer.Context, as_json: AsJson = False) -> int:
-    """List the shipped recipes and sweeps. Their names are accepted wherever a file of one is.
-
-    \b
-    raylava recipes
-    """
+    """List the shipped recipes and sweeps. Their names are accepted wherever a file of one is."""
     if context.invoked_subcommand is not None:
         return 0
     return execute("recipes", as_json, lambda console: _list())
 
 
-@group.command("show")
+@group.command("show", help=help_text("Print the file of a shipped recipe or sweep.", "raylava recipes show toy"))
 def show_recipe(name: Name, as_json: AsJson = False) -> int:
-    """Print the file of a shipped recipe or sweep.
-
-    \b
-    raylava recipes show llava-gemma-2b
-    """
+    """Print the file of a shipped recipe or sweep."""
     return execute("recipes", as_json, lambda console: _show(name))
 
 
-@group.command("copy")
+@group.command(
+    "copy",
+    help=help_text(
+        "Copy a shipped recipe or sweep to a new file, which works from any folder.",
+        "raylava recipes copy toy mine.yaml",
+    ),
+)
 def copy_recipe(
     name: Name,
     file: Annotated[str, typer.Argument(metavar="FILE", help="the file to write; it must not exist")],
     as_json: AsJson = False,
 ) -> int:
-    """Copy a shipped recipe or sweep to a new file, which works from any folder.
-
-    \b
-    raylava recipes copy toy mine.yaml
-    """
+    """Copy a shipped recipe or sweep to a new file, which works from any folder."""
     return execute("recipes", as_json, lambda console: _copy(name, file))
 
 

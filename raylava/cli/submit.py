@@ -1,5 +1,6 @@
 """`raylava submit`: run a recipe or sweep as a cluster job and follow it."""
 
+import io
 from typing import Annotated
 
 import typer
@@ -35,7 +36,7 @@ def _submit(
     console.say(f"job [bold]{submission_id}[/] " + ("submitted" if is_new else "is already running; following it"))
     if not detach:
         try:
-            client.follow(submission_id, console.stream)
+            client.follow(submission_id, io.StringIO() if console.quiet else console.stream)
         except KeyboardInterrupt:
             console.say(f"{submission_id} keeps running: submit again to follow it, `raylava stop` to stop it")
             raise

@@ -63,7 +63,7 @@ def _sweep(
     )
     console.show(results_table(sweep.results))
     report = escape(str(sweep.folder / "report.html"))
-    console.say(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
+    console.show(f"report: [bold]{report}[/]   (report.md and results.csv are beside it)")
     if sweep.failed:
         raise RunError(
             f"{len(sweep.failed)} of {len(sweep.trials)} trials failed, the first: {sweep.failed[0].failure}"

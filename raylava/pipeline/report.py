@@ -32,7 +32,7 @@ def show_results(artifacts: Mapping[str, Artifact], console: Console) -> None:
     if "finetune" not in artifacts:
         return
     model = artifacts["finetune"].path
-    console.say(f"\nmodel: [bold]{escape(str(model))}[/]   (loads in plain transformers)")
+    console.show(f"\nmodel: [bold]{escape(str(model))}[/]   (loads in plain transformers)")
     console.say(f'next:  raylava chat {escape(str(model))} --image FILE "What do you see?"')
     console.say(f"       raylava show {escape(str(model))}")
 
@@ -40,7 +40,7 @@ def show_results(artifacts: Mapping[str, Artifact], console: Console) -> None:
 def show_unjudged(evaluation: Artifact, console: Console) -> None:
     """Display where the answers are that a judge has to grade, and the command that scores its grades."""
     name, answers = evaluation.metrics["benchmark"], evaluation.path / evaluation.metrics["answers_for_a_judge"]
-    console.say(f"answers to {name}: [bold]{escape(str(answers))}[/]   (to be graded by a judge)")
+    console.show(f"answers to {name}: [bold]{escape(str(answers))}[/]   (to be graded by a judge)")
     official = evaluation.metrics.get("official", "NAME")  # absent from artifacts of version 0.1.0
     console.say(f"next:  raylava score {official} --data DIR --grades FILE")
 

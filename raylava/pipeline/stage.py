@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from raylava.artifacts import Artifact, ArtifactSpec, lock
 from raylava.console import escape
-from raylava.progress import ProgressBar, ProgressReporter
+from raylava.progress import ProgressBar, ProgressReporter, format_duration
 from raylava.storage import StoragePath
 
 
@@ -61,7 +61,7 @@ def commit(stage: Stage, metrics: dict[str, Any], started: float, reporter: Prog
     inputs = {role: spec.fingerprint for role, spec in stage.inputs.items()}
     artifact = stage.spec().commit(metrics, inputs, time.monotonic() - started)
     path, seconds = escape(str(artifact.path)), artifact.record["seconds"]
-    reporter.say(f"[green]✓[/] {stage.label:<28} built in {seconds:.0f} s  [dim]{path}[/]")
+    reporter.say(f"[green]✓[/] {stage.label:<28} built in {format_duration(seconds)}  [dim]{path}[/]")
     return artifact
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD = "tensorboard"
 _UPLOAD_INTERVAL_S = 60.0
+_NOTABLE_DATA_WAIT = 0.05
 _MLFLOW_EXPERIMENT = "raylava"
 
 
@@ -62,9 +63,11 @@ class StepMetrics:
     skipped: bool
 
     def progress_metrics(self) -> dict[str, float]:
-        """Return the few metrics that are displayed beside a progress bar."""
-        metrics = {"loss": self.loss, "tok/s": self.tokens_per_second, "wait": self.data_wait_fraction}
-        return metrics if self.mfu is None else metrics | {"mfu": self.mfu}
+        """Return the main figures, which are displayed with the progress; the wait for data where it is notable."""
+        metrics = {"loss": self.loss, "tokens/s": self.tokens_per_second}
+        if self.data_wait_fraction > _NOTABLE_DATA_WAIT:
+            metrics["waiting for data %"] = 100 * self.data_wait_fraction
+        return metrics
 
 
 def memory_gb(device: torch.device) -> float:

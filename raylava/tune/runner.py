@@ -35,7 +35,7 @@ from raylava.tune.prefixes import PrefixPlan, plan_prefixes, unneeded_states
 from raylava.tune.searcher import SingleTrial, SweepSearcher
 from raylava.tune.study import StudyRegistry, VariantStudy, sample_settings
 from raylava.tune.sweep import SearchConfig, SweepConfig
-from raylava.tune.tables import progress_table
+from raylava.tune.tables import progress_table, trial_states
 from raylava.tune.tracker import TrialStatus, TrialTracker
 from raylava.tune.trial import run_trial
 from raylava.tune.variants import TrialRecord, TrialResult, Variant, variants, with_settings
@@ -248,9 +248,17 @@ def _live_progress_table(
 ) -> Iterator[None]:
     """Display the progress of the trials, and save the budget, while Ray Tune blocks the main thread."""
 
-    def render() -> Table:
-        budget.save()
-        return progress_table(ray.get(tracker.statuses.remote()), time.time(), planned_trials)
+    def statuses() -> list[TrialStatus]:
+        return ray.get(tracker.statuses.remote())
 
-    with console.live(render) as refresh, poll_in_background(refresh):
-        yield
+    def render() -> Table:
+        return progress_table(statuses(), time.time(), planned_trials)
+
+    with console.live(render, lambda: trial_states(statuses())) as refresh:
+
+        def poll() -> None:
+            budget.save()
+            refresh()
+
+        with poll_in_background(poll):
+            yield

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from raylava.console import escape
+from raylava.progress import format_duration, format_metric, format_number
 from raylava.tune.results import SweepResults
 from raylava.tune.sweep_plan import SweepPlan
 from raylava.tune.tracker import TrialStatus
@@ -33,7 +34,7 @@ def progress_table(trials: Sequence[TrialStatus], now: float, planned_trials: in
 
     `now` is Unix time in seconds; `planned_trials` is the total number of trials, None if unknown.
     """
-    table = Table("trial", "variant", "stage", "step", "metrics", "ETA")
+    table = Table("trial", "variant", "stage", "step", "metrics", "time left")
     running = [(number, status) for number, status in enumerate(trials) if not status.outcome]
     finished = [(number, status) for number, status in enumerate(trials) if status.outcome]
     for number, status in sorted(running + finished[-max(0, _MAX_ROWS - len(running)) :]):
@@ -47,12 +48,20 @@ def progress_table(trials: Sequence[TrialStatus], now: float, planned_trials: in
     return table
 
 
+def trial_states(trials: Sequence[TrialStatus]) -> dict[str, str]:
+    """Return the outcome of each trial or the stage that it builds, by the trial's number and variant."""
+    return {
+        f"trial {number} ({status.variant})" if status.variant else f"trial {number}": status.outcome or status.stage
+        for number, status in enumerate(trials)
+    }
+
+
 def _progress_cells(status: TrialStatus, now: float) -> list[str]:
-    """Return the cells stage, step, metrics and ETA; of a finished trial only its outcome."""
+    """Return the cells stage, step, metrics and time left; of a finished trial only its outcome."""
     if status.outcome:
         return [status.outcome]
-    step = f"{status.done:g}/{status.total:g}" if status.total else ""
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in status.metrics.items() if name != "wait")
+    step = f"{format_number(status.done)}/{format_number(status.total)}" if status.total else ""
+    metrics = "  ".join(format_metric(name, value) for name, value in status.metrics.items())
     return [status.stage, step, metrics, _eta(status, now)]
 
 
@@ -64,8 +73,7 @@ def _eta(status: TrialStatus, now: float) -> str:
     if status.done <= first_done or now <= first_time:
         return ""
     rate = (status.done - first_done) / (now - first_time)
-    seconds = (status.total - status.done) / rate
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return format_duration((status.total - status.done) / rate)
 
 
 def results_table(results: SweepResults) -> Table:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from raylava.artifacts import Artifact
-from raylava.toy.demo import recipes_folder
 
 SCRIPT = """
 import sys
@@ -16,18 +15,21 @@ status = main(sys.argv[2:])
 loaded = [name for name in sys.argv[1].split(",") if name in sys.modules]
 sys.exit(f"imported {loaded}" if loaded else status)
 """
-RECIPE = str(recipes_folder() / "llava-gemma-2b.yaml")
+HEAVY = "torch,ray,transformers,deepspeed,optuna,plotly,boto3"
 
 
 @pytest.mark.parametrize(
     ("arguments", "forbidden"),
     [
-        (["--help"], "torch,ray,transformers"),
-        (["status", "--storage", "{storage}"], "torch,ray,transformers"),
-        (["show", "{artifact}"], "torch,ray,transformers"),
-        (["check", RECIPE], "torch,transformers"),
+        (["--help"], HEAVY + ",pyarrow,numpy,yaml"),
+        (["run", "--help"], HEAVY + ",pyarrow,numpy,yaml"),
+        (["--version"], HEAVY + ",pyarrow,numpy,yaml"),
+        (["recipes"], HEAVY),
+        (["status", "--storage", "{storage}"], HEAVY),
+        (["show", "{artifact}"], HEAVY),
+        (["check", "llava-gemma-2b"], HEAVY),
     ],
-    ids=["help", "status", "show", "check"],
+    ids=["help", "help of a command", "version", "recipes", "status", "show", "check"],
 )
 def test_command_does_not_import(arguments: list[str], forbidden: str, toy_assets: Artifact, tmp_path: Path) -> None:
     arguments = [argument.format(storage=tmp_path, artifact=toy_assets.path) for argument in arguments]

@@ -85,3 +85,13 @@ def test_recipes_of_the_wheel_are_listed_copied_checked_and_run_by_name(
     assert "finetune" in json.loads(trained.stdout)
     (model,) = (tmp_path / "storage" / "finetune").iterdir()
     assert (model / "config.json").exists()
+
+    # What runs is in the artifact and in the log; the terminal shows the progress, each line complete.
+    mechanisms = json.loads((model / "mechanisms.json").read_text())
+    (log,) = (Path(os.environ["XDG_CACHE_HOME"]) / "raylava" / "logs").glob("run-*.log")
+    assert f"finetune: attention: {mechanisms['attention']}\n" in log.read_text()
+    assert "attention" not in trained.stderr
+    lines = trained.stderr.splitlines()
+    assert "finetune  starting" in lines
+    assert [line for line in lines if line.startswith("finetune  1/1 steps")], trained.stderr
+    assert not [line for line in lines if line != line.rstrip()]

@@ -865,6 +865,16 @@ run
     Missing argument 'RECIPE'.; see `raylava run --help`
 dance
     No such command 'dance'.; see `raylava --help`
+--nonsense check recipe.yaml
+    No such option: --nonsense; see `raylava --help`
+--log-level loud check recipe.yaml
+    Invalid value for '--log-level': Value error, 'loud' is not one of 'debug',
+check recipe.yaml --log-level loud
+    Invalid value for '--log-level': Value error, 'loud' is not one of 'debug',
+run recipe.yaml --log-level
+    Option '--log-level' requires an argument.; see `raylava --help`
+--quiet check nowhere.yaml
+    nowhere.yaml: cannot read the recipe
 run recipe.yaml --nonsense
     No such option: --nonsense; see `raylava run --help`
 """

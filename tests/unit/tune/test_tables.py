@@ -11,10 +11,13 @@ def render(trials: list[TrialStatus], planned_trials: int | None) -> tuple[list[
     return [list(map(str, row)) for row in zip(*columns, strict=True)], str(table.caption)
 
 
-def test_progress_table_shows_stage_step_metrics_and_eta_of_each_trial() -> None:
-    running = TrialStatus("lr=0.1", "finetune", 50, 100, {"loss": 0.25, "wait": 0.0}, first_report=(80.0, 30.0))
+def test_progress_table_shows_stage_step_metrics_and_time_left_of_each_trial() -> None:
+    running = TrialStatus("lr=0.1", "finetune", 50, 100, {"loss": 0.25, "tokens/s": 18130.4}, first_report=(80.0, 30.0))
     rows, caption = render([running, TrialStatus("lr=0.2", outcome="stopped")], 12)
-    assert rows == [["0", "lr=0.1", "finetune", "50/100", "loss 0.25", "50 s"], ["1", "lr=0.2", "stopped", "", "", ""]]
+    assert rows == [
+        ["0", "lr=0.1", "finetune", "50/100", "loss 0.250  18,130 tokens/s", "50 s"],
+        ["1", "lr=0.2", "stopped", "", "", ""],
+    ]
     assert caption == "1 running, 1 stopped, 10 pending"
 
 
