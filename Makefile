@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo ablation test test-unit test-ray test-chaos mutants check-vllm lint format clean
+.PHONY: install demo ablation test test-unit test-ray test-chaos mutants check-vllm docs lint format clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,14 @@ mutants: install
 check-vllm: demo
 	$(BIN)/python -m tests.vllm.check raylava-storage
 
+# Builds the documentation into site/; a link, anchor or name that leads nowhere fails. See docs/build_site.py.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/build_site.py site
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +67,4 @@ format: install
 
 # Keeps raylava-storage, which holds trained models; remove it yourself if you do not need them.
 clean:
-	rm -rf $(VENV) .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -50,9 +50,7 @@ class Console:
     all other output. A quiet console shows results and errors only: neither messages nor progress.
     """
 
-    def __init__(
-        self, stream: TextIO, log: Path | None = None, out: TextIO | None = None, quiet: bool = False
-    ) -> None:
+    def __init__(self, stream: TextIO, log: Path | None = None, out: TextIO | None = None, quiet: bool = False) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._out = out or stream

