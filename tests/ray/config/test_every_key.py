@@ -331,7 +331,7 @@ KEYS: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "model.vision.revision": ("model.vision.revision=other", model),
     "model.vision.family": ("model.vision.family=dinov2", model),
     "model.vision.image_size": ("model.vision.image_size=56", model),
-    "model.vision.resize_size": ("model.vision.resize_size=60", blocks, model),
+    "model.vision.resize_size": ("model.vision.resize_size=120", blocks, model),
     "model.connector.feature_scale": ("model.connector.feature_scale=none", training),
     "model.initial_weights.name": ("model.initial_weights={name: INITIAL}", training),
     "model.initial_weights.revision": (

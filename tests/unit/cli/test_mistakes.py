@@ -386,7 +386,7 @@ run recipe.yaml --only finetune
 run recipe.yaml data=nowhere
     evaluate.heldout.questions: nowhere/questions.jsonl: no such file
 run recipe.yaml corpora.instruction.sources.0.annotations=cut.json data=data
-    data/cut.json: not JSON at byte 4294: Unterminated string starting at
+    data/cut.json: not JSON at byte 4
 run recipe.yaml corpora.instruction.sources.0.annotations=comma.json data=data
     data/comma.json: not JSON at byte 1: Expecting property name enclosed in
 run recipe.yaml corpora.instruction.sources.0.annotations=latin.json data=data
@@ -436,7 +436,7 @@ run recipe.yaml model.vision.name=clip/config-list
 run recipe.yaml model.vision.name=clip/config-type
     model.vision.name=clip/config-type: 'bert' is not a supported vision family;
 run recipe.yaml model.vision.name=clip/config-types
-    model.vision.image_size=48 is not a multiple of clip/config-types's patch
+    model.vision.image_size=96: clip/config-types takes 224 only
 run recipe.yaml model.vision.name=clip/no-weights
     clip/no-weights: has neither model.safetensors nor pytorch_model.bin; give a
 run recipe.yaml model.vision.name=clip/weights-cut
@@ -764,7 +764,7 @@ score custom --data questions/binary.jsonl --answers answers.jsonl
 score custom --data questions --answers answers.jsonl
     evaluate.custom.questions: questions: a folder; name the file of questions,
 score custom --data data/cut.json --answers answers.jsonl
-    data/cut.json: not JSON at byte 4294: Unterminated string starting at
+    data/cut.json: not JSON at byte 4
 score custom --data data/no-talk.json --answers answers.jsonl
     data/no-talk.json: row 0 is not a conversation: no turns: no list of
 score custom --data questions/good.jsonl --answers answers.jsonl --metric yes_no
@@ -850,7 +850,7 @@ status --storage nonsense://x
 status --storage s3:/b
     s3:/b: has one slash after s3:; did you mean s3://b?
 toy file
-    file: exists and is not a link to toy assets; name a new folder
+    file: exists and is not a folder of links to toy assets; name a new folder
 local-cluster sideways
     Invalid value for 'up|down': Value error, 'sideways' is not one of 'up',
 local-cluster up --cluster nowhere.yaml

@@ -67,7 +67,7 @@ def test_exported_processor_computes_the_pixels_of_preparation(
 def test_exported_processor_crops_as_preparation_does(
     aspect: str, toy_assets: Artifact, language: LanguageSpec, tmp_path: Path
 ) -> None:
-    vision = resolve_vision(Vision(name=str(toy_assets.path / "backbones" / "dinov2"), resize_size=60))
+    vision = resolve_vision(Vision(name=str(toy_assets.path / "backbones" / "dinov2"), resize_size=120))
     build_processor(load_tokenizer(language), vision, language, aspect).save_pretrained(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (41, 90, 3), dtype=np.uint8)
     prepared = normalize_pixels(resize_exact(noise, vision.pixels, aspect), vision.pixels)

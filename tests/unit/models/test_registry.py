@@ -14,10 +14,10 @@ from raylava.models.registry import resolve_language, resolve_vision, validate_b
 
 
 def test_dinov2_accepts_another_image_size_and_clip_does_not(toy_assets: Artifact) -> None:
-    dinov2 = Vision(name=str(toy_assets.path / "backbones" / "dinov2"), image_size=64)
+    dinov2 = Vision(name=str(toy_assets.path / "backbones" / "dinov2"), image_size=128)
     assert resolve_vision(dinov2).image_tokens == 64
-    with pytest.raises(UserError, match="takes 48 only"):
-        resolve_vision(Vision(name=str(toy_assets.path / "backbones" / "clip"), image_size=64))
+    with pytest.raises(UserError, match="takes 96 only"):
+        resolve_vision(Vision(name=str(toy_assets.path / "backbones" / "clip"), image_size=128))
     with pytest.raises(UserError, match="not a multiple of"):
         resolve_vision(dinov2.model_copy(update={"image_size": 50}))
 
