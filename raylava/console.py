@@ -28,6 +28,7 @@ logger = logging.getLogger("raylava")
 
 _LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 _LINE_INTERVAL_S = 10.0  # without a terminal, progress is a line at this interval
+_MIN_MEASURED_S = 0.5
 _WIDTH_WITHOUT_TERMINAL = 110
 # Control codes would let a text move the cursor, change the window's title or hide other text.
 _CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -139,7 +140,10 @@ def _rich_progress(console: RichConsole) -> Progress:
 
 
 class _RateMeter:
-    """Units per second since the first update, so that work restored from an earlier run does not count."""
+    """Units per second since the first update, so that work restored from an earlier run does not count.
+
+    The rate is 0 until it has been measured for half a second: updates of a remote worker arrive several at once.
+    """
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = None
@@ -149,7 +153,7 @@ class _RateMeter:
         if self._start is None:
             self._start = (now, done)
         started_at, first = self._start
-        return (done - first) / (now - started_at) if now > started_at else 0.0
+        return (done - first) / (now - started_at) if now - started_at >= _MIN_MEASURED_S else 0.0
 
 
 class _Bar(NullProgressBar):

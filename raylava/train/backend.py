@@ -57,4 +57,4 @@ class TrainBackend(Protocol):
         """Report the metrics of a completed step of `steps`. Only rank 0 calls it."""
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Display lines about the run before its first step. Only rank 0 calls it."""
+        """Log lines about the run before its first step. Only rank 0 calls it."""

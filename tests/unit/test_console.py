@@ -1,4 +1,4 @@
-"""Text from data cannot act on the terminal, secrets are not shown; odd outputs and progress are one line."""
+"""Text from data cannot act on the terminal, secrets are not shown, odd outputs and progress are one line."""
 
 import io
 import json

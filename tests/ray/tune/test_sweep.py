@@ -70,7 +70,18 @@ def test_failed_variant_reports_its_reason_and_the_others_finish(results: SweepR
     assert all(
         "1 consecutive steps had a non-finite loss or gradient, the last is step 0" in reason for reason in reasons
     ), reasons
-    assert "2 done, 1 failed" in (storage / "console.txt").read_text()
+
+
+def test_log_of_a_sweep_has_a_line_per_change_of_a_trial_and_its_table_once(
+    results: SweepResults, storage: Path
+) -> None:
+    lines = (storage / "console.txt").read_text().splitlines()
+    assert len([line for line in lines if "2 done, 1 failed" in line]) == 1
+    changes = [line for line in lines if line.startswith("trial ")]
+    assert len(set(changes)) == len(changes) > 3, lines
+    ends = [line.rpartition(": ")[2] for line in changes]
+    assert (ends.count("done"), ends.count("failed")) == (2, 1)
+    assert "finetune" in ends
 
 
 def test_report_has_scores_effects_failures_and_a_command_for_each_row(results: SweepResults, storage: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
-from raylava.train.metrics import TENSORBOARD
+from raylava.progress import format_metric
+from raylava.train.metrics import TENSORBOARD, StepMetrics
 from tests.support.metrics import (
     SHAPE,
     check_resumed_run_continues_the_file,
@@ -49,3 +50,16 @@ def test_model_flops_utilization_is_the_required_share_of_a_known_gpus_peak(monk
     assert peak is not None
     assert measure_step(0, 1.0, torch.device("cuda")).mfu == pytest.approx(flops / 2.0 / peak)
     assert measure_step(0, 1.0, torch.device("cpu")).mfu is None
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.04, "loss 2.00  18,130 tokens/s"), (0.25, "loss 2.00  18,130 tokens/s  waiting for data 25 %")],
+)
+def test_progress_shows_loss_and_speed_and_a_wait_for_data_above_5_percent(share: float, shown: str) -> None:
+    times = {"step_time_s": 0.5, "data_wait_fraction": share, "checkpoint_stall_s": 0.0}
+    rates = {"samples_per_second": 8.0, "tokens_per_second": 18130.2, "loss_tokens_per_second": 900.0}
+    metrics = StepMetrics(
+        step=0, loss=2.001, lr=1e-5, grad_norm=1.0, mfu=0.3, memory_gb=1.0, skipped=False, **times, **rates
+    )
+    assert "  ".join(format_metric(name, value) for name, value in metrics.progress_metrics().items()) == shown
