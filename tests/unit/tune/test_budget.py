@@ -9,7 +9,7 @@ from raylava.pipeline.stages import TrainStage
 from raylava.storage import StoragePath, storage_path
 from raylava.toy.demo import toy_recipe
 from raylava.train.step_log import METRICS_LOG
-from raylava.tune.budget import SearchBudget, TrainingHours, device_hours_per_second
+from raylava.tune.budget import SearchBudget, TrainingHours
 from raylava.tune.variants import Variant
 from tests.support.studies import resume_study
 
