@@ -1,5 +1,6 @@
 """`raylava run`: build every missing artifact of a recipe."""
 
+import time
 from typing import Annotated, Literal
 
 import typer
@@ -26,10 +27,15 @@ def _run(recipe_file: str, overrides: list[str], only: str | None, storage: str,
     from raylava.config.load import load_recipe
     from raylava.pipeline.report import show_results
     from raylava.pipeline.results import summarize
+    from raylava.pipeline.run_report.page import report_run
     from raylava.pipeline.runner import run
     from raylava.storage import writable
 
+    started, root = time.time(), writable(storage)
     recipe = load_recipe(recipe_file, overrides)
-    artifacts = run(recipe, writable(storage), console, only)
+    artifacts = run(recipe, root, console, only)
     show_results(artifacts, console)
+    options = ["--only", only] if only else []
+    command = ["raylava", "run", recipe_file, *overrides, *options, "--storage", storage]
+    report_run(recipe, artifacts, root, command, started, console)
     return CommandResult(summarize(artifacts))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from raylava.artifacts import Artifact
 from raylava.pipeline.graph import build_stages
+from raylava.pipeline.results import device_hours_per_second
 from raylava.pipeline.stages import TrainStage
 from raylava.storage import StoragePath, storage_path
 from raylava.toy.demo import toy_recipe
