@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 _WIDTH, _HEIGHT = 320.0, 176.0  # of a line chart, about the pixels it is displayed with
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 10.0, 22.0
 _TICKS = 4
-_BOX_WIDTH, _BOX_HEIGHT, _COLUMN_GAP, _ROW_GAP = 184.0, 62.0, 46.0, 14.0
+_BOX_WIDTH, _BOX_HEIGHT, _COLUMN_GAP, _ROW_GAP = 234.0, 62.0, 44.0, 14.0
 _MARGIN = 2.0
-_LABEL = 24  # characters of a box's label
+_LABEL = 28  # characters of a box's label
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ class Graph:
 
 def stage_graph(inputs: Mapping[str, Sequence[str]]) -> Graph:
     """Lay out nodes that are given in an order in which each follows its inputs, with the names of these."""
-    columns: dict[str, int] = {}
-    for name, sources in inputs.items():
-        columns[name] = max((columns[source] + 1 for source in sources if source in columns), default=0)
+    columns = _columns(inputs)
     rows: dict[int, int] = {}
     boxes = {}
     for name, column in columns.items():
@@ -119,6 +117,20 @@ def stage_graph(inputs: Mapping[str, Sequence[str]]) -> Graph:
     width = max((box.x + box.width for box in boxes.values()), default=0.0) + _MARGIN
     height = max((box.y + box.height for box in boxes.values()), default=0.0) + _MARGIN
     return Graph(width, height, boxes, edges)
+
+
+def _columns(inputs: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Return the column of each node: as far to the right as the nodes that it is an input of permit."""
+    depths: dict[str, int] = {}
+    for name, sources in inputs.items():
+        depths[name] = max((depths[source] + 1 for source in sources if source in depths), default=0)
+    last = max(depths.values(), default=0)
+    columns = dict.fromkeys(inputs, last)
+    for name in reversed(list(inputs)):
+        for source in inputs[name]:
+            if source in columns:
+                columns[source] = min(columns[source], columns[name] - 1)
+    return columns
 
 
 def _shorten(name: str) -> str:

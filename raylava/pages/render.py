@@ -43,13 +43,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["style"] = Markup(_read("style.css", environment))
-    environment.filters |= {
-        "figure": figure,
-        "count": count,
-        "duration": duration,
-        "signed": signed,
-        "percent": percent,
-    }
+    filters = (figure, short, count, duration, signed, percent)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment
 
 
@@ -75,6 +70,11 @@ def figure(value: float | None) -> Markup:
         return Markup("–")
     text = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
     return _tag(value, text)
+
+
+def short(value: float) -> Markup:
+    """Return a number with three significant digits, such as the end of an interval."""
+    return _tag(value, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}")
 
 
 def count(value: float | None) -> Markup:

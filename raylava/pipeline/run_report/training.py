@@ -14,7 +14,7 @@ CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",
-    "data_wait_fraction": "data wait, fraction of the step",
+    "data_wait_fraction": "data wait, share of time",
 }
 _SUMMARY = ("steps", "samples", "tokens", "loss_tokens", "first_loss", "final_loss", "tokens_per_second")
 
