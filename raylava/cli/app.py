@@ -26,6 +26,7 @@ from raylava.cli import (
     preemption_watcher,
     recipes,
     replay,
+    report,
     run,
     score,
     show,
@@ -82,6 +83,7 @@ _COMMANDS: dict[str, dict[str, _Entry]] = {
     },
     "Inspect results": {
         "status": _Entry(status.command, ("raylava status", "raylava status toy --storage s3://BUCKET/raylava")),
+        "report": _Entry(report.command, ("raylava report toy", "raylava report toy-ablations --output ablation.html")),
         "inspect": _Entry(
             inspect.command, ("raylava inspect raylava-storage/prepare/ID", "raylava inspect mine.yaml --source")
         ),

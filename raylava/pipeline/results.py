@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raylava.artifacts import Artifact
+from raylava.config.recipe import Resources
 
 EVALUATE_PREFIX = "evaluate "  # stage labels: `evaluate NAME`, `evaluate NAME (blank)`, `evaluate NAME (untrained)`
 
@@ -47,3 +48,8 @@ def category_score(metrics: Mapping[str, Any], category: str) -> float | None:
         return float(scores[metrics["headline"]])
     own = [name for name in scores if name != "units" and name not in metrics["scores"]]
     return float(scores[own[0]]) if own else None
+
+
+def device_hours_per_second(resources: Resources) -> float:
+    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
+    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600

@@ -4,5 +4,5 @@ Configuration and planning: `sweep` is the typed sweep file, `variants` expands 
 determines which stages variants share and which artifacts exist. Execution: `runner` is the driver, `searcher` connects
 it to Ray Tune, `study` stores the trials of a search, `trial` runs the stages of one variant and reports to the
 `tracker`. Results: `results` reads the artifacts, `effects` estimates what each level contributes, `report`,
-`html_report` and `tables` present them, `published_scores` holds the paper's results.
+`html_report` and `tables` present them.
 """

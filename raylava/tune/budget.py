@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from raylava.config.recipe import Resources
+from raylava.pipeline.results import device_hours_per_second
 from raylava.pipeline.stages import TrainStage
 from raylava.storage import StoragePath, retry
 from raylava.train.step_log import training_seconds
@@ -13,11 +13,6 @@ from raylava.tune.study import VariantStudy
 from raylava.tune.variants import TrialRecord, Variant
 
 _SAVE_INTERVAL_SECONDS = 60.0
-
-
-def device_hours_per_second(resources: Resources) -> float:
-    """Return the device-hours (GPUs, or CPU cores without GPUs) of one second of training."""
-    return resources.workers * (resources.gpus_per_worker or resources.cpus_per_worker) / 3600
 
 
 class TrainingHours:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import optuna
 import plotly.graph_objects as go
 from markdown_it import MarkdownIt
+from markupsafe import Markup
 from optuna.trial import create_trial
 
+from raylava.pages.render import render_with_plots, trusted
 from raylava.tune.effects import Effect
 from raylava.tune.results import SweepResults, TrialRow
 from raylava.tune.study import RUNGS, distributions
@@ -30,15 +32,27 @@ def render_html(results: SweepResults, markdown: str) -> str:
     """Return the report as an HTML page that opens without network access; each section is followed by its plots."""
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
     plots = _PlotRenderer()
-    body = []
+    sections = []
     for section in re.split(r"(?=<h2>)", renderer.render(markdown)):
         title, _, rest = section.removeprefix("<h2>").partition("</h2>")
-        if title == COMMANDS_TITLE:
-            body.append(f"<details><summary>{title}</summary>{rest}</details>")
-        else:
-            body.append(section)
-            body += [plots.html(caption, figure) for caption, figure in _plots(results, html.unescape(title))]
-    return _PAGE_HEAD.format(title=html.escape(results.sweep.name)) + "\n".join(body) + "</html>\n"
+        folded = title == COMMANDS_TITLE
+        sections.append(
+            {
+                "title": html.unescape(title),
+                "folded": folded,
+                "html": trusted(_with_scrolling_tables(rest if folded else section)),
+                "plots": [
+                    {"caption": caption, "html": plots.html(figure)}
+                    for caption, figure in _plots(results, html.unescape(title))
+                ],
+            }
+        )
+    return render_with_plots("sweep.html", title=f"raylava sweep: {results.sweep.name}", sections=sections)
+
+
+def _with_scrolling_tables(section: str) -> str:
+    """Put each table into a box of its own that scrolls, so that a wide one does not widen the page."""
+    return section.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
 
 
 class _PlotRenderer:
@@ -47,10 +61,10 @@ class _PlotRenderer:
     def __init__(self) -> None:
         self._embed_script = True
 
-    def html(self, caption: str, figure: go.Figure) -> str:
+    def html(self, figure: go.Figure) -> Markup:
         plot = figure.to_html(full_html=False, include_plotlyjs=self._embed_script, config={"displayModeBar": False})
         self._embed_script = False
-        return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        return trusted(plot)
 
 
 def _plots(results: SweepResults, section: str) -> Iterator[tuple[str, go.Figure]]:
@@ -213,24 +227,3 @@ def _styled(
         figure.update_xaxes(title=x_title, automargin=True)
         figure.update_yaxes(title=y_title, automargin=True)
     return figure
-
-
-_PAGE_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline';
-  script-src 'unsafe-inline' 'unsafe-eval'">
-<meta name="viewport" content="width=device-width">
-<title>raylava sweep: {title}</title>
-<style>
-  body {{ font: 16px/1.5 system-ui, sans-serif; margin: 3rem auto; max-width: 62rem; padding: 0 1.25rem }}
-  body {{ color: #1d1d22 }} h1 {{ margin-bottom: .25rem }}
-  h2 {{ margin: 2.5rem 0 .5rem; border-bottom: 1px solid #dcdce4; padding-bottom: .25rem }}
-  article {{ overflow-x: auto }}
-  table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
-  th, td {{ text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #ececf1 }}
-  th {{ font-weight: 600; color: #55555f }}
-  figure {{ margin: 2.5rem 0 }} figcaption {{ color: #55555f; font-size: .92rem }}
-  pre {{ background: #f5f5f8; padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem }}
-  summary {{ font-weight: 600; cursor: pointer; margin-top: 2rem }}
-</style>
-"""

@@ -13,10 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from raylava.errors import redact_urls
+from raylava.evaluate.published_scores import SOURCE, published_scores
 from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
 from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, PARETO_TITLE, SEARCH_TITLE, render_html
-from raylava.tune.published_scores import SOURCE, published_scores
 from raylava.tune.results import SweepResults, TrialRow
 from raylava.tune.study import RUNGS
 from raylava.tune.variants import format_value

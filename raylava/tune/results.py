@@ -8,9 +8,8 @@ from typing import Any
 
 from raylava.artifacts import Artifact
 from raylava.evaluate.compare import PER_QUESTION_SCORES
-from raylava.pipeline.results import headline_score, scored_benchmarks
+from raylava.pipeline.results import device_hours_per_second, headline_score, scored_benchmarks
 from raylava.train.step_log import recorded_steps, training_seconds
-from raylava.tune.budget import device_hours_per_second
 from raylava.tune.effects import Effect, GradedVariant, estimate_effects
 from raylava.tune.sweep import SweepConfig
 from raylava.tune.sweep_plan import SweepPlan

@@ -217,6 +217,31 @@ class SweepRun:
             ).fit()
             self.trial_statuses = ray.get(tracker.statuses.remote())
 
+    def recorded_results(self) -> list[TrialResult]:
+        """Return the results of all trials that storage records, without running any; none if nothing is recorded.
+
+        A trial that is not finished counts as failed.
+        """
+        search = self.sweep.search
+        if search is not None:
+            studies = self._studies(search)
+            return [
+                self._trial_result(variant, record)
+                for variant in self._variants
+                for record in studies.load_trials(variant)
+            ]
+        if not any(stage.spec().find() for stages in self._stages for stage in stages):
+            return []
+        return [
+            self._recorded_result(variant, stages) for variant, stages in zip(self._variants, self._stages, strict=True)
+        ]
+
+    def _recorded_result(self, variant: Variant, stages: Sequence[Stage]) -> TrialResult:
+        missing = [stage.label for stage in stages if stage.spec().find() is None]
+        if missing:
+            return TrialResult(variant, "failed", f"not built: {', '.join(missing)}")
+        return TrialResult(variant, "done")
+
     def _trial_results(self, source: SingleTrial | VariantStudy) -> list[TrialResult]:
         if isinstance(source, SingleTrial):
             return [TrialResult(source.variant, "failed" if source.failure else "done", source.failure)]

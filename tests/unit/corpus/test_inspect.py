@@ -41,12 +41,12 @@ def test_page_is_self_contained_and_escapes_the_corpus(spec: PrepareSpec) -> Non
     text = page(
         inspect_corpus(storage_path(spec.output), sample_count=38, seed=0), "title", load_tokenizer(spec.language)
     )
-    assert text.count("<article>") == text.count('src="data:image;base64,') == 38
+    assert text.count("<article ") == text.count('src="data:image;base64,') == 38
     assert "<script" not in text
     assert "<b>none" not in text
     assert "://" not in text
     assert "default-src 'none'" in text, "and a browser would refuse to load anything"
-    assert "<mark>&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&lt;end_of_turn&gt;\n</mark>" in text
+    assert "<mark>&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&lt;end_of_turn&gt;\n</mark>" in text
     assert "image missing" in text
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from raylava.artifacts import Artifact
 from raylava.pipeline.graph import build_stages
+from raylava.pipeline.results import device_hours_per_second
 from raylava.pipeline.stages import TrainStage
 from raylava.storage import StoragePath, storage_path
 from raylava.toy.demo import toy_recipe
 from raylava.train.step_log import METRICS_LOG
-from raylava.tune.budget import SearchBudget, TrainingHours, device_hours_per_second
+from raylava.tune.budget import SearchBudget, TrainingHours
 from raylava.tune.variants import Variant
 from tests.support.studies import resume_study
 

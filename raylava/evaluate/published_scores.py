@@ -4,6 +4,8 @@ Scores are on the scale of raylava's headline metrics: fractions, except points 
 mm-vet. None marks scores that we could not confirm in any source.
 """
 
+from typing import Any
+
 from raylava.config.recipe import Recipe
 
 SOURCE = "Hinck et al. 2024, arXiv:2404.01331"
@@ -24,3 +26,13 @@ def published_scores(recipe: Recipe) -> dict[str, float]:
     cell = (recipe.model.language.name, recipe.model.vision.name, recipe.pretrain.enabled)
     scores = zip(_BENCHMARKS, _SCORES.get(cell, ()), strict=False)
     return {name: score for name, score in scores if score is not None}
+
+
+def published_rows(benchmark: str) -> list[dict[str, Any]]:
+    """Return all scores of the paper for an official benchmark; one with two scores (mme, pope) has rows for both."""
+    return [
+        {"language": language, "vision": vision, "pretrained": pretrained, "benchmark": name, "value": score}
+        for (language, vision, pretrained), scores in _SCORES.items()
+        for name, score in zip(_BENCHMARKS, scores, strict=True)
+        if score is not None and (name == benchmark or name.startswith(f"{benchmark}-")) and benchmark
+    ]
