@@ -24,9 +24,9 @@ from rich.table import Table
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
 from raylava.console import Console
-from raylava.evaluate.engines import TransformersEngine
-from raylava.evaluate.generation import ActorPool, GenerationConfig, generate_answers
-from raylava.evaluate.questions import Question, read_questions
+from raylava.evaluation.engines import TransformersEngine
+from raylava.evaluation.generation import ActorPool, GenerationConfig, generate_answers
+from raylava.evaluation.questions import Question, read_questions
 from raylava.models.export import export_untrained
 from raylava.models.registry import LlavaCheckpoint, resolve_model
 from raylava.progress import NullProgressBar

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from raylava.evaluate.chat import ChatSession, load_chat_engine, open_image
-from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluation.chat import ChatSession, load_chat_engine, open_image
+from raylava.evaluation.engines import TransformersEngine
 from raylava.models.checkpoint import find_checkpoint
 
 ImageLike = Image.Image | str | Path

@@ -13,9 +13,9 @@ from raylava.config.recipe import Recipe, Resources
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.evaluate.engines import validate_engine, validate_precision
-from raylava.evaluate.generation import ActorPool
-from raylava.evaluate.loading import load_named_benchmark
+from raylava.evaluation.engines import validate_engine, validate_precision
+from raylava.evaluation.generation import ActorPool
+from raylava.evaluation.loading import load_named_benchmark
 from raylava.pipeline import runner
 from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model_ref
 from raylava.pipeline.results import EVALUATE_PREFIX, headline_score, scored_benchmarks, summarize

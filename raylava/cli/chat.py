@@ -14,7 +14,7 @@ from raylava.errors import UserError, first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-    from raylava.evaluate.chat import ChatSession
+    from raylava.evaluation.chat import ChatSession
 
 _PROMPT = "> "
 _HELP = {
@@ -56,7 +56,7 @@ def _chat(
     as_json: bool,
     console: Console,
 ) -> CommandResult:
-    from raylava.evaluate.chat import ChatSession, load_chat_engine, open_image
+    from raylava.evaluation.chat import ChatSession, load_chat_engine, open_image
     from raylava.models.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(model, transformers_version)
@@ -127,7 +127,7 @@ class _Conversation:
             self._print_answer(" ".join(answer.splitlines()) if one_line else answer)
 
     def _execute(self, name: str, argument: str = "") -> None:
-        from raylava.evaluate.chat import open_image
+        from raylava.evaluation.chat import open_image
 
         if name == "/image" and argument:
             self._images.append((argument, open_image("/image", argument)))

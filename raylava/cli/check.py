@@ -39,7 +39,7 @@ def _check(
     file: str, overrides: list[str], cluster: str | None, address: str | None, storage: str, console: Console
 ) -> CommandResult:
     from raylava.config.load import load_recipe
-    from raylava.evaluate.loading import validate_benchmark
+    from raylava.evaluation.loading import validate_benchmark
     from raylava.models.registry import validate_backbones
 
     recipe = load_recipe(file, overrides)

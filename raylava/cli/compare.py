@@ -23,8 +23,8 @@ def command(
 def _compare(evaluations: list[str], html: str, console: Console) -> CommandResult:
     from raylava.artifacts import load_artifact
     from raylava.cli.tables import comparison_table
-    from raylava.evaluate.compare import compare
-    from raylava.evaluate.comparison_page import page
+    from raylava.evaluation.compare import compare
+    from raylava.evaluation.comparison_page import page
 
     comparisons = compare([load_artifact(path) for path in evaluations])
     write_output("--html", html, page(comparisons).encode())

@@ -48,7 +48,7 @@ def _score(
     console: Console,
 ) -> CommandResult:
     from raylava.cli.tables import result_table
-    from raylava.evaluate.loading import score_file
+    from raylava.evaluation.loading import score_file
 
     if answers is None and grades is None:
         raise UserError("score needs answers; give --answers FILE (--grades FILE where a judge grades)")

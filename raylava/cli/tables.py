@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raylava.config.recipe import Recipe
     from raylava.corpus.inspect import Inspection
     from raylava.corpus.source_check import SourceCheck
-    from raylava.evaluate.compare import Comparison
+    from raylava.evaluation.compare import Comparison
     from raylava.pipeline.status import ArtifactStatus
     from raylava.train.replay import ReplayedSample
 

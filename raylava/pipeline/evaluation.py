@@ -11,15 +11,15 @@ from raylava.artifacts import RECORD_FILE, Artifact, ArtifactSpec, fingerprint, 
 from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
 from raylava.errors import UserError
-from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
-from raylava.evaluate.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
-from raylava.evaluate.judge import grade_answers
-from raylava.evaluate.loading import LoadedBenchmark
-from raylava.evaluate.metrics.exact_match import majority_baseline
-from raylava.evaluate.metrics.score_table import BenchmarkResult
-from raylava.evaluate.metrics.scoring import SCORING_VERSION, score_answers, score_grades
-from raylava.evaluate.prediction_store import PredictionStore
-from raylava.evaluate.questions import GeneratedAnswer, questions_fingerprint
+from raylava.evaluation.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluation.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
+from raylava.evaluation.judge import grade_answers
+from raylava.evaluation.loading import LoadedBenchmark
+from raylava.evaluation.metrics.exact_match import majority_baseline
+from raylava.evaluation.metrics.score_table import BenchmarkResult
+from raylava.evaluation.metrics.scoring import SCORING_VERSION, score_answers, score_grades
+from raylava.evaluation.prediction_store import PredictionStore
+from raylava.evaluation.questions import GeneratedAnswer, questions_fingerprint
 from raylava.models.checkpoint import find_checkpoint, legacy_scale
 from raylava.models.hub import behavior_identity, is_behavior_file, is_folder, weights_identity
 from raylava.models.registry import LlavaCheckpoint

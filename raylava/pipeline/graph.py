@@ -15,8 +15,8 @@ from raylava.config.recipe import Benchmark, Corpus, InitialWeights, Language, R
 from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache
 from raylava.errors import UserError
-from raylava.evaluate.generation import ActorPool
-from raylava.evaluate.loading import BenchmarkCache
+from raylava.evaluation.generation import ActorPool
+from raylava.evaluation.loading import BenchmarkCache
 from raylava.models.hub import absolute_name, pin_revision, weights_identity
 from raylava.models.registry import (
     LlavaCheckpoint,

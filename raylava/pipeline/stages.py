@@ -26,7 +26,7 @@ from raylava.corpus.shards import PrepareSpec
 from raylava.corpus.source_cache import SourceCache, build_indexes
 from raylava.corpus.source_check import SourceCheck, check_sources
 from raylava.errors import UserError
-from raylava.evaluate.loading import LoadedBenchmark
+from raylava.evaluation.loading import LoadedBenchmark
 from raylava.models.registry import ResolvedModel
 from raylava.pipeline.stage import Stage
 from raylava.progress import ProgressBar

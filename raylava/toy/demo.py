@@ -11,8 +11,8 @@ from raylava.config.load import load_recipe
 from raylava.config.recipe import Recipe, Resources
 from raylava.config.shipped import recipes_folder
 from raylava.console import Console, escape
-from raylava.evaluate.generation import decode_answers
-from raylava.evaluate.metrics.exact_match import is_exact_match
+from raylava.evaluation.generation import decode_answers
+from raylava.evaluation.metrics.exact_match import is_exact_match
 from raylava.pipeline.report import show_results
 from raylava.pipeline.results import summarize
 from raylava.pipeline.run_report.page import report_run

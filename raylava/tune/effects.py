@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raylava.evaluate.metrics.score_table import paired_interval
+from raylava.evaluation.metrics.score_table import paired_interval
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from raylava.errors import redact_urls
-from raylava.evaluate.published_scores import SOURCE, published_scores
+from raylava.evaluation.published_scores import SOURCE, published_scores
 from raylava.storage import StoragePath
 from raylava.tune.effects import Effect
 from raylava.tune.html_report import COMMANDS_TITLE, CURVES_TITLE, PARETO_TITLE, SEARCH_TITLE, render_html

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from raylava.artifacts import Artifact
-from raylava.evaluate.compare import PER_QUESTION_SCORES
+from raylava.evaluation.compare import PER_QUESTION_SCORES
 from raylava.pipeline.results import device_hours_per_second, headline_score, scored_benchmarks
 from raylava.train.step_log import recorded_steps, training_seconds
 from raylava.tune.effects import Effect, GradedVariant, estimate_effects

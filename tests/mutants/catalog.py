@@ -767,28 +767,28 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/evaluate/generation.py",
+        "raylava/evaluation/generation.py",
         (
             "questions are answered in batches",
             "batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]",
             "batches = [[question] for question in by_length]",
-            "tests/ray/evaluate/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
+            "tests/ray/evaluation/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
         ),
         (
             "evaluation runs on the nodes of its labels",
             "label_selector=dict(actors.node_labels) or None,",
             "label_selector=None,",
-            "tests/ray/evaluate/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
+            "tests/ray/evaluation/test_generation.py::test_questions_are_answered_in_batches_on_the_nodes_of_the_role",
         ),
         (
             "stored answers are reused",
             "unanswered = [question for question in questions if question.question_id not in answers]",
             "unanswered = questions",
-            "tests/ray/evaluate/test_generation.py::test_interrupted_evaluation_answers_only_the_missing_questions",
+            "tests/ray/evaluation/test_generation.py::test_interrupted_evaluation_answers_only_the_missing_questions",
         ),
     ),
     *_in(
-        "raylava/evaluate/questions.py",
+        "raylava/evaluation/questions.py",
         (
             "rows are limited",
             "questions = questions[: benchmark.max_rows]",
@@ -799,25 +799,25 @@ MUTANTS = [
             "equal ids are refused",
             "    _check_ids(questions, file)\n",
             "",
-            "tests/unit/evaluate/test_questions.py",
+            "tests/unit/evaluation/test_questions.py",
         ),
     ),
     *_in(
-        "raylava/evaluate/metrics/exact_match.py",
+        "raylava/evaluation/metrics/exact_match.py",
         (
             "answers are normalized",
             'return text.strip().rstrip(".").strip().lower()',
             "return text",
-            "tests/unit/evaluate/metrics",
+            "tests/unit/evaluation/metrics",
         ),
     ),
     *_in(
-        "raylava/evaluate/metrics/vqa_accuracy.py",
+        "raylava/evaluation/metrics/vqa_accuracy.py",
         (
             "VQA accuracy needs three matches",
             "min(1.0, (sum(matches) - left_out) / 3)",
             "min(1.0, (sum(matches) - left_out) / 1)",
-            "tests/unit/evaluate/metrics",
+            "tests/unit/evaluation/metrics",
         ),
     ),
     *_in(
@@ -1235,12 +1235,12 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/evaluate/answer_files.py",
+        "raylava/evaluation/answer_files.py",
         (
             "what the model said is scored, not the label",
             '    ("answer", "response"): "response",\n',
             '    ("answer", "response"): "answer",\n',
-            "tests/unit/evaluate/test_answer_files.py",
+            "tests/unit/evaluation/test_answer_files.py",
         ),
     ),
     *_in(

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylava.evaluate.benchmarks.files import SHORT_ANSWER_SUFFIX
-from raylava.evaluate.benchmarks.mme import COGNITION, PERCEPTION
+from raylava.evaluation.benchmarks.files import SHORT_ANSWER_SUFFIX
+from raylava.evaluation.benchmarks.mme import COGNITION, PERCEPTION
 
 
 def write_jsonl(file: Path, *rows: dict[str, Any]) -> None:

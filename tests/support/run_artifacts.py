@@ -8,11 +8,11 @@ from typing import Any
 
 from raylava.artifacts import Artifact
 from raylava.config.recipe import Recipe
-from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
-from raylava.evaluate.generation import encode_answers
-from raylava.evaluate.metrics.exact_match import majority_baseline
-from raylava.evaluate.metrics.scoring import score_answers
-from raylava.evaluate.questions import GeneratedAnswer
+from raylava.evaluation.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluation.generation import encode_answers
+from raylava.evaluation.metrics.exact_match import majority_baseline
+from raylava.evaluation.metrics.scoring import score_answers
+from raylava.evaluation.questions import GeneratedAnswer
 from raylava.pipeline.evaluation import EvaluateStage
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.stage import Stage

@@ -1,7 +1,7 @@
 """Questions and results for tests of metrics."""
 
-from raylava.evaluate.metrics.score_table import BenchmarkResult
-from raylava.evaluate.questions import Question
+from raylava.evaluation.metrics.score_table import BenchmarkResult
+from raylava.evaluation.questions import Question
 
 
 def make_question(

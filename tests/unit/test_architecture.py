@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import raylava
-from raylava.evaluate.benchmarks import official_benchmarks
+from raylava.evaluation.benchmarks import official_benchmarks
 from raylava.models.families import language_families, vision_families
 
 PACKAGE = Path(raylava.__file__).parent
@@ -30,14 +30,14 @@ ALLOWED = {
     "models": FOUNDATIONS | {"compat", "config", "perf"},
     "corpus": FOUNDATIONS | {"config", "cluster", "models", "pages"},
     "train": FOUNDATIONS | {"compat", "config", "cluster", "perf", "models", "corpus"},
-    "evaluate": FOUNDATIONS | {"config", "cluster", "models", "corpus", "pages"},
-    "pipeline": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "train", "evaluate", "pages"},
+    "evaluation": FOUNDATIONS | {"config", "cluster", "models", "corpus", "pages"},
+    "pipeline": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "train", "evaluation", "pages"},
     "estimate": FOUNDATIONS | {"config", "perf", "models", "corpus", "train"},
-    "tune": FOUNDATIONS | {"console", "config", "cluster", "evaluate", "pipeline", "train", "pages"},
-    "toy": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "evaluate", "pipeline"},
-    "api": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "evaluate", "pipeline", "tune", "toy"},
+    "tune": FOUNDATIONS | {"console", "config", "cluster", "evaluation", "pipeline", "train", "pages"},
+    "toy": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "evaluation", "pipeline"},
+    "api": FOUNDATIONS | {"console", "config", "cluster", "models", "corpus", "evaluation", "pipeline", "tune", "toy"},
     "cli": FOUNDATIONS
-    | {"console", "config", "cluster", "perf", "models", "corpus", "train", "evaluate", "pipeline"}
+    | {"console", "config", "cluster", "perf", "models", "corpus", "train", "evaluation", "pipeline"}
     | {"estimate", "tune", "toy", "api"},
 }
 # Modules of fewer than 40 lines, each with its reason.
@@ -50,11 +50,12 @@ SHORT_MODULES = {
     "corpus/formats.py": "the list of formats, whose modules share row_format.py",
     "corpus/image_hash.py": "one function, which operators and de-duplication share",
     "models/families/siglip.py": "one family",
-    "evaluate/benchmarks/benchmark.py": "the type that every benchmark module fills in",
-    "evaluate/benchmarks/gqa.py": "one benchmark",
-    "evaluate/benchmarks/vqav2.py": "one benchmark",
+    "evaluation/benchmarks/benchmark.py": "the type that every benchmark module fills in",
+    "evaluation/benchmarks/gqa.py": "one benchmark",
+    "evaluation/benchmarks/vqav2.py": "one benchmark",
     "__main__.py": "required by `python -m raylava`",
-    "evaluate/question_images.py": "one function, which two pages share",
+    "evaluation/published_scores.py": "the paper's table, as data",
+    "evaluation/question_images.py": "one function, which two pages share",
     "errors.py": "two exception types that every other module imports",
     "cli/__main__.py": "required by `python -m raylava.cli`",
     "cli/demo.py": "one command",
@@ -141,9 +142,9 @@ def test_no_terminal_library_is_imported(package: str) -> None:
     ("names", "allowed"),
     [
         # Toy backbones and the paper's table are data about particular models and benchmarks.
-        ({*vision_families(), *language_families()}, ("models/families", "toy", "evaluate/published_scores.py")),
+        ({*vision_families(), *language_families()}, ("models/families", "toy", "evaluation/published_scores.py")),
         # gqa is also the name of a scoring protocol.
-        (set(official_benchmarks()) - {"gqa"}, ("evaluate/benchmarks", "evaluate/published_scores.py")),
+        (set(official_benchmarks()) - {"gqa"}, ("evaluation/benchmarks", "evaluation/published_scores.py")),
     ],
     ids=["families", "benchmarks"],
 )

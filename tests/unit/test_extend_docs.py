@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raylava.evaluate import benchmarks
+from raylava.evaluation import benchmarks
 from raylava.models import families
 
 ROOT = Path(__file__).parents[2]

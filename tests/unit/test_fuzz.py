@@ -21,9 +21,9 @@ from raylava.config.load import load_recipe
 from raylava.config.recipe import Benchmark
 from raylava.corpus.blocks import read_manifest
 from raylava.errors import UserError
-from raylava.evaluate.answer_files import read_predictions
-from raylava.evaluate.loading import read_grades
-from raylava.evaluate.questions import Question, read_questions
+from raylava.evaluation.answer_files import read_predictions
+from raylava.evaluation.loading import read_grades
+from raylava.evaluation.questions import Question, read_questions
 from raylava.models.registry import LanguageSpec, VisionSpec
 from raylava.perf.hardware import read_prices
 from raylava.storage import storage_path

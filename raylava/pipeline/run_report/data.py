@@ -13,7 +13,7 @@ from raylava import __version__
 from raylava.artifacts import fingerprint
 from raylava.config.recipe import Recipe, Resources
 from raylava.errors import redact_urls
-from raylava.evaluate.published_scores import SOURCE
+from raylava.evaluation.published_scores import SOURCE
 from raylava.pipeline.results import device_hours_per_second
 from raylava.pipeline.run_report.corpora import corpus_data
 from raylava.pipeline.run_report.failures import stage_failures

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from raylava.evaluate.compare import ANSWERS_FILE
+from raylava.evaluation.compare import ANSWERS_FILE
 from raylava.pipeline.run_report.stages import ReportStage
 from raylava.pipeline.run_report.training import TRAINING_STAGES
 from raylava.train.step_log import METRICS_LOG, STEP_LOG, recorded_steps

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from raylava.evaluate.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
-from raylava.evaluate.question_images import MAX_SIDE, inline_image
+from raylava.evaluation.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluation.question_images import MAX_SIDE, inline_image
 from raylava.pipeline.run_report.scores import MODEL
 from raylava.pipeline.run_report.stages import ReportStage
 from raylava.storage import StoragePath, storage_path

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raylava.evaluate.compare import PER_QUESTION_SCORES, QUESTIONS_FILE
-from raylava.evaluate.published_scores import published_rows
+from raylava.evaluation.compare import PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluation.published_scores import published_rows
 from raylava.pipeline.results import EVALUATE_PREFIX, category_score
 from raylava.pipeline.run_report.stages import BLANK, UNTRAINED, ReportStage
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluation.engines import TransformersEngine
 from raylava.models.registry import LlavaCheckpoint
 
 SCRIPT = """

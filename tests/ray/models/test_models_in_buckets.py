@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
-from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluation.engines import TransformersEngine
 from raylava.models.checkpoint import find_checkpoint
 from raylava.models.llava import build_llava
 from raylava.models.registry import load_tokenizer, resolve_model, tokenizer_sha256

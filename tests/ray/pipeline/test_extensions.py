@@ -11,7 +11,7 @@ from transformers import AutoProcessor, IJepaConfig, IJepaModel, LlamaConfig, Ll
 
 from raylava.artifacts import Artifact
 from raylava.console import Console
-from raylava.evaluate import benchmarks
+from raylava.evaluation import benchmarks
 from raylava.local_copies import local_copy
 from raylava.models import families
 from raylava.pipeline.runner import run

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Sequence
 
-from raylava.evaluate.benchmarks.benchmark import OfficialBenchmark
-from raylava.evaluate.benchmarks.files import require_file, short_answer
-from raylava.evaluate.metrics.exact_match import mean_score
-from raylava.evaluate.metrics.score_table import ScoreTable
-from raylava.evaluate.metrics.scoring import Scoring
-from raylava.evaluate.questions import Question
+from raylava.evaluation.benchmarks.benchmark import OfficialBenchmark
+from raylava.evaluation.benchmarks.files import require_file, short_answer
+from raylava.evaluation.metrics.exact_match import mean_score
+from raylava.evaluation.metrics.score_table import ScoreTable
+from raylava.evaluation.metrics.scoring import Scoring
+from raylava.evaluation.questions import Question
 from raylava.storage import StoragePath
 
 

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel,
 from raylava.config.recipe import InitialWeights, Language, Model, Vision
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.evaluate.engines import TransformersEngine
+from raylava.evaluation.engines import TransformersEngine
 from raylava.models.checkpoint import find_checkpoint, legacy_scale, load_converted, validate_checkpoint
 from raylava.models.export import export_model
 from raylava.models.llava import build_llava, load_vision_tower

@@ -14,7 +14,7 @@ from raylava.artifacts import Artifact
 from raylava.config.recipe import Language, Model, Vision
 from raylava.corpus.conversation import ChatTokenizer, Turn
 from raylava.corpus.images import normalize_pixels, resize_exact
-from raylava.evaluate.engines import PromptBuilder, TransformersEngine, build_conversation
+from raylava.evaluation.engines import PromptBuilder, TransformersEngine, build_conversation
 from raylava.models.export import build_processor, export_model
 from raylava.models.llava import build_llava
 from raylava.models.registry import (

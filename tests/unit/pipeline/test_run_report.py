@@ -14,8 +14,8 @@ from raylava.cli import main
 from raylava.config.load import validate
 from raylava.config.recipe import Recipe
 from raylava.console import Console
-from raylava.evaluate.compare import QUESTIONS_FILE
-from raylava.evaluate.published_scores import published_rows
+from raylava.evaluation.compare import QUESTIONS_FILE
+from raylava.evaluation.published_scores import published_rows
 from raylava.pipeline.graph import build_stages
 from raylava.pipeline.results import device_hours_per_second
 from raylava.pipeline.run_report.data import ReportSubject, report_data
