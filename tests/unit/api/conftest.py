@@ -1,0 +1,1 @@
+from tests.support.llava import untrained_llava as untrained_llava
