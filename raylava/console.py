@@ -50,7 +50,7 @@ class Console:
     all other output.
     """
 
-    def __init__(self, stream: TextIO, log: Path | None = None, out: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO, log: Path | None = None, *, out: TextIO | None = None) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._out = out or stream
@@ -62,8 +62,8 @@ class Console:
         self._rich.print(text, soft_wrap=True)
 
     def write(self, text: str) -> None:
-        """Write a text without a line's end, as a prompt."""
-        self.stream.write(text)
+        """Write a text as it is, without an end of line: a prompt, or what a person asked for."""
+        self.stream.write(printable(text))
         self.stream.flush()
 
     def print_result(self, text: str) -> None:
@@ -222,7 +222,7 @@ def redirect_output(log: Path) -> Iterator[tuple[IO[str], Console]]:
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
-    console = Console(err, log, out)
+    console = Console(err, log, out=out)
     console_handler, file_handler = _attach_log_handlers(console, log)
     try:
         with warnings.catch_warnings():
