@@ -92,7 +92,7 @@ class _Conversation:
 
     def run_interactively(self, lines: IO[str]) -> None:
         """Prompt for lines until /quit or the end of the input. Ctrl-C interrupts an answer, or drops a line."""
-        self._console.say(f"[dim]{len(self._images)} images; /help lists the commands[/]")
+        self._console.say(f"[dim]images: {len(self._images)}; /help lists the commands[/]")
         while True:
             try:
                 self._console.write(_PROMPT)
