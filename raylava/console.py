@@ -51,7 +51,9 @@ class Console:
     all other output. A quiet console shows results and errors only: neither messages nor progress.
     """
 
-    def __init__(self, stream: TextIO, log: Path | None = None, out: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO, log: Path | None = None, *, out: TextIO | None = None, quiet: bool = False
+    ) -> None:
         width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
         self.stream = stream
         self._out = out or stream
@@ -65,8 +67,8 @@ class Console:
             self._rich.print(text, soft_wrap=True)
 
     def write(self, text: str) -> None:
-        """Write a text without a line's end, as a prompt."""
-        self.stream.write(text)
+        """Write a text as it is, without an end of line: a prompt, or what a person asked for."""
+        self.stream.write(printable(text))
         self.stream.flush()
 
     def print_result(self, text: str) -> None:
@@ -242,7 +244,7 @@ def redirect_output(
     for descriptor in (1, 2):
         os.dup2(log_descriptor, descriptor)
     os.close(log_descriptor)
-    console = Console(err, log, out, quiet)
+    console = Console(err, log, out=out, quiet=quiet)
     console_handler, file_handler = _attach_log_handlers(console, log, log_level)
     try:
         with warnings.catch_warnings():

@@ -8,7 +8,7 @@ import typer
 
 from raylava.cli.command import CommandResult, execute
 from raylava.cli.options import AsJson, TransformersVersion
-from raylava.console import Console, escape
+from raylava.console import Console
 from raylava.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class _Conversation:
 
     def run_interactively(self, lines: IO[str]) -> None:
         """Prompt for lines until /quit or the end of the input. Ctrl-C interrupts an answer, or drops a line."""
-        self._console.say(f"[dim]{len(self._images)} images; /help lists the commands[/]")
+        self._console.say(f"[dim]images: {len(self._images)}; /help lists the commands[/]")
         while True:
             try:
                 self._console.write(_PROMPT)
@@ -137,7 +137,7 @@ class _Conversation:
             self._transcript.append([])
         elif name == "/help" and not argument:
             for usage, purpose in _HELP.items():
-                self._console.say(f"{usage:<12} [dim]{purpose}[/]")
+                self._console.write(f"{usage:<12} {purpose}\n")
         else:
             raise UserError(f"{name} {argument}".strip() + f": unknown command; choose one of: {', '.join(_HELP)}")
 
@@ -152,7 +152,7 @@ class _Conversation:
         if not self._as_json:
             self._console.print_result(answer)
         elif sys.stdin.isatty():  # standard output is for the JSON object
-            self._console.say(escape(answer))
+            self._console.write(answer + "\n")
 
 
 def _read_line(lines: IO[str]) -> str | None:

@@ -68,8 +68,9 @@ def load_benchmark(benchmark: Benchmark, root: str) -> LoadedBenchmark:
     if benchmark.benchmark == CUSTOM:
         validate_benchmark(benchmark)
         questions = read_questions(storage_path(data), benchmark)
-        folder = storage_path(data).uri.rpartition("/")[0]
-        return LoadedBenchmark(questions, images or folder, CUSTOM_METRICS[benchmark.metric], benchmark.protocol)
+        # In full, since workers may have another working directory.
+        folder = storage_path(images).uri if images else storage_path(data).uri.rpartition("/")[0]
+        return LoadedBenchmark(questions, folder, CUSTOM_METRICS[benchmark.metric], benchmark.protocol)
     return load_official_benchmark(benchmark.benchmark, data, images, benchmark.protocol, benchmark.max_rows)
 
 
@@ -80,7 +81,7 @@ def load_official_benchmark(
     official = _find(name)
     _check_protocol(name, official.scoring, protocol)
     questions = read_official_questions(official, storage_path(data))[:max_rows]
-    image_root = images or official.image_root(storage_path(data)).uri
+    image_root = (storage_path(images) if images else official.image_root(storage_path(data))).uri
     return LoadedBenchmark(questions, image_root, official.scoring, protocol, official.max_new_tokens)
 
 

@@ -1,15 +1,8 @@
-"""`raylava chat` reads questions from a terminal or a pipe; only answers go to standard output."""
+"""`raylava chat` reads questions from a pipe, or answers one; only answers go to standard output."""
 
-import fcntl
 import io
 import json
-import os
-import pty
-import select
-import subprocess
 import sys
-import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,62 +95,3 @@ def test_one_question_may_have_several_images_and_a_bad_one_is_status_2(
     status, out, err = chat(capfd, monkeypatch, b"", untrained_llava, "Which?", *two, "--image", "none.png")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "--image none.png" in err
-
-
-class Terminal:
-    """A process in a pseudo-terminal of its own, as a person at a keyboard sees it."""
-
-    def __init__(self, *command: str) -> None:
-        self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the process
-        )
-        os.close(slave)
-        self._text = ""
-
-    def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def read_until(self, expected: str, timeout_s: float = 120.0) -> str:
-        """Return the output up to and with `expected`."""
-        deadline = time.monotonic() + timeout_s
-        while expected not in self._text:
-            ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"no {expected!r} in {self._text!r}"
-            self._text += os.read(self._master, 4096).decode()
-        seen, _, self._text = self._text.partition(expected)
-        return seen + expected
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-def test_terminal_session_survives_mistakes_and_ctrl_c(untrained_llava: Path, image: Path) -> None:
-    options = ["--max-new-tokens", "1000000"]  # an untrained model goes on until it is interrupted
-    terminal = Terminal(sys.executable, "-m", "raylava.cli", "chat", str(untrained_llava), *options)
-    try:
-        terminal.read_until("\n> ")
-        terminal.type("/image none.png\n")
-        assert "/image none.png: BadRow: image missing" in terminal.read_until("\n> ")
-        terminal.type(f"/image {image}\n")
-        assert "error" not in terminal.read_until("\n> ")
-        terminal.type("What is it?\n")
-        terminal.read_until("What is it?")
-        time.sleep(1)
-        terminal.type("\x03")
-        assert "interrupted" in terminal.read_until("\n> ")
-        terminal.type("half a line\x03")
-        assert "interrupted" in terminal.read_until("\n> "), "Ctrl-C at the prompt drops the line"
-        terminal.type("/help\n")
-        assert "/new" in terminal.read_until("\n> ")
-        terminal.type("\x04")
-        assert terminal.process.wait(timeout=60) == 0
-    finally:
-        terminal.close()
