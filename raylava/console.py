@@ -1,4 +1,4 @@
-"""Terminal output: progress bars with rate and ETA on standard error, tables, one-line errors.
+"""Terminal output: progress with rate and time left on standard error, tables, one-line errors.
 
 Ray and DeepSpeed write to file descriptors 1 and 2 directly, so both are redirected to a log file and the console
 writes to duplicates of the originals.

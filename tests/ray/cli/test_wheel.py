@@ -48,6 +48,7 @@ def run(environment: Path, tmp_path: Path) -> Raylava:
     folder = tmp_path / "empty"
     folder.mkdir()
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    variables["XDG_CACHE_HOME"] = str(tmp_path / "cache")  # its log files are of this test alone
 
     def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(environment / "bin" / program), *map(str, arguments)]
@@ -88,7 +89,7 @@ def test_recipes_of_the_wheel_are_listed_copied_checked_and_run_by_name(
 
     # What runs is in the artifact and in the log; the terminal shows the progress, each line complete.
     mechanisms = json.loads((model / "mechanisms.json").read_text())
-    (log,) = (Path(os.environ["XDG_CACHE_HOME"]) / "raylava" / "logs").glob("run-*.log")
+    (log,) = (tmp_path / "cache" / "raylava" / "logs").glob("run-*.log")
     assert f"finetune: attention: {mechanisms['attention']}\n" in log.read_text()
     assert "attention" not in trained.stderr
     lines = trained.stderr.splitlines()
