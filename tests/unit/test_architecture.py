@@ -51,6 +51,7 @@ SHORT_MODULES = {
     "evaluate/benchmarks/benchmark.py": "the type that every benchmark module fills in",
     "evaluate/benchmarks/gqa.py": "one benchmark",
     "evaluate/benchmarks/vqav2.py": "one benchmark",
+    "evaluate/published_scores.py": "the paper's table, as data",
     "evaluate/question_images.py": "one function, which two pages share",
     "errors.py": "two exception types that every other module imports",
     "cli/__main__.py": "required by `python -m raylava.cli`",
