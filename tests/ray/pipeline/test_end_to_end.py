@@ -151,15 +151,11 @@ def test_run_ends_with_a_report_of_what_it_measured(
     assert main(["report", str(artifacts["finetune"].path), "--json", "--output", str(tmp_path / "page.html")]) == 0
     data = json.loads(capfd.readouterr().out)
     assert {row["label"] for row in data["stages"]} == set(artifacts) - {"untrained"}
-    for run in data["training"]:
-        assert {curve["name"] for curve in run["curves"]} == {
-            "loss",
-            "lr",
-            "grad_norm",
-            "tokens_per_second",
-            "data_wait_fraction",
-        }
-        assert {len(curve["points"]) for curve in run["curves"]} == {artifacts[run["label"]].metrics["steps"]}
+    metrics = {"loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction"}
+    for training in data["training"]:
+        assert {curve["name"] for curve in training["curves"]} == metrics
+        steps = artifacts[training["label"]].metrics["steps"]
+        assert {len(curve["points"]) for curve in training["curves"]} == {steps}
 
 
 @pytest.mark.parametrize(
