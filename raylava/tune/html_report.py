@@ -222,6 +222,7 @@ def _styled(
         margin={"l": 10, "r": 20, "t": 20, "b": 40},
         font={"family": "system-ui, sans-serif", "size": 14, "color": _INK},
         title=None,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},  # beside the plot, a phone has no room
     )
     if x_title is not None:
         figure.update_xaxes(title=x_title, automargin=True)

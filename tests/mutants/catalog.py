@@ -13,6 +13,7 @@ OPERATORS = "tests/unit/corpus/test_operators.py"
 GROUPS = "tests/unit/train/test_loss_groups.py"
 CONNECTOR = "tests/unit/models/test_connector.py"
 STUDY = "tests/unit/tune/test_study.py"
+PAGES = "tests/unit/pipeline/test_run_report.py"
 
 
 @dataclass(frozen=True)
@@ -1256,6 +1257,39 @@ MUTANTS = [
             "return redact_urls(super().format(record))",
             "return super().format(record)",
             "tests/unit/test_console.py::test_secrets_in_urls_stay_out_of_the_terminal_and_the_log_with_its_traceback",
+        ),
+    ),
+    *_in(
+        "raylava/pages/render.py",
+        (
+            "text on pages is escaped",
+            "autoescape=True,",
+            "autoescape=False,",
+            f"{PAGES}::test_text_from_data_is_escaped",
+        ),
+        (
+            "a page allows its own script only",
+            "f\"img-src data:; script-src '{_sha256(content)}'\"",
+            "\"img-src data:; script-src 'unsafe-inline'\"",
+            "tests/unit/pages/test_pages.py::test_inline_script_is_the_one_that_the_policy_allows",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/run_report/data.py",
+        (
+            "a report has no secrets",
+            "return _redact(data)",
+            "return data",
+            f"{PAGES}::test_secrets_in_urls_are_on_no_page",
+        ),
+    ),
+    *_in(
+        "raylava/pipeline/run_report/page.py",
+        (
+            "a report that cannot be written does not fail the run",
+            "except Exception as error:  # the run",
+            "except ZeroDivisionError as error:  # the run",
+            f"{PAGES}::test_report_that_cannot_be_written_is_a_warning",
         ),
     ),
 ]

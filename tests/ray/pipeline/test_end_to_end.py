@@ -142,6 +142,25 @@ def test_second_run_reuses_every_artifact(
     assert err.count("reused") == len(artifacts)
 
 
+def test_run_ends_with_a_report_of_what_it_measured(
+    artifacts: dict[str, Artifact], storage: Path, recipe: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert main(["run", str(file), "--storage", str(storage)]) == 0
+    (page,) = (storage / "reports").glob("toy-*.html")
+    assert f"report: {page}" in capfd.readouterr().err
+    assert page.read_text().count('src="data:image;base64,') >= artifacts["evaluate heldout"].metrics["questions"]
+    assert main(["report", str(artifacts["finetune"].path), "--json", "--output", str(tmp_path / "page.html")]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert {row["label"] for row in data["stages"]} == set(artifacts) - {"untrained"}
+    metrics = {"loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction"}
+    for training in data["training"]:
+        assert {curve["name"] for curve in training["curves"]} == metrics
+        steps = artifacts[training["label"]].metrics["steps"]
+        assert {len(curve["points"]) for curve in training["curves"]} == {steps}
+
+
 @pytest.mark.parametrize(
     ("changes", "rebuilt"),
     [

@@ -843,6 +843,14 @@ replay nowhere
     nowhere: no dumped step there (no replay.json); the failed run's message
 replay replay
     replay/replay.json: damaged
+report nowhere.yaml
+    nowhere.yaml: cannot read the recipe
+report recipe.yaml
+    recipe.yaml: no stage of it is in
+report recipe.yaml seed=-1
+    recipe.yaml: seed=-1: Input should be greater than or equal to 0
+report sweep.yaml --output x.html
+    --output x.html: a sweep's report is written into STORAGE/sweeps; omit the
 status nowhere.yaml
     nowhere.yaml: cannot read the recipe
 status --storage nonsense://x
@@ -904,7 +912,7 @@ def test_mistake_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    "command", ["show", "inspect", "verify", "replay", "status --storage", "chat --image", "check"]
+    "command", ["show", "inspect", "verify", "replay", "report", "status --storage", "chat --image", "check"]
 )
 @pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000, "\udcff.yaml"], ids=["name", "path", "not UTF-8"])
 def test_name_that_no_file_can_have_is_one_line_and_status_2(
