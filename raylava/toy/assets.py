@@ -27,7 +27,7 @@ CORPUS = "corpus"
 # The longest training first, so that none runs alone at the end.
 DEMO_PARTS = ("gemma", "clip", CORPUS)
 ABLATION_PARTS = ("gemma-small", "dinov2")
-VERSION = 3  # increase it when scenes, their text or the training of the backbones change
+VERSION = 4  # increase it when scenes, their text or the training of the backbones change
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ COLORS: dict[str, RGB] = {
 }
 THINGS = ("house", "car", "tree", "kite")
 POSITIONS = ("left", "middle", "right")
+_PLACES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 QUESTION_TYPES = ("count", "color", "thing", "place", "presence")
 
@@ -187,7 +188,7 @@ def _color_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
 
 def _thing_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:
     item = _random_object(scene, rng)
-    return SceneQuestion("thing", f"What is on the {item.position}?", item.thing)
+    return SceneQuestion("thing", f"What is {_PLACES[item.position]}?", item.thing)
 
 
 def _position_question(scene: Scene, rng: np.random.Generator) -> SceneQuestion:

@@ -52,7 +52,7 @@ def test_answers_are_true_of_the_scene(rng: np.random.Generator) -> None:
             elif kind == "presence":
                 assert (question.answer == "yes") == any(item.name in question.text for item in scene.objects)
             elif kind == "thing":
-                (target,) = [item for item in scene.objects if f"on the {item.position}?" in question.text]
+                (target,) = [item for item in scene.objects if f"the {item.position}?" in question.text]
                 assert question.answer == target.thing
             else:
                 (target,) = [item for item in scene.objects if f"the {item.thing}?" in question.text]
