@@ -43,7 +43,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["style"] = Markup(_read("style.css", environment))
-    filters = (figure, short, count, duration, signed, percent)
+    filters = (figure, score, count, duration, signed, percent)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -72,9 +72,11 @@ def figure(value: float | None) -> Markup:
     return _tag(value, text)
 
 
-def short(value: float) -> Markup:
-    """Return a number with three significant digits, such as the end of an interval."""
-    return _tag(value, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}")
+def score(value: float | None) -> Markup:
+    """Return a fraction with two decimals, or points with four significant digits; a dash for None."""
+    if value is None or abs(value) > 1:
+        return figure(value)
+    return _tag(value, f"{value:.2f}")
 
 
 def count(value: float | None) -> Markup:

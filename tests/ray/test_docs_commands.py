@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("quickstart.md", "data-formats.md")
 NOT_RUN = {
     "make install": "the tests run in an environment that it has made",
+    "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install": "the same, from another package index",
     "source .venv/bin/activate": "a command of the shell",
     "make demo": "takes minutes; tests/ray/pipeline/test_end_to_end.py runs the same stages on tiny assets",
     "raylava demo pretrain.enabled=false": "takes minutes, as `make demo`",
