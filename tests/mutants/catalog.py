@@ -1261,12 +1261,7 @@ MUTANTS = [
     ),
     *_in(
         "raylava/pages/render.py",
-        (
-            "text on pages is escaped",
-            "autoescape=True,",
-            "autoescape=False,",
-            f"{PAGES}::test_text_from_data_is_escaped",
-        ),
+        ("text on pages is escaped", "autoescape=True,", "autoescape=False,", "tests/unit/pages/test_pages.py"),
         (
             "a page allows its own script only",
             "f\"img-src data:; script-src '{_sha256(content)}'\"",

@@ -11,7 +11,7 @@ import yaml
 
 from raylava.artifacts import Artifact, load_artifact
 from raylava.cli import main
-from raylava.config.load import validate
+from raylava.config.load import load_recipe, validate
 from raylava.config.recipe import Recipe
 from raylava.console import Console
 from raylava.evaluation.compare import QUESTIONS_FILE
@@ -26,6 +26,7 @@ from raylava.pipeline.run_report.scores import evaluations_of, mean_interval
 from raylava.pipeline.run_report.stages import ReportStage, stages_of_artifact, stages_of_recipe, stages_of_run
 from raylava.pipeline.run_report.training import MAX_POINTS, downsample
 from raylava.storage import storage_path
+from raylava.toy.demo import recipes_folder
 from tests.support.run_artifacts import SECONDS, STEPS, build_run, write_training_logs
 
 Run = tuple[Recipe, dict[str, Artifact]]
@@ -104,6 +105,14 @@ def test_published_scores_are_those_of_the_benchmark() -> None:
     assert {row["benchmark"] for row in published_rows("pope")} == {"pope", "pope-f1"}
     assert len(published_rows("gqa")) == 5
     assert published_rows("custom") == published_rows("") == []
+
+
+def test_paper_scores_stand_beside_those_of_an_official_benchmark(run: Run, storage: Path, tmp_path: Path) -> None:
+    artifacts = copy_run(run, storage, tmp_path / "copy")
+    artifacts["evaluate heldout"].record["fingerprint_fields"]["benchmark"]["benchmark"] = "gqa"
+    page, _ = render_all((run[0], artifacts), tmp_path / "copy")
+    assert "What the paper reports" in page
+    assert '<data value="0.587">0.587</data>' in page
 
 
 def test_curves_have_every_metric_of_the_log(data: dict[str, Any]) -> None:
@@ -186,10 +195,13 @@ def test_page_holds_the_recipe_that_reproduces_the_run(run: Run, data: dict[str,
     assert data["reproduce"]["command"] == "raylava run toy.yaml"
 
 
-def test_secrets_in_urls_are_on_no_page(run: Run, storage: Path) -> None:
-    page, _ = render_all(run, storage, command="raylava run r.yaml data=https://user:hunter2@host/x?sig=planted")
-    assert "hunter2" not in page
-    assert "planted" not in page
+def test_secrets_in_urls_are_on_no_page(tmp_path: Path) -> None:
+    command = "raylava run r.yaml data=https://user:hunter2@host/x?sig=planted"
+    data = report_data(ReportSubject("toy", [], storage_path(tmp_path), command))
+    page = render_report(data, {})
+    assert "raylava run r.yaml data=https://…@host/x?…" in page
+    assert "hunter2" not in page + json.dumps(data)
+    assert "planted" not in page + json.dumps(data)
 
 
 def copy_run(run: Run, storage: Path, target: Path) -> dict[str, Artifact]:
@@ -309,11 +321,12 @@ def test_run_ends_with_its_report(run: Run, storage: Path, tmp_path: Path) -> No
 
 
 def test_report_that_cannot_be_written_is_a_warning(
-    run: Run, storage: Path, tmp_path: Path, console: Console, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, console: Console, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "reports").write_text("a file where the folder should be")
+    recipe = load_recipe(str(recipes_folder() / "llava-gemma-2b.yaml"))
     with caplog.at_level(logging.WARNING):
-        report_run(*run, storage_path(tmp_path), ["raylava", "demo"], 0.0, console)
+        report_run(recipe, {}, storage_path(tmp_path), ["raylava", "demo"], 0.0, console)
     assert "the report could not be written: " in caplog.text
 
 
