@@ -40,7 +40,7 @@ class LanguageSize:
     heads: int = 4
     key_value_heads: int = 4  # multi-head as in gemma-7b: with a single shared head, the model learns lookups slowly
     vocabulary: int = 640
-    steps: int = 500
+    steps: int = 650
     batch: int = 32
     lr: float = 3e-3
 
