@@ -9,6 +9,7 @@ every rank's start: MLflow, for the autotuner, and torch's Inductor, which compi
 
 import logging
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ with _not_installed("mlflow"), environment_variable("TORCHDYNAMO_DISABLE", "1"):
     import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # imported by DeepSpeed for any optimizer
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+# DeepSpeed 0.19 calls these in every step of ZeRO 3; Python 3.12 repeats the warning each time.
+warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning)
 
 
 class BackgroundWriter(CheckpointEngine):

@@ -22,6 +22,23 @@ def test_training_starts_without_a_compiler_mlflow_or_inductor() -> None:
     assert process.returncode == 0, process.stderr[-2000:]
 
 
+COLLECTIVES = """
+import torch
+import torch.distributed as dist
+import raylava.compat.deepspeed
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(3):
+    dist.all_gather_into_tensor(torch.empty(2), torch.ones(2))
+    dist.reduce_scatter_tensor(torch.empty(2), torch.ones(2))
+dist.destroy_process_group()
+"""
+
+
+def test_collectives_of_deepspeed_do_not_fill_the_logs_with_deprecation_warnings() -> None:
+    process = subprocess.run([sys.executable, "-c", COLLECTIVES], capture_output=True, text=True, check=True)
+    assert "deprecated" not in process.stderr
+
+
 def test_checkpoints_are_written_in_the_background_without_frozen_weights(tmp_path: Path) -> None:
     """Symbol: deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEngine."""
     from raylava.compat.deepspeed import BackgroundWriter
