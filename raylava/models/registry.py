@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARY_MULTIPLE = 64  # added embedding rows are padded to a multiple of this, for efficient matrix products
+_TOY_FOLDER = "toy/"  # below which the shipped toy recipes expect their backbones
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,10 @@ def _validate_family(
     if family is not None:
         _check_family(family, families, role)
     known = [hub_id for members in families.values() for hub_id in members.published]
+    if name.startswith(_TOY_FOLDER) and not is_folder(name):
+        raise UserError(
+            f"model.{role}.name={name}: no such folder here; build it with `raylava toy {_TOY_FOLDER[:-1]}`"
+        )
     if family is None and not is_folder(name) and name not in known:
         raise UserError(
             f"model.{role}.name={name!r} is neither a folder nor a known hub id; choose one of: {', '.join(known)}; "

@@ -189,6 +189,8 @@ check recipe.yaml model.language.name=[1]
     recipe.yaml: model.language.name=[1]: Input should be a valid string
 check recipe.yaml model.language.name=./nowhere
     model.language.name=./nowhere: no such folder; give a Hugging Face folder or
+check toy
+    model.vision.name=toy/backbones/clip: no such folder here; build it with `raylava toy toy`
 check recipe.yaml model.language.name=bert-base
     model.language.name='bert-base' is neither a folder nor a known hub id;
 check recipe.yaml model.language.family=bert
