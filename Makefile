@@ -49,12 +49,8 @@ check-vllm: demo
 	$(BIN)/python -m tests.vllm.check raylava-storage
 
 # Builds the documentation into site/; a link, anchor or name that leads nowhere fails. See docs/build_site.py.
-docs: $(VENV)/.installed-docs
+docs: install
 	$(BIN)/python docs/build_site.py site
-
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	touch $@
 
 lint: install
 	$(BIN)/ruff check .
