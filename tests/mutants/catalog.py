@@ -1155,15 +1155,6 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/corpus/block_writer.py",
-        (
-            "a crashed row is not processed again",
-            "                refuse_crashed(raw.position, crashes)\n",
-            "",
-            "tests/ray/corpus/test_prepare.py::test_rows_that_abort_their_process_are_quarantined_and_counted",
-        ),
-    ),
-    *_in(
         "raylava/corpus/binary_formats.py",
         (
             "Parquet reads its own columns only",
@@ -1285,6 +1276,33 @@ MUTANTS = [
             "except Exception as error:  # the run",
             "except ZeroDivisionError as error:  # the run",
             f"{PAGES}::test_report_that_cannot_be_written_is_a_warning",
+        ),
+    ),
+    *_in(
+        "raylava/api/runs.py",
+        (
+            "overrides are not dropped for a loaded recipe",
+            "    if overrides:",
+            "    if False:",
+            "tests/unit/api/test_api.py::test_overrides_apply_to_a_file_or_name_and_not_to_a_loaded_recipe",
+        ),
+    ),
+    *_in(
+        "raylava/compat/deepspeed.py",
+        (
+            "collectives do not fill the logs with warnings",
+            'is deprecated", FutureWarning)',
+            'is deprecated", ImportWarning)',
+            "tests/unit/compat/test_deepspeed.py::test_collectives_of_deepspeed_do_not_fill_the_logs_with_deprecation_warnings",
+        ),
+    ),
+    *_in(
+        "raylava/toy/scenes.py",
+        (
+            "things of a scene differ",
+            "things = rng.choice(THINGS, size=count, replace=False)",
+            "things = rng.choice(THINGS, size=count)",
+            "tests/unit/toy/test_scenes.py::test_things_and_colors_of_a_scene_differ_so_that_questions_have_one_answer",
         ),
     ),
 ]
