@@ -67,12 +67,12 @@ class Console:
             self._rich.print(text, soft_wrap=True)
 
     def write(self, text: str) -> None:
-        """Write a text as it is, without an end of line: a prompt, or what a person asked for."""
+        """Write a text unchanged, without an end of line: a prompt, or what a person asked for."""
         self.stream.write(printable(text))
         self.stream.flush()
 
     def print_result(self, text: str) -> None:
-        """Print a result on standard output as it is, before the command ends."""
+        """Print a result unchanged on standard output, before the command ends."""
         self._out.write(printable(redact_urls(text)) + "\n")
         self._out.flush()
 

@@ -20,7 +20,7 @@ from raylava.errors import first_line
 logger = logging.getLogger(__name__)
 
 # On one machine, Ray Train's default of 2 s is most of the time between the last step of a stage and its result, and
-# nobody announces a preemption, for which it would start a process per stage.
+# there are no preemption notices, for which it would start a process per stage.
 _LOCAL_TRAINING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 _TRACK_TRAINING = "RAY_TRAIN_ENABLE_STATE_TRACKING"  # an actor of Ray Train keeps the state that the dashboard shows
 

@@ -17,14 +17,14 @@ _MAX_STEPS = 10  # steps that an entry names
 def stage_failures(stage: ReportStage) -> list[dict[str, Any]]:
     """Return one entry per kind of failure: the stage, the event, how often it occurred, and a detail."""
     if stage.kind in TRAINING_STAGES:
-        found = _training_failures(stage)
+        failures = _training_failures(stage)
     elif stage.kind == "prepare":
-        found = _corpus_failures(stage)
+        failures = _corpus_failures(stage)
     else:
-        found = _evaluation_failures(stage)
+        failures = _evaluation_failures(stage)
     return [
         {"stage": stage.label, "event": event, "count": count, "detail": detail}
-        for event, count, detail in found
+        for event, count, detail in failures
         if count
     ]
 

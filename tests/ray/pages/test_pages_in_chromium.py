@@ -55,7 +55,7 @@ def data(artifacts: dict[str, Artifact], folder: Path) -> dict[str, Any]:
 def pages(data: dict[str, Any], artifacts: dict[str, Artifact], folder: Path) -> dict[str, Path]:
     """The path of each page."""
     storage, sweep = folder / "storage", folder / "sweep.yaml"
-    axes = {"rate": {"as it is": {"finetune.lr": 1e-3}, "lower": {"finetune.lr": 1e-6}}}
+    axes = {"rate": {"unchanged": {"finetune.lr": 1e-3}, "lower": {"finetune.lr": 1e-6}}}
     sweep.write_text(json.dumps({"name": "rates", "recipe": str(folder / "recipe.yaml"), "axes": axes}))
     evaluations = [str(artifacts[f"evaluate heldout{suffix}"].path) for suffix in ("", " (blank)")]
     corpus = str(artifacts["prepare instruction"].path)

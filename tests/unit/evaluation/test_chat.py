@@ -41,12 +41,12 @@ def inputs_of(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> li
     return recorded
 
 
-def picture(brightness: int) -> Image.Image:
+def gray_image(brightness: int) -> Image.Image:
     return Image.fromarray(np.full((48, 48, 3), brightness, np.uint8))
 
 
 def test_follow_up_question_sees_the_question_and_answer_before_it(session: ChatSession, inputs_of: list) -> None:
-    first = session.ask("What is it?", [picture(90)])
+    first = session.ask("What is it?", [gray_image(90)])
     session.ask("Are you sure?")
     prompt, _, pixels = inputs_of[-1]
     assert "What is it?<end_of_turn>" in prompt
@@ -59,15 +59,15 @@ def test_follow_up_question_sees_the_question_and_answer_before_it(session: Chat
 def test_answer_to_a_follow_up_equals_that_of_the_batch_path_with_a_history(
     session: ChatSession, engine: TransformersEngine
 ) -> None:
-    first = session.ask("What is it?", [picture(90)])
+    first = session.ask("What is it?", [gray_image(90)])
     follow_up = session.ask("Are you sure?")
-    assert [follow_up] == engine.answer(["Are you sure?"], [picture(90)], 4, [(("What is it?", first),)])
+    assert [follow_up] == engine.answer(["Are you sure?"], [gray_image(90)], 4, [(("What is it?", first),)])
 
 
 def test_images_of_one_turn_reach_the_model_in_their_order(
     session: ChatSession, engine: TransformersEngine, inputs_of: list
 ) -> None:
-    session.ask("Which is brighter?", [picture(10), picture(200)])
+    session.ask("Which is brighter?", [gray_image(10), gray_image(200)])
     prompt, image_tokens, pixels = inputs_of[-1]
     assert pixels[0] == 2
     assert image_tokens == 2 * engine._model.config.image_seq_length
@@ -75,8 +75,8 @@ def test_images_of_one_turn_reach_the_model_in_their_order(
 
 
 def test_image_of_a_later_turn_belongs_to_that_turn(session: ChatSession, engine: TransformersEngine) -> None:
-    session.ask("What is it?", [picture(10)])
-    session.ask("And this?", [picture(200)])
+    session.ask("What is it?", [gray_image(10)])
+    session.ask("And this?", [gray_image(200)])
     assert [len(exchange.images) for exchange in session.exchanges] == [1, 1]
     prompt = engine._prompt_builder.prompt([*session.exchanges, Exchange("Same?")])
     turns = prompt.split("<start_of_turn>user\n")[1:]
@@ -85,7 +85,7 @@ def test_image_of_a_later_turn_belongs_to_that_turn(session: ChatSession, engine
 
 
 def test_session_that_restarts_has_no_history(session: ChatSession, inputs_of: list) -> None:
-    session.ask("What is it?", [picture(90)])
+    session.ask("What is it?", [gray_image(90)])
     session.restart()
     session.ask("Hello")
     prompt, image_tokens, _ = inputs_of[-1]
@@ -100,13 +100,13 @@ def test_interrupted_question_leaves_no_trace(session: ChatSession, engine: Tran
     session.ask("What is it?")
     hook = engine._model.lm_head.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        session.ask("And this?", [picture(1)])
+        session.ask("And this?", [gray_image(1)])
     hook.remove()
     assert [exchange.question for exchange in session.exchanges] == ["What is it?"]
 
 
 def test_image_token_in_a_question_is_no_image(session: ChatSession, inputs_of: list) -> None:
-    session.ask("What is <image> in this?", [picture(90)])
+    session.ask("What is <image> in this?", [gray_image(90)])
     assert inputs_of[-1][2][0] == 1
     with pytest.raises(UserError, match="the question is empty"):
         session.ask(" <image> ")

@@ -360,11 +360,11 @@ def test_command_writes_the_page_of_an_artifact(run: Run, storage: Path, capfd: 
 def test_sweep_whose_variants_are_in_storage_is_reported_without_running_it(
     recipe_file: str, storage: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    axes = {"rate": {"as it is": {"finetune.lr": 1e-3}, "lower": {"finetune.lr": 1e-6}}}
+    axes = {"rate": {"unchanged": {"finetune.lr": 1e-3}, "lower": {"finetune.lr": 1e-6}}}
     (tmp_path / "sweep.yaml").write_text(json.dumps({"name": "rates", "recipe": recipe_file, "axes": axes}))
     assert main(["report", str(tmp_path / "sweep.yaml"), "--storage", str(storage), "--json"]) == 0
     rows = json.loads(capfd.readouterr().out)["results"]
-    assert [(row["rate"], row["outcome"]) for row in rows] == [("as it is", "done"), ("lower", "failed")]
+    assert [(row["rate"], row["outcome"]) for row in rows] == [("unchanged", "done"), ("lower", "failed")]
     assert rows[1]["failure"] == "not built: finetune, evaluate heldout, evaluate heldout (blank)"
     folder = storage / "sweeps" / "rates"
     assert "prefers-color-scheme: dark" in (folder / "report.html").read_text()
