@@ -1,15 +1,17 @@
 """`raylava toy`: build the demo's corpus and backbones, and link them in a folder."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raylava.artifacts import Artifact
 from raylava.cli.command import CommandResult, execute
 from raylava.cli.options import DEFAULT_STORAGE, AsJson, Storage
 from raylava.console import Console
 from raylava.errors import UserError
+
+if TYPE_CHECKING:
+    from raylava.artifacts import Artifact
 
 
 def command(
@@ -55,7 +57,7 @@ def _links_toy_assets(entry: Path) -> bool:
     return entry.is_symlink() and not {"toy-assets", "copies"}.isdisjoint(entry.readlink().parts)
 
 
-def _link(artifact: Artifact, folder: Path) -> None:
+def _link(artifact: "Artifact", folder: Path) -> None:
     """Link the corpus and each backbone of an artifact below the folder, in place of earlier links."""
     from raylava.local_copies import local_copy
 

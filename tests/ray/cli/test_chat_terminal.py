@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -20,6 +21,12 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "a red.png"
 
 
+def _take_terminal() -> None:
+    """Let Ctrl-C reach this process, also if the tests run in the background of a script, which ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A process in a pseudo-terminal of its own, as a person at a keyboard sees it."""
 
@@ -31,7 +38,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the process
+            preexec_fn=_take_terminal,
         )
         os.close(slave)
         self._text = ""

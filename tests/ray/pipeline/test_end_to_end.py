@@ -209,7 +209,7 @@ def test_results_and_first_answers_show_the_model_beside_both_baselines(
         show_answers(artifacts["evaluate heldout"], console)
         show_results(artifacts, console)
     text = (tmp_path / "output.txt").read_text()
-    for word in ("blank images", "before training", "majority answer", "colour", "raylava chat"):
+    for word in ("blank images", "before training", "majority answer", "color", "raylava chat"):
         assert word in text
     assert text.count("heldout/heldout-") == 3
 

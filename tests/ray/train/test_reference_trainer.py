@@ -28,7 +28,7 @@ from tests.reference.trainer import Backbones, ReferenceTrainer, Stage
 STEPS, SAMPLES = 30, 64
 MAX_LENGTH = 200
 TOLERANCE = 5e-6  # relative
-RESIZE = {"clip": None, "dinov2": 56}  # DINOv2's stock processor resizes to more than it crops
+RESIZE = {"clip": None, "dinov2": 112}  # DINOv2's stock processor resizes to more than it crops
 PAPER_MODE = [
     "pretrain.global_batch_size=8",
     "pretrain.loss_weighting=groups",
