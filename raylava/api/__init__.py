@@ -7,3 +7,5 @@ Its names are importable from `raylava` itself, which imports a module of this p
 - `models`: `load_model`, a trained model that answers questions about images
 - `corpora`: `open_blocks`, a prepared corpus as a sequence of samples; `make_toy_assets`
 """
+
+DEFAULT_STORAGE = "raylava-storage"  # of the API and of the commands

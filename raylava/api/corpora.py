@@ -2,6 +2,7 @@
 
 import sys
 
+from raylava.api import DEFAULT_STORAGE
 from raylava.console import Console
 from raylava.corpus import block_cache
 from raylava.corpus.blocks import Blocks
@@ -19,7 +20,7 @@ def open_blocks(path: str) -> Blocks:
     return block_cache.open_blocks(storage_path(path))
 
 
-def make_toy_assets(storage: str = "raylava-storage", console: Console | None = None) -> str:
+def make_toy_assets(storage: str = DEFAULT_STORAGE, console: Console | None = None) -> str:
     """Build the demo's corpus and small backbones, unless the storage has them; return their folder.
 
     The folder holds `corpus` (alignment.json, instruction.json, questions.jsonl, images), `backbones/gemma` and

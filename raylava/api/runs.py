@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylava.api import DEFAULT_STORAGE
 from raylava.api.corpora import open_blocks
 from raylava.artifacts import Artifact
 from raylava.cluster.roles import TRAIN, node_labels_for
@@ -21,8 +22,6 @@ from raylava.pipeline.evaluation import EvaluationRequest, evaluate_model, model
 from raylava.pipeline.results import EVALUATE_PREFIX, headline_score, scored_benchmarks, summarize
 from raylava.progress import ProgressReporter
 from raylava.storage import writable
-
-DEFAULT_STORAGE = "raylava-storage"
 
 
 @dataclass(frozen=True)

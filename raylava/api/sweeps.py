@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylava.api import DEFAULT_STORAGE
 from raylava.config.recipe import Recipe
 from raylava.console import Console
 from raylava.storage import StoragePath, writable
@@ -39,7 +40,7 @@ def sweep(
     file: str,
     overrides: Sequence[str] = (),
     *,
-    storage: str = "raylava-storage",
+    storage: str = DEFAULT_STORAGE,
     device_hour_price: Callable[[Recipe], float | None] = lambda _: None,
     console: Console | None = None,
 ) -> Sweep:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_STORAGE = "raylava-storage"
+from raylava.api import DEFAULT_STORAGE as DEFAULT_STORAGE
 
 RecipeFile = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or a name that `raylava recipes` lists")
