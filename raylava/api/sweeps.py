@@ -12,8 +12,8 @@ from raylava.storage import StoragePath, writable
 from raylava.tune.report import write_report
 from raylava.tune.results import SweepResults
 from raylava.tune.runner import SweepRun
-from raylava.tune.sweep import load_sweep
-from raylava.tune.sweep_plan import plan_of_results, plan_sweep
+from raylava.tune.sweep import SweepConfig, load_sweep
+from raylava.tune.sweep_plan import SweepPlan, plan_of_results, plan_sweep
 from raylava.tune.tables import plan_table
 from raylava.tune.variants import TrialResult
 
@@ -36,6 +36,12 @@ class Sweep:
         return [trial for trial in self.trials if trial.outcome == "failed"]
 
 
+def prepare_sweep(config: SweepConfig, overrides: Sequence[str], storage: StoragePath) -> tuple[SweepRun, SweepPlan]:
+    """Return a sweep that is ready to run, and its plan: the stages of its variants, each with its users."""
+    sweep_run = SweepRun(config, list(overrides), storage)
+    return sweep_run, plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
+
+
 def sweep(
     file: str,
     overrides: Sequence[str] = (),
@@ -51,15 +57,13 @@ def sweep(
     sweep.
     """
     console = console or Console(sys.stderr)
-    root, settings = writable(storage), list(overrides)
-    loaded = load_sweep(file)
-    sweep_run = SweepRun(loaded, settings, root)
-    plan = plan_sweep(sweep_run.planned_variants(), root, sweep_run.inputs)
+    config, root, settings = load_sweep(file), writable(storage), list(overrides)
+    sweep_run, plan = prepare_sweep(config, settings, root)
     if not console.quiet:
         console.show(plan_table(plan))
     price = device_hour_price(plan.variants[0].recipe)
     trials = sweep_run.run(console, price)
     finished = plan_of_results(trials, root, sweep_run.inputs)
-    results = SweepResults(loaded, settings, finished, trials, price)
+    results = SweepResults(config, settings, finished, trials, price)
     write_report(results, sweep_run.folder)
     return Sweep(results, trials, sweep_run.folder)

@@ -73,15 +73,13 @@ def _sweep(
 
 def _show_plan(file: str, overrides: list[str], options: EstimateOptions, console: Console) -> CommandResult:
     """Display the stages of a sweep and its predicted hours, without running it."""
+    from raylava.api.sweeps import prepare_sweep
     from raylava.storage import writable
-    from raylava.tune.runner import SweepRun
     from raylava.tune.sweep import load_sweep
-    from raylava.tune.sweep_plan import plan_sweep
     from raylava.tune.tables import plan_table
 
-    sweep, storage = load_sweep(file), writable(options.storage)
-    sweep_run = SweepRun(sweep, overrides, storage)
-    plan = plan_sweep(sweep_run.planned_variants(), storage, sweep_run.inputs)
+    sweep = load_sweep(file)  # a mistake in it is reported before the storage is touched
+    _, plan = prepare_sweep(sweep, overrides, writable(options.storage))
     console.show(plan_table(plan))
     hours = _show_hours(sweep.name, [variant.recipe for variant in plan.variants], options, console)
     return CommandResult({"stages": [vars(stage) for stage in plan.planned_stages], "hours": hours})
