@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from raylava.config.recipe import Language, Model, Training, Vision, ZeroConfig
 from raylava.estimate.synthetic import synthetic_pack
-from raylava.models.llava import DTYPES, PackTensors, build_llava
+from raylava.models.llava import DTYPES, build_llava
+from raylava.models.packs import PackTensors
 from raylava.models.registry import ResolvedModel, resolve_model
 
 SAMPLES = [(60, 1, 10), (50, 1, 8)]  # tokens, images and loss tokens of the samples of a pack

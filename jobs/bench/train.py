@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from raylava.config.recipe import StageName, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.attention import VARLEN
 from raylava.models.llava import DTYPES, PackLoss, build_llava, set_trainable
+from raylava.models.packs import PackTensors
 from raylava.perf.flops import step_flops
 from raylava.perf.hardware import peak_flops
 from raylava.perf.shapes import LlavaShape
@@ -135,7 +136,7 @@ def _balanced_chunks(samples: list[int], lengths: np.ndarray, count: int) -> lis
 
 def pad_samples(numbers: list[int], blocks: Blocks, collator: PackCollator) -> PaddedBatch:
     """Return samples as the rows of one padded batch."""
-    packs = [collator.collate([blocks[number]]) for number in numbers]
+    packs = [collator.collate([blocks[number]]).to(torch.device("cpu"), torch.float32) for number in numbers]
     lengths = [int(blocks.lengths.length[number]) for number in numbers]
     ids = torch.zeros(len(packs), max(lengths), dtype=torch.int64)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -150,17 +151,17 @@ def pad_samples(numbers: list[int], blocks: Blocks, collator: PackCollator) -> P
 class AllLogitsLoss(PackLoss):
     """PackLoss that computes the logits of all positions, for the ladder."""
 
-    def logits(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        pixel_values: Tensor,
-        target_positions: Tensor,
-        cu_seqlens: Tensor,
-    ) -> Tensor:
-        """Return the logits at the target positions, selected from those of all positions."""
-        all_positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return super().logits(input_ids, position_ids, pixel_values, all_positions, cu_seqlens)[target_positions]
+    def description(self) -> str:
+        """Describe where logits are computed."""
+        return "at all positions"
+
+    def forward(self, **pack: Tensor) -> Tensor:
+        """Return the weighted loss of a pack, whose logits are selected from those of all positions."""
+        tensors = PackTensors(**pack)
+        all_positions = torch.arange(tensors.input_ids.shape[1], device=tensors.input_ids.device)
+        logits = self.logits(replace(tensors, target_positions=all_positions))[tensors.target_positions]
+        losses = nn.functional.cross_entropy(logits.float(), tensors.labels, reduction="none")
+        return (losses * tensors.loss_weights).sum()
 
 
 class ReferenceLoss(nn.Module):

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
@@ -252,7 +253,7 @@ def _encode_table(table: pa.Table) -> bytes:
 
 
 class Blocks:
-    """Random access to the samples of a prepared corpus on this node. Not thread-safe, except for `fetch`.
+    """Random access to the samples of a prepared corpus on this node, from any number of threads.
 
     `fetcher` returns the verified local file of a block; it is given when blocks are remote. At most _MAX_OPEN_BLOCKS
     of those stay open, because a memory-mapped file keeps its disk space after it is evicted from the cache.
@@ -269,6 +270,7 @@ class Blocks:
             ) from error
         self._ends = list(accumulate(block.rows for block in self.manifest.blocks))
         self._tables: dict[int, pa.Table] = {}
+        self._lock = threading.Lock()  # of the open tables
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -284,22 +286,24 @@ class Blocks:
         return Sample(**values)
 
     def fetch(self, numbers: Iterable[int]) -> None:
-        """Download the blocks of these samples unless they are cached. Thread-safe."""
+        """Download the blocks of these samples unless they are cached."""
         if self._fetcher is not None:
             for block in sorted({bisect.bisect_right(self._ends, number) for number in numbers}):
                 self._fetcher(self.manifest.blocks[block])
 
     def _table(self, block: int) -> pa.Table:
         """Return a block as a memory-mapped table, which stays open."""
-        if block not in self._tables:
-            record = self.manifest.blocks[block]
-            if self._fetcher is None:
-                self._tables[block] = self._read_local(record)
-            else:
-                while len(self._tables) >= _MAX_OPEN_BLOCKS:
-                    del self._tables[next(iter(self._tables))]
-                self._tables[block] = pa.ipc.open_stream(pa.memory_map(str(self._fetcher(record)))).read_all()
-        return self._tables[block]
+        with self._lock:
+            if block not in self._tables:
+                self._tables[block] = self._open(self.manifest.blocks[block])
+            return self._tables[block]
+
+    def _open(self, record: BlockRecord) -> pa.Table:
+        if self._fetcher is None:
+            return self._read_local(record)
+        while len(self._tables) >= _MAX_OPEN_BLOCKS:
+            del self._tables[next(iter(self._tables))]
+        return pa.ipc.open_stream(pa.memory_map(str(self._fetcher(record)))).read_all()
 
     def _read_local(self, record: BlockRecord) -> pa.Table:
         file = self.folder / record.path

@@ -28,7 +28,7 @@ from raylava.estimate.synthetic import synthetic_pack
 from raylava.estimate.workload import Workload
 from raylava.models.families.family import select_strategy
 from raylava.models.hub import is_folder
-from raylava.models.llava import PackTensors
+from raylava.models.packs import PackTensors
 from raylava.models.shapes import backbone_configs
 from raylava.perf.shapes import LlavaShape
 from raylava.perf.step_time import DeviceSpeed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from raylava.models.llava import PackTensors
+from raylava.models.packs import PackTensors
 from raylava.perf.shapes import LlavaShape
 
 SampleSize = tuple[int, int, int]  # tokens, images and loss tokens of one sample
@@ -29,14 +29,17 @@ def synthetic_pack(samples: Sequence[SampleSize], shape: LlavaShape, image_token
             for stop, (_, _, loss_tokens) in zip(starts[1:], samples, strict=True)
         ]
     )
+    cu_seqlens = torch.from_numpy(starts.astype(np.int32))
     return PackTensors(
         input_ids=ids[None],
         position_ids=torch.cat([torch.arange(length) for length, _, _ in samples])[None],
         pixel_values=torch.rand(sum(images for _, images, _ in samples), 3, side, side),
+        image_positions=(ids == image_token).nonzero()[:, 0],
         target_positions=target_positions,
         labels=ids[target_positions + 1],
         loss_weights=torch.full((len(target_positions),), 1e-3),
-        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        cu_seqlens=cu_seqlens,
+        device_cu_seqlens=cu_seqlens,
     )
 
 

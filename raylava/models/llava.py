@@ -4,7 +4,6 @@ Weights are loaded from safetensors only, and never with remote code. Nothing he
 """
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +22,11 @@ from raylava.models.connector import (
     load_connector,
     scale_last_layer,
 )
+from raylava.models.loss import LossHead
+from raylava.models.packs import PackTensors
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, padded_vocabulary
 from raylava.models.templates import IMAGE_TOKEN
+from raylava.perf.memory import loss_chunk_rows
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
@@ -32,83 +34,61 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the recipe's `precision`
 
 
-@dataclass(frozen=True)
-class PackTensors:
-    """The model inputs of one pack: T tokens of several samples in one row, N images, S loss tokens.
-
-    input_ids (1, T) int64, image tokens expanded; position_ids (1, T) int64, restarting at 0 with each sample;
-    pixel_values (N, 3, size, size); target_positions (S,) int64, the positions whose next token is in the loss;
-    labels (S,) int64; loss_weights (S,) float32, the weight of each loss token in the step's loss;
-    cu_seqlens (samples + 1,) int32, the start of each sample and T, which stays on the host.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    pixel_values: Tensor
-    target_positions: Tensor
-    labels: Tensor
-    loss_weights: Tensor
-    cu_seqlens: Tensor
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
-        """Copy the tensors to the device, and cast pixels to the model's dtype."""
-        return PackTensors(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.pixel_values.to(device, dtype, non_blocking=True),
-            self.target_positions.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.loss_weights.to(device, non_blocking=True),
-            self.cu_seqlens,
-        )
-
-
 class PackLoss(nn.Module):
     """The training forward pass: maps a pack to the weighted sum of its loss tokens' cross-entropies (a scalar, fp32).
 
-    Logits are computed at the target positions only. Embedding rows that were added to the language model's own take no
-    part in the softmax: the reference model has none. Samples of a pack do not attend to each other: `varlen` attention
-    computes each sample separately; for other implementations transformers builds a block-diagonal mask from the
-    restarting positions, which requires that no attention mask is passed and no cache is used.
+    The loss is computed at the target positions only, in chunks of them. Embedding rows that were added to the language
+    model's own take no part in the softmax: the reference model has none. Samples of a pack do not attend to each
+    other: `varlen` attention computes each sample separately; for other implementations transformers builds a
+    block-diagonal mask from the restarting positions, which requires that no attention mask is passed and no cache is
+    used.
     """
 
     def __init__(self, llava: "LlavaForConditionalGeneration") -> None:
         super().__init__()
+        if not isinstance(llava.lm_head, LossHead):
+            assert llava.lm_head.bias is None, "no supported language model has a bias in its output layer"
+            llava.lm_head = LossHead(llava.lm_head.weight)
         self.llava = llava
         self._vocabulary = trained_vocabulary(llava)
         self._varlen = running_attn_implementations(llava.model.language_model) == {VARLEN}
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        pixel_values: Tensor,
-        target_positions: Tensor,
-        labels: Tensor,
-        loss_weights: Tensor,
-        cu_seqlens: Tensor,
-    ) -> Tensor:
-        """Return the weighted loss of a pack; the arguments are those of PackTensors."""
-        logits = self.logits(input_ids, position_ids, pixel_values, target_positions, cu_seqlens)
-        return (nn.functional.cross_entropy(logits.float(), labels, reduction="none") * loss_weights).sum()
+    def forward(self, **pack: Tensor) -> Tensor:
+        """Return the weighted loss of a pack; the arguments are the fields of PackTensors."""
+        tensors = PackTensors(**pack)
+        hidden = self._hidden_states(tensors)
+        loss: Tensor = self.llava.lm_head(hidden, tensors.labels, tensors.loss_weights, self._vocabulary)
+        return loss
 
-    def logits(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        pixel_values: Tensor,
-        target_positions: Tensor,
-        cu_seqlens: Tensor,
-    ) -> Tensor:
+    def description(self) -> str:
+        """Describe where logits are computed."""
+        return f"at loss tokens, {loss_chunk_rows(self._vocabulary):,} at once"
+
+    def logits(self, pack: PackTensors) -> Tensor:
         """Return the logits at the target positions: (S, vocabulary), without added embedding rows."""
-        hidden = self.llava.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            pixel_values=pixel_values,
+        logits: Tensor = self.llava.lm_head(self._hidden_states(pack))
+        return logits[:, : self._vocabulary]
+
+    def _hidden_states(self, pack: PackTensors) -> Tensor:
+        """Return the last hidden states at the target positions: (S, width)."""
+        starts = {"cu_seqlens": pack.cu_seqlens, "device_cu_seqlens": pack.device_cu_seqlens}
+        hidden: Tensor = self.llava.model.language_model(
+            inputs_embeds=self._input_embeddings(pack),
+            position_ids=pack.position_ids,
             use_cache=False,
-            **({"cu_seqlens": cu_seqlens} if self._varlen else {}),
+            **(starts if self._varlen else {}),
         ).last_hidden_state
-        return self.llava.lm_head(hidden[0, target_positions])[:, : self._vocabulary]
+        return hidden[0, pack.target_positions]
+
+    def _input_embeddings(self, pack: PackTensors) -> Tensor:
+        """Return the embeddings of the tokens with those of images in their places: (1, T, width).
+
+        transformers' own forward pass finds the places on the device, and waits for it to compare their number.
+        """
+        model = self.llava.model
+        embeddings: Tensor = model.get_input_embeddings()(pack.input_ids)
+        features = torch.cat(model.get_image_features(pixel_values=pack.pixel_values).pooler_output)
+        return embeddings.index_copy(1, pack.image_positions, features.to(embeddings.dtype)[None])
 
 
 def trained_vocabulary(llava: "LlavaForConditionalGeneration") -> int:

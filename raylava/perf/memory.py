@@ -15,6 +15,7 @@ from raylava.perf.shapes import LanguageShape, LlavaShape
 
 REDUCE_BUCKET = 500_000_000  # parameters, DeepSpeed's default; the engine allocates no more than what trains
 GATHERED = 1_000_000_000  # parameters, DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
+_LOSS_CHUNK_BYTES = 512 << 20  # fp32 logits that the loss computes at once
 _PERSISTENCE_THRESHOLD = 100_000  # parameters, DeepSpeed's stage3_param_persistence_threshold
 _FP32 = 4  # bytes
 _DENSE_ATTENTION = ("sdpa", "eager")
@@ -232,8 +233,14 @@ def backward_temporaries(step: StepContext) -> float:
 
 
 def loss_logits(step: StepContext) -> float:
-    """The loss holds three fp32 tensors of shape (loss tokens, vocabulary): logits, log-softmax and gradient."""
-    return 3.0 * _FP32 * step.pack.loss_tokens * step.model.shape.language.vocabulary
+    """The loss holds a chunk's logits in fp32 and, in half precision, their gradient; it already has the gradient of
+    the output layer's weight, which is that of the embedding.
+    """
+    model = step.model
+    vocabulary = model.shape.language.vocabulary
+    rows = min(step.pack.loss_tokens, loss_chunk_rows(vocabulary))
+    rounded = model.bytes_per_value if model.bytes_per_value != _FP32 else 0
+    return float(rows * vocabulary * (_FP32 + rounded) + _embedding_gradient(model))
 
 
 # Terms: optimizer update
@@ -312,6 +319,11 @@ def predict_memory(model: TrainableModel, config: ExecutionConfig, pack: PackSha
         peak_phase=peak_phase,
         host=_total(ON_HOST, step),
     )
+
+
+def loss_chunk_rows(vocabulary: int) -> int:
+    """Return the number of positions whose logits the loss computes at once."""
+    return max(1, _LOSS_CHUNK_BYTES // (_FP32 * vocabulary))
 
 
 def checkpoint_bytes(model: TrainableModel, config: ExecutionConfig) -> float:

@@ -1,15 +1,15 @@
-"""Load the plan's packs as tensors ahead of the training step: read, decode and collate in a background thread.
+"""Load the plan's packs as tensors ahead of the training step: read, decode and collate in background threads.
 
 batch_plan.py decides which samples form a pack; engine.py consumes the tensors. Independent of Ray and DeepSpeed.
 
-    BatchPlan ─Step─▶ pack_batch ─packs of this rank─▶ Blocks ─samples─▶ PackCollator ─PackTensors─▶ StepBatch
+    BatchPlan ─Step─▶ pack_batch ─packs of this rank─▶ Blocks ─samples─▶ PackCollator ─HostPack─▶ StepBatch
 """
 
 import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from raylava.corpus.blocks import Blocks, Sample
-from raylava.corpus.images import Pixels, blank_pixels, decode_block_image, normalize_pixels
-from raylava.models.llava import PackTensors
+from raylava.corpus.images import Pixels, blank_pixels, decode_block_image
+from raylava.models.packs import HostPack, LoadedPack
 from raylava.models.registry import VisionSpec
 from raylava.train.batch_plan import BatchPlan, Pack, Step, pack_batch
 
@@ -32,13 +32,16 @@ class StepBatch:
     """The packs that one rank computes in a step. `loss_tokens` and `tokens` count over all ranks."""
 
     step: Step
-    packs: list[PackTensors]
+    packs: list[LoadedPack]
     loss_tokens: int
     tokens: int
 
 
 class PackedDataLoader:
-    """Iterates over one rank's step batches from `first_step` on, up to `prefetch` steps ahead of the consumer."""
+    """Iterates over one rank's step batches from `first_step` on, up to `prefetch` steps ahead of the consumer.
+
+    `threads` threads decode and collate packs, and call `prepare` on each.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,12 @@ class PackedDataLoader:
         max_tokens_per_pack: int,
         first_step: int = 0,
         prefetch: int = 2,
+        prepare: Callable[[HostPack], LoadedPack] = lambda pack: pack,
+        threads: int = 1,
     ) -> None:
         self._blocks, self._plan, self._collator = blocks, plan, collator
         self._rank, self._world_size, self._max_tokens_per_pack = rank, world_size, max_tokens_per_pack
-        self._first_step, self._prefetch = first_step, prefetch
+        self._first_step, self._prefetch, self._prepare, self._threads = first_step, prefetch, prepare, threads
 
     def __iter__(self) -> Iterator[StepBatch]:
         batches: queue.Queue[StepBatch | BaseException | None] = queue.Queue(self._prefetch)
@@ -73,13 +78,27 @@ class PackedDataLoader:
 
     def _produce(self, batches: "queue.Queue[StepBatch | BaseException | None]", stop: threading.Event) -> None:
         try:
-            for step in self._prefetched_steps():
+            for batch in self._loaded_batches():
+                batches.put(batch)
                 if stop.is_set():
                     return
-                batches.put(self.load(step))
             batches.put(None)
         except BaseException as error:  # passed to the consumer, which raises it
             batches.put(error)
+
+    def _loaded_batches(self) -> Iterator[StepBatch]:
+        """Yield the batches in order, while the threads load those of the next steps."""
+        with ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="decode") as pool:
+            pending: deque[Future[StepBatch]] = deque()
+            try:
+                for step in itertools.chain(self._prefetched_steps(), [None]):
+                    if step is not None:
+                        pending.append(pool.submit(self.load, step))
+                    while pending and (step is None or len(pending) >= self._threads):
+                        yield pending.popleft().result()
+            finally:
+                for load in pending:
+                    load.cancel()
 
     def _prefetched_steps(self) -> Iterator[Step]:
         """Yield the plan's steps once their blocks are on this node, while those of the next steps are fetched."""
@@ -113,7 +132,8 @@ class PackedDataLoader:
 
     def threads(self) -> str:
         """Describe the threads that load a rank's packs ahead of training."""
-        return f"1 that decodes, {self._prefetch} steps ahead; {_FETCH_THREADS} that fetch blocks"
+        decoding = f"{self._threads} that decode{'' if self._threads > 1 else 's'}"
+        return f"{decoding}, {self._prefetch} steps ahead; {_FETCH_THREADS} that fetch blocks"
 
     def load(self, step: Step) -> StepBatch:
         """Return this rank's packs of one step, as tensors on the host."""
@@ -127,8 +147,9 @@ class PackedDataLoader:
             tokens=int(lengths.length[step.samples].sum()),
         )
 
-    def _load_pack(self, pack: Pack, weights: Mapping[int, float]) -> PackTensors:
-        return self._collator.collate([self._blocks[number] for number in pack], [weights[number] for number in pack])
+    def _load_pack(self, pack: Pack, weights: Mapping[int, float]) -> LoadedPack:
+        samples = [self._blocks[number] for number in pack]
+        return self._prepare(self._collator.collate(samples, [weights[number] for number in pack]))
 
 
 def _drain(batches: "queue.Queue[StepBatch | BaseException | None]") -> None:
@@ -147,7 +168,7 @@ class PackCollator:
     image_token_id: int
     begin_token_id: int
 
-    def collate(self, samples: list[Sample], loss_weights: Sequence[float] | None = None) -> PackTensors:
+    def collate(self, samples: list[Sample], loss_weights: Sequence[float] | None = None) -> HostPack:
         """Concatenate samples into one row, with positions that restart at each sample.
 
         `loss_weights` holds the weight of each loss token by sample; without it every weight is 1.
@@ -165,10 +186,12 @@ class PackCollator:
         starts = np.cumsum([0, *(len(row.ids) for row in rows)])
         ids = np.concatenate([row.ids for row in rows])
         targets = np.concatenate([row.targets + start for row, start in zip(rows, starts, strict=False)])
-        return PackTensors(
+        return HostPack(
             input_ids=torch.from_numpy(ids)[None],
             position_ids=torch.from_numpy(np.concatenate([np.arange(len(row.ids)) for row in rows]))[None],
-            pixel_values=torch.from_numpy(normalize_pixels(np.stack(images), self.vision.pixels)),
+            pixels=torch.from_numpy(np.stack(images)),
+            rule=self.vision.pixels,
+            image_positions=torch.from_numpy(np.flatnonzero(ids == self.image_token_id)),
             target_positions=torch.from_numpy(targets - 1),
             labels=torch.from_numpy(ids[targets]),
             loss_weights=torch.from_numpy(weights),

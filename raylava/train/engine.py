@@ -7,7 +7,7 @@ gradients over ranks, so each rank scales its loss by the world size. Independen
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylava.compat.torch import is_compiled
+from raylava.compat.torch import is_compiled, is_out_of_memory
 from raylava.compat.transformers import running_attn_implementations
 from raylava.config.recipe import StageName, Training
 from raylava.errors import RunError, first_line
 from raylava.models.connector import CONNECTOR, VISION_TOWER, running_feature_factor
-from raylava.models.llava import DTYPES, PackLoss, PackTensors, attn_mismatch, set_trainable
+from raylava.models.llava import DTYPES, PackLoss, attn_mismatch, set_trainable
+from raylava.models.packs import HostPack, LoadedPack
 from raylava.perf.memory import REDUCE_BUCKET
 from raylava.train.checkpoints import CHECKPOINT_TAG, loadable_meta, universal_checkpoint, write_checkpoint_meta
 
@@ -107,7 +108,11 @@ class Engine:
             self._restore(checkpoint, convert)
             self.first_step = meta.step
 
-    def step(self, number: int, packs: list[PackTensors], request: int = 0) -> StepResult:
+    def prepare(self, pack: HostPack) -> LoadedPack:
+        """Do what can be done for a pack before its step; called by the loader's threads."""
+        return pack.prepare(self._device, self._dtype)
+
+    def step(self, number: int, packs: Sequence[LoadedPack], request: int = 0) -> StepResult:
         """Compute this rank's packs and update once. The loss weights of all ranks' packs sum up to 1.
 
         `request` is a small number that is summed over ranks together with the loss, so that rank 0 can tell the others
@@ -116,13 +121,11 @@ class Engine:
         """
         started = time.monotonic()
         self._set_lr(number)
-        total = self._accumulate(packs, 1.0, request)
-        finite = self._update(total[0])
-        norm = self._engine.get_global_grad_norm()
-        loss, summed_request = total.tolist()
+        totals = self._accumulate(packs, 1.0, request)
+        finite, (loss, summed_request, _, *norm) = self._update(totals)
         return StepResult(
             loss=loss,
-            grad_norm=None if norm is None else float(norm),
+            grad_norm=norm[0] if norm else None,
             lr=self._engine.optimizer.param_groups[-1]["lr"],
             seconds=time.monotonic() - started,
             skipped=not finite,
@@ -142,7 +145,7 @@ class Engine:
         return {
             "attention": f"{language}, vision tower {vision}",
             "image features": f"× {running_feature_factor(llava):g}",
-            "logits": "at loss tokens" if type(self._loss) is PackLoss else type(self._loss).__name__,
+            "logits": self._loss.description(),
             "optimizer": f"{type(inner_optimizer(engine)).__name__}: {'; '.join(groups)}",
             "gradient clipping": f"norm {engine.gradient_clipping():g}" if engine.gradient_clipping() else "off",
             "compile": "on" if is_compiled(self._loss) else "off",
@@ -152,18 +155,18 @@ class Engine:
             "overlap of communication": "on" if engine.zero_overlap_comm() else "off",
         }
 
-    def memory_dry_run(self, packs: list[PackTensors], advice: str) -> None:
+    def memory_dry_run(self, packs: Sequence[LoadedPack], advice: str) -> None:
         """Compute these packs without an update: the loss is made non-finite, so that the step is skipped.
 
         Raises RunError with `advice` when memory runs out.
         """
         try:
-            total = self._accumulate(packs, math.nan)
+            totals = self._accumulate(packs, math.nan)
         except RuntimeError as error:
-            if "memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise RunError(_out_of_memory(packs, error, advice)) from error
-        finite = self._update(total[0] * math.nan)
+        finite, _ = self._update(totals * math.nan)
         assert not finite, "a dry run must not update"
 
     def _set_lr(self, number: int) -> None:
@@ -171,35 +174,55 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-    def _accumulate(self, packs: list[PackTensors], scale: float, request: int = 0) -> Tensor:
-        """Return the sums over ranks of the packs' loss and of `request` (shape (2,), fp32).
+    def _accumulate(self, packs: Sequence[LoadedPack], scale: float, request: int = 0) -> Tensor:
+        """Return the sums over ranks of the packs' loss, of `request` and of `_non_finite_values` (shape (3,), fp32).
 
         DeepSpeed accumulates the gradients of `scale` times the loss.
         """
-        total = torch.tensor([0.0, request], device=self._device)
+        total = torch.zeros((), device=self._device)
         for pack in packs:
             loss = self._engine(**vars(pack.to(self._device, self._dtype)))
-            total[0] += loss.detach()
+            total += loss.detach()
             self._engine.backward(loss * (dist.get_world_size() * scale), scale_wrt_gas=False)
-        dist.all_reduce(total)
-        return total
+        totals = torch.stack([total, torch.full_like(total, request), self._non_finite_values(total)])
+        dist.all_reduce(totals)
+        return totals
 
-    def _update(self, total: Tensor) -> bool:
-        """Update unless a loss or gradient of any rank is not finite; return whether it was updated.
+    def _non_finite_values(self, loss: Tensor) -> Tensor:
+        """Return 1 if the loss or a gradient of this rank is not finite at ZeRO stage 0, else 0 (a scalar, fp32).
 
-        ZeRO stages 1 to 3 check the gradients themselves; for stage 0 it is done here.
+        ZeRO stages 1 to 3 check the gradients themselves.
         """
-        if self._training.zero.stage == 0 and not self._all_finite(total):
-            self._engine.zero_grad()
-            return False
-        self._engine.step()
-        return bool(self._engine.was_step_applied())
-
-    def _all_finite(self, total: Tensor) -> bool:
+        if self._training.zero.stage != 0:
+            return torch.zeros_like(loss)
         gradients = [weight.grad for weight in self._engine.module.parameters() if weight.grad is not None]
-        non_finite = torch.stack([~torch.isfinite(value).all() for value in (total, *gradients)]).any().float()
-        dist.all_reduce(non_finite, dist.ReduceOp.MAX)
-        return not non_finite.item()
+        return torch.stack([~torch.isfinite(value).all() for value in (loss, *gradients)]).any().float()
+
+    def _update(self, totals: Tensor) -> tuple[bool, list[float]]:
+        """Update unless a loss or gradient of any rank is not finite.
+
+        Returns whether it was updated, and `totals` followed by the norm of the gradients if DeepSpeed has it. They are
+        read from the device at once, which is the only time in a step that this class waits for the device.
+        """
+        if self._training.zero.stage == 0:
+            values: list[float] = totals.tolist()
+            if values[2] or not math.isfinite(values[0]):
+                self._engine.zero_grad()
+                return False, values
+            self._engine.step()
+            return bool(self._engine.was_step_applied()), values + self._grad_norm_on_host()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if isinstance(norm, Tensor):
+            values = torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
+        else:
+            values = totals.tolist() + self._grad_norm_on_host()
+        return bool(self._engine.was_step_applied()), values
+
+    def _grad_norm_on_host(self) -> list[float]:
+        """Return the norm in a list, where DeepSpeed has read it itself; an empty list if it has none."""
+        norm = self._engine.get_global_grad_norm()
+        return [] if norm is None else [float(norm)]
 
     def save(self, folder: Path, next_step: int) -> None:
         """Copy this rank's shard to host memory and write it to `folder` in the background; see `wait_for_save`.
@@ -283,11 +306,11 @@ def enable_activation_checkpointing(llava: "LlavaForConditionalGeneration") -> N
     llava.disable_input_require_grads()
 
 
-def _out_of_memory(packs: list[PackTensors], error: BaseException, advice: str) -> str:
+def _out_of_memory(packs: Sequence[LoadedPack], error: BaseException, advice: str) -> str:
     largest = max(packs, key=lambda pack: pack.input_ids.shape[1])
     return (
         f"out of memory in the dry run of the worst-case packs (up to {largest.input_ids.shape[1]} tokens, "
-        f"{largest.pixel_values.shape[0]} images): {advice} ({first_line(error)[:120]})"
+        f"{largest.images} images): {advice} ({first_line(error)[:120]})"
     )
 
 
@@ -298,7 +321,10 @@ def _initialize(
     from raylava.compat.deepspeed import BackgroundWriter, initialize
 
     # foreach would allocate intermediate values of all weights at once at stage 0; other stages use flat buffers
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False)
+    fused = device.type == "cuda" and not training.zero.offload_optimizer
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=training.betas, eps=training.eps, foreach=False, fused=fused or None
+    )
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()), load_universal)
     writer = BackgroundWriter(set(trained))
@@ -366,7 +392,7 @@ def deepspeed_config(training: Training, trained: int, load_universal: bool = Fa
         "steps_per_print": 1 << 31,
         "checkpoint": {"load_universal": load_universal},
     }
-    user = training.deepspeed
+    user = {"timers": {"throughput": {"enabled": False}}} | training.deepspeed  # they wait in every forward pass
     if training.precision == "bf16" and training.zero.stage in (2, 3):  # accumulate packs in fp32; 0 and 1 cannot
         user = {"data_types": {"grad_accum_dtype": "fp32"}} | user
     buckets = {"reduce_bucket_size": min(REDUCE_BUCKET, trained)}

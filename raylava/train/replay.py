@@ -87,7 +87,7 @@ def replay(folder: StoragePath) -> Iterator[ReplayedSample]:
     for number in numbers:
         sample = blocks[number]
         llava.zero_grad()
-        pack = collator.collate([sample])
+        pack = collator.collate([sample]).to(torch.device("cpu"), torch.float32)
         loss = loss_function(**vars(pack)) / len(pack.labels)
         loss.backward()
         grad_norms = [weight.grad.norm() for weight in llava.parameters() if weight.grad is not None]

@@ -125,6 +125,9 @@ class Trainer:
             self._backend.world_size,
             self._max_tokens_per_pack,
             first_step,
+            prepare=self._engine.prepare,
+            # Beside a GPU the worker's cores are free to decode; on a CPU they compute.
+            threads=torch.get_num_threads() if self._backend.device.type == "cuda" else 1,
         )
 
     def _announce_mechanisms(self, loader: PackedDataLoader, dry_run: str) -> None:

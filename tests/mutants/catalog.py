@@ -5,6 +5,8 @@ from dataclasses import dataclass
 KEYS = "tests/ray/config/test_every_key.py::test_changing_a_key_changes_what_it_names"
 MECHANISMS = "tests/ray/train/test_mechanisms.py"
 LLAVA = "tests/unit/models/test_llava.py"
+LOSS = "tests/unit/models/test_loss.py"
+ATTENTION = "tests/unit/models/test_attention.py"
 PLAN = "tests/unit/train/test_batch_plan.py"
 LOADER = "tests/unit/train/test_data_loader.py"
 RAY = "tests/ray/train/test_ray_backend.py"
@@ -604,21 +606,15 @@ MUTANTS = [
         ),
         (
             "logits are computed at loss tokens",
-            "return self.llava.lm_head(hidden[0, target_positions])",
-            "return self.llava.lm_head(hidden[0])",
+            "return hidden[0, target_positions]",
+            "return hidden[0]",
             f"{LLAVA}::test_loss_from_logits_at_target_positions_equals_the_loss_from_the_logits_of_transformers",
         ),
         (
             "added embedding rows are left out of the softmax",
-            "[:, : self._vocabulary]",
-            "",
+            "loss_weights, self._vocabulary)",
+            "loss_weights, self.llava.lm_head.weight.shape[0])",
             f"{LLAVA}::test_added_embedding_rows_take_no_part_in_the_softmax",
-        ),
-        (
-            "loss tokens carry their weights",
-            'reduction="none") * loss_weights).sum()',
-            'reduction="none")).sum()',
-            f"{LLAVA}::test_each_loss_token_counts_by_its_weight",
         ),
         (
             "image features have the scale of embeddings",
@@ -631,6 +627,27 @@ MUTANTS = [
             "scale_last_layer(connector, 1.0 / factor)",
             "scale_last_layer(connector, 1.0)",
             "tests/unit/models/test_checkpoint.py::test_training_starts_from_a_legacy_checkpoint_as_it_was_trained",
+        ),
+    ),
+    *_in(
+        "raylava/models/loss.py",
+        (
+            "loss tokens carry their weights",
+            "loss += (losses * loss_weights[rows]).sum()",
+            "loss += losses.sum()",
+            f"{LLAVA}::test_each_loss_token_counts_by_its_weight",
+        ),
+        (
+            "gradients carry the weights of loss tokens",
+            "values.mul_(loss_weights[:, None])",
+            "values",
+            f"{LOSS}::test_loss_and_gradients_equal_those_of_the_whole_logits",
+        ),
+        (
+            "logits are computed in chunks",
+            "size = loss_chunk_rows(vocabulary)",
+            "size = len(hidden)",
+            f"{LOSS}::test_no_tensor_has_the_size_of_all_logits",
         ),
     ),
     *_in(

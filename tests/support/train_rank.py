@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from raylava.config.recipe import Language, Model, Training, Vision
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.errors import RunError
-from raylava.models.llava import DTYPES, PackTensors, build_llava
+from raylava.models.llava import DTYPES, build_llava
+from raylava.models.packs import HostPack
 from raylava.models.registry import ResolvedModel, load_tokenizer, resolve_model
 from raylava.models.templates import IMAGE_TOKEN
 from raylava.storage import storage_path
@@ -136,6 +137,7 @@ class Run:
             dist.get_world_size(),
             MAX_TOKENS_PER_PACK,
             first_step=first_step,
+            prepare=self._engine.prepare,
         )
 
     def _mixed_batches(self) -> Iterator[StepBatch]:
@@ -193,7 +195,7 @@ def _write_moments(engine: Engine, file: str) -> None:
         save_file(moments, file)
 
 
-def _starve(engine: Engine, pack: PackTensors) -> str:
+def _starve(engine: Engine, pack: HostPack) -> str:
     limit = psutil.Process().memory_info().vms + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:

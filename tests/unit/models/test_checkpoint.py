@@ -24,6 +24,7 @@ from raylava.models.export import export_model
 from raylava.models.llava import build_llava, load_vision_tower
 from raylava.models.registry import LlavaCheckpoint, ResolvedModel, resolve_model, resolve_vision
 from raylava.train.data_loader import PackCollator
+from tests.support.packs import on_cpu
 
 CONNECTOR_BIAS = "multi_modal_projector.linear_1.bias"
 IDS = torch.arange(5)[None]
@@ -67,7 +68,7 @@ def logits(llava: LlavaForConditionalGeneration, pack: Any) -> torch.Tensor:
 def test_legacy_checkpoint_computes_what_it_was_trained_to(
     legacy_checkpoint: Path, prepared_blocks: Blocks, pack_collator: PackCollator
 ) -> None:
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     expected = legacy_logits(legacy_checkpoint, pack)
     converted = load_converted(find_checkpoint(str(legacy_checkpoint)), torch.float32)
     torch.testing.assert_close(logits(converted, pack), expected, rtol=1e-4, atol=1e-5)
@@ -78,7 +79,7 @@ def test_legacy_checkpoint_computes_what_it_was_trained_to(
 def test_version_that_the_user_states_overrides_that_of_the_config(
     legacy_checkpoint: Path, prepared_blocks: Blocks, pack_collator: PackCollator
 ) -> None:
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     as_it_is = load_converted(find_checkpoint(str(legacy_checkpoint), "5.4"), torch.float32)
     unconverted = LlavaForConditionalGeneration.from_pretrained(legacy_checkpoint)
     torch.testing.assert_close(logits(as_it_is, pack), logits(unconverted, pack))
@@ -87,7 +88,7 @@ def test_version_that_the_user_states_overrides_that_of_the_config(
 def test_training_starts_from_a_legacy_checkpoint_as_it_was_trained(
     legacy_checkpoint: Path, toy_model: Model, prepared_blocks: Blocks, pack_collator: PackCollator
 ) -> None:
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     recipe = toy_model.model_copy(update={"initial_weights": InitialWeights(name=str(legacy_checkpoint))})
     model = resolve_model(recipe)
     validate_checkpoint(model)

@@ -24,6 +24,7 @@ from raylava.models.families import gemma
 from raylava.models.llava import PackLoss, build_llava, trained_vocabulary
 from raylava.models.registry import ResolvedModel
 from raylava.train.data_loader import PackCollator
+from tests.support.packs import on_cpu
 
 SCALE = 32**0.5  # of the toy language model
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-6, 1e-2  # of the logits' norm; docs/numerics.md states 4e-7 and 6e-3
@@ -54,7 +55,7 @@ def test_first_layer_receives_scaled_image_features_beside_scaled_token_embeddin
 ) -> None:
     llava = build_llava(of_convention(resolved_model, feature_scale), 0, torch.float32).eval()
     assert pytest.approx(llava.config.text_config.hidden_size**0.5) == SCALE
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     received = layer_0_input(llava, pack)
     is_image = pack.input_ids[0] == llava.config.image_token_id
     with torch.inference_mode():
@@ -101,9 +102,7 @@ def test_exported_model_computes_the_logits_of_training(
     exported = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     pack = pack_collator.collate([prepared_blocks[0]]).to(torch.device("cpu"), dtype)
     with torch.inference_mode():
-        trained = PackLoss(llava).logits(
-            pack.input_ids, pack.position_ids, pack.pixel_values, pack.target_positions, pack.cu_seqlens
-        )
+        trained = PackLoss(llava).logits(pack)
         logits = exported(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
     difference = (logits[:, : trained_vocabulary(llava)] - trained).float()
     assert float(difference.norm() / trained.float().norm()) < tolerance
@@ -115,7 +114,7 @@ def test_first_layer_of_the_exported_model_receives_the_rows_of_training(
     llava = build_llava(resolved_model, 0, torch.float32).eval()
     export_model(llava, None, resolved_model, "pad", tmp_path)
     exported = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     torch.testing.assert_close(layer_0_input(exported, pack), layer_0_input(llava, pack), rtol=1e-5, atol=1e-5)
 
 
@@ -136,7 +135,7 @@ def test_weights_are_folded_from_fp32_values(resolved_model: ResolvedModel, tmp_
 def test_connector_trained_in_one_convention_gives_the_same_features_in_the_other(
     resolved_model: ResolvedModel, prepared_blocks: Blocks, pack_collator: PackCollator, tmp_path: Path
 ) -> None:
-    pack = pack_collator.collate([prepared_blocks[0]])
+    pack = on_cpu(pack_collator.collate([prepared_blocks[0]]))
     scaled = build_llava(of_convention(resolved_model, "embedding"), 7, torch.float32)
     weights = {name: value.detach() for name, value in scaled.named_parameters() if name.startswith(CONNECTOR)}
     save_connector(weights, running_feature_factor(scaled), tmp_path / CONNECTOR_FILE)

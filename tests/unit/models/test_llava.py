@@ -31,7 +31,7 @@ from raylava.models.llava import (
 from raylava.models.registry import LanguageSpec, ResolvedModel, VisionSpec, load_tokenizer, resolve_model
 from raylava.train.data_loader import PackCollator
 from tests.support.attention import AttentionCalls
-from tests.support.packs import collate_groups, loss_and_gradients
+from tests.support.packs import collate_groups, loss_and_gradients, on_cpu
 
 
 @pytest.fixture(scope="module", params=["varlen", "sdpa", "eager"])
@@ -52,9 +52,7 @@ def test_packed_logits_equal_the_logits_of_each_sample_alone(
     numbers = [0, 1, 2, 3]
     with torch.inference_mode():
         (packed,) = collate_groups(prepared_blocks, pack_collator, [numbers])
-        packed_logits = model.logits(
-            packed.input_ids, packed.position_ids, packed.pixel_values, packed.target_positions, packed.cu_seqlens
-        )
+        packed_logits = model.logits(packed)
         single_logits = [
             plain_llava(input_ids=pack.input_ids, pixel_values=pack.pixel_values).logits[0, pack.target_positions]
             for pack in collate_groups(prepared_blocks, pack_collator, [[number] for number in numbers])
@@ -131,8 +129,8 @@ def test_each_loss_token_counts_by_its_weight(
 ) -> None:
     samples = [prepared_blocks[0], prepared_blocks[1]]
     with torch.inference_mode():
-        alone = [model(**vars(pack_collator.collate([sample]))) for sample in samples]
-        weighted = model(**vars(pack_collator.collate(samples, [0.25, 0.5])))
+        alone = [model(**vars(on_cpu(pack_collator.collate([sample])))) for sample in samples]
+        weighted = model(**vars(on_cpu(pack_collator.collate(samples, [0.25, 0.5]))))
     torch.testing.assert_close(weighted, 0.25 * alone[0] + 0.5 * alone[1], rtol=1e-5, atol=1e-6)
 
 

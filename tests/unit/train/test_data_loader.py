@@ -13,6 +13,7 @@ from raylava.models.families import clip
 from raylava.models.registry import PixelRule, vision_spec
 from raylava.train.batch_plan import BatchPlan
 from raylava.train.data_loader import PackCollator, PackedDataLoader
+from tests.support.packs import on_cpu
 
 IMAGE, BOS = 99, 2
 CONFIG = clip.FAMILY.complete({"hidden_size": 8, "image_size": 16, "patch_size": 8})
@@ -36,7 +37,7 @@ def test_image_tokens_are_expanded_and_target_positions_shifted() -> None:
     assert pack.position_ids.tolist() == [list(range(8))]
     assert pack.target_positions.tolist() == [5, 6]
     assert pack.labels.tolist() == [8, 9]
-    assert torch.equal(pack.pixel_values, torch.ones(1, 3, 16, 16))
+    assert torch.equal(on_cpu(pack).pixel_values, torch.ones(1, 3, 16, 16))
 
 
 def test_positions_restart_with_each_sample_of_a_pack() -> None:
@@ -49,7 +50,7 @@ def test_positions_restart_with_each_sample_of_a_pack() -> None:
 @pytest.mark.parametrize("samples", [[TEXT, TEXT], []])
 def test_pack_without_images_gets_a_blank_image_without_loss_tokens(samples: list[Sample]) -> None:
     pack = COLLATOR.collate(samples)
-    assert pack.pixel_values.shape == (1, 3, 16, 16)
+    assert on_cpu(pack).pixel_values.shape == (1, 3, 16, 16)
     assert int((pack.input_ids == IMAGE).sum()) == VISION.image_tokens
     assert len(pack.labels) == len(samples)
     assert pack.position_ids[0, 3 * len(samples)] == 0
