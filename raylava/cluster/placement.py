@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raylava.cluster.nodes import NodeType
 from raylava.cluster.roles import PREPARE, TRAIN, matches_selector, node_labels_for
-from raylava.config.recipe import Recipe
+from raylava.config.recipe import Recipe, Resources
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,27 @@ class Placement:
 def resource_requests(recipe: Recipe, roles: bool) -> list[ResourceRequest]:
     """Return the requests of the recipe's stages. `roles` states whether nodes carry the label raylava.io/role."""
     resources = recipe.resources
-    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
-    min_workers = resources.min_workers or resources.workers
     training_stages = ("pretrain", "finetune") if recipe.pretrain.enabled else ("finetune",)
     train_labels = node_labels_for(TRAIN, resources, roles)
     requests = [
         ResourceRequest(("prepare",), 1, 1, {"CPU": 1}, node_labels_for(PREPARE, resources, roles)),
-        ResourceRequest(training_stages, resources.workers, min_workers, bundle, train_labels),
+        training_request(training_stages, resources, train_labels),
     ]
     if recipe.evaluate:
-        requests.append(ResourceRequest(("evaluate",), resources.workers, 1, bundle, train_labels))
+        requests.append(ResourceRequest(("evaluate",), resources.workers, 1, worker_bundle(resources), train_labels))
     return requests
+
+
+def training_request(stages: tuple[str, ...], resources: Resources, labels: Mapping[str, str]) -> ResourceRequest:
+    """Return the request of training stages for nodes with these labels."""
+    min_workers = resources.min_workers or resources.workers
+    return ResourceRequest(stages, resources.workers, min_workers, worker_bundle(resources), labels)
+
+
+def worker_bundle(resources: Resources) -> dict[str, float]:
+    """Return what one worker takes of its node."""
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return {"CPU": float(resources.cpus_per_worker)} | gpus
 
 
 def placements(

@@ -224,12 +224,12 @@ class TrainStage(Stage):
         )
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
-        from raylava.train import ray_backend  # imports torch
+        from raylava.train.ray import driver  # imports torch
 
         if self.prefix is None:
-            return ray_backend.run(self.train_spec(), self._resources, progress)
+            return driver.run(self.train_spec(), self._resources, progress)
         with lock(self.prefix.spec().path, self.prefix.label):  # the state must not be removed meanwhile
-            metrics = ray_backend.run(self.train_spec(), self._resources, progress)
+            metrics = driver.run(self.train_spec(), self._resources, progress)
         return metrics | ({CONTINUED_FROM: self.prefix.spec().fingerprint} if metrics["first_step"] else {})
 
 

@@ -1,4 +1,4 @@
-"""The backend interface of the Trainer, implemented by ray_backend.py and torchrun_backend.py."""
+"""The backend interface of the Trainer, implemented by ray/worker.py and torchrun_backend.py."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

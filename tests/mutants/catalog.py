@@ -447,10 +447,10 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "raylava/train/ray_backend.py",
+        "raylava/train/ray/driver.py",
         (
             "training runs on the nodes of its labels",
-            "label_selector=node_labels_for(TRAIN, resources) or None,",
+            "label_selector=_node_labels(resources, avoided_nodes) or None,",
             "label_selector=None,",
             f"{KEYS}[resources.train_node_labels]",
         ),
@@ -479,17 +479,29 @@ MUTANTS = [
             f"{RAY}::test_stalled_rank_is_named_in_a_warning",
         ),
         (
-            "a rank that waits for data for long counts as stalled",
-            "if not heartbeats or any(now - heartbeat.time < timeout_s for heartbeat in heartbeats):",
-            "if True:",
-            "tests/unit/train/test_ray_backend.py::test_rank_that_is_furthest_behind_is_the_stalled_one",
-        ),
-        (
             "lost workers are reported",
             'logger.warning("%s: lost %s; resuming from the last checkpoint", stage, ", ".join(lost))',
             "pass",
             f"{RAY}::test_lost_workers_are_reported_when_they_are_restarted",
         ),
+        (
+            "nodes with a broken GPU are avoided",
+            "avoided = sorted(broken)",
+            "avoided = [next(iter(broken)) * 2]",
+            "tests/chaos/train/test_train_failures.py::test_node_whose_gpu_fails_is_avoided_and_the_samples_stay_the_same",
+        ),
+    ),
+    *_in(
+        "raylava/train/ray/monitor.py",
+        (
+            "a rank that waits for data for long counts as stalled",
+            "if not heartbeats or any(now - heartbeat.time < timeout_s for heartbeat in heartbeats):",
+            "if True:",
+            "tests/unit/train/test_ray_backend.py::test_rank_that_is_furthest_behind_is_the_stalled_one",
+        ),
+    ),
+    *_in(
+        "raylava/train/ray/failures.py",
         (
             "a worker's own error ends the run",
             "        if recorded and not lost:\n            raise RunError(recorded)\n",

@@ -1,8 +1,9 @@
 """A training driver for tests/chaos/train, in a separate process with its own Ray cluster.
 
 The only argument is JSON: spec (a pickled TrainSpec in hexadecimal), workers, min_workers, nodes (the number of one-CPU
-nodes besides the head), and `failure`, which is injected once a new checkpoint is complete: remove_node or drain_node;
-none by default. Prints the metrics of the run as JSON.
+nodes besides the head), and `failure`, which is injected once a new checkpoint is complete: remove_node, drain_node, or
+break_gpu, after which each process on the last node raises CUDA's error in its first step; none by default. Prints the
+metrics of the run as JSON.
 """
 
 import json
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import psutil
@@ -23,7 +25,10 @@ from raylava.cluster.session import ray_session
 from raylava.config.recipe import Resources
 from raylava.progress import NullProgressBar
 from raylava.storage import StoragePath, storage_path
-from raylava.train.ray_backend import run
+from raylava.train.engine import Engine, StepResult
+from raylava.train.ray import driver
+from raylava.train.ray.driver import run
+from raylava.train.ray.worker import train_loop_per_worker
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT
 
@@ -84,6 +89,20 @@ def _drain(node: Any) -> None:
     drain_nodes(ray.get_runtime_context().gcs_address, node.node_id, notice)
 
 
+def train_with_a_broken_gpu(node: str, config: dict[str, Any]) -> None:
+    """Run raylava's own training function, whose steps fail on one node once there is a checkpoint."""
+    if ray.get_runtime_context().get_node_id() == node:
+        step = Engine.step
+
+        def fail_after_a_checkpoint(engine: Engine, *args: Any) -> StepResult:
+            if complete_checkpoints(storage_path(config["spec"].output)):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            return step(engine, *args)
+
+        Engine.step = fail_after_a_checkpoint  # type: ignore[method-assign]
+    train_loop_per_worker(config)
+
+
 def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:
     """Start a cluster of a head without CPUs and one-CPU nodes, and connect to it."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # for this long a lost node still counts as alive
@@ -100,7 +119,10 @@ def start_cluster(node_count: int) -> tuple[Cluster, list[Any]]:
 
 def main(options: dict[str, Any]) -> None:
     spec: TrainSpec = pickle.loads(bytes.fromhex(options["spec"]))  # noqa: S301 (written by the test)
-    if options.get("failure"):
+    if options.get("failure") == "break_gpu":
+        _, nodes = start_cluster(options["nodes"])
+        driver.train_loop_per_worker = partial(train_with_a_broken_gpu, nodes[-1].node_id)
+    elif options.get("failure"):
         arguments = (options["failure"], spec, *start_cluster(options["nodes"]))
         threading.Thread(target=remove_node_after_checkpoint, args=arguments, daemon=True).start()
     resources = Resources(workers=options["workers"], min_workers=options.get("min_workers"))

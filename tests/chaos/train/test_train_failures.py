@@ -21,7 +21,7 @@ from raylava.errors import RunError
 from raylava.models.registry import ResolvedModel
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
-from raylava.train.ray_backend import run
+from raylava.train.ray.driver import run
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, STEP_LOG
 from tests.support.flaky_proxy import FlakyProxy
@@ -160,6 +160,21 @@ def test_training_continues_on_fewer_workers_after_a_node_is_lost_without_notice
 ) -> None:
     spec = with_output(spec, tmp_path / "run")
     lines = train_on_nodes(spec, "remove_node")
+    check_same_samples(lines, uninterrupted_run[1])
+    assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
+
+
+def test_node_whose_gpu_fails_is_avoided_and_the_samples_stay_the_same(
+    spec: TrainSpec, uninterrupted_run: tuple[TrainSpec, Lines], tmp_path: Path
+) -> None:
+    spec = with_output(spec, tmp_path / "run")
+    driver = start(spec, nodes=2, min_workers=1, failure="break_gpu")
+    _, log = driver.communicate(timeout=400)
+    assert driver.returncode == 0, log[-4000:]
+    warnings = [line for line in log.splitlines() if "resuming on other nodes" in line]
+    assert len(warnings) == 1
+    assert "CUDA error: uncorrectable ECC error encountered" in warnings[0]
+    lines = read_step_log(spec)
     check_same_samples(lines, uninterrupted_run[1])
     assert [lines[0]["world_size"], lines[-1]["world_size"]] == [2, 1]
 

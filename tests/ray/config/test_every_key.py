@@ -30,7 +30,7 @@ from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
 from raylava.toy.demo import toy_recipe
 from raylava.train.checkpoints import CheckpointManager
-from raylava.train.ray_backend import build_trainer as build_ray_trainer
+from raylava.train.ray.driver import build_trainer as build_ray_trainer
 from raylava.train.torchrun_backend import expired_checkpoints
 from tests.support.corpora import prepare_serially
 from tests.support.recorded_training import RecordingBackend, build_trainer, record_training

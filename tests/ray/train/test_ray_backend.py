@@ -19,7 +19,10 @@ from raylava.cluster.gauges import Gauges
 from raylava.errors import RunError
 from raylava.progress import NullProgressBar
 from raylava.train.backend import COMPUTING, LOADING
-from raylava.train.ray_backend import RestartPolicy, RunMonitor, record_errors, report_progress
+from raylava.train.ray.driver import report_progress
+from raylava.train.ray.failures import RestartPolicy
+from raylava.train.ray.monitor import RunMonitor
+from raylava.train.ray.worker import record_errors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -15,7 +15,7 @@ from raylava.errors import RunError
 from raylava.models.registry import ResolvedModel
 from raylava.progress import NullProgressBar
 from raylava.storage import storage_path
-from raylava.train.ray_backend import run
+from raylava.train.ray.driver import run
 from raylava.train.replay import replay
 from raylava.train.spec import TrainSpec
 

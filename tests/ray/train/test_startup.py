@@ -16,8 +16,8 @@ import mlflow  # the tracker's
 """
 PROGRESS_MONITOR = """
 import sys
-import raylava.train.ray_backend
-assert "torch" not in sys.modules
+import raylava.train.ray.monitor
+assert not {"torch", "ray.train"} & set(sys.modules)
 """
 
 

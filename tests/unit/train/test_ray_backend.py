@@ -5,7 +5,8 @@ from torch.distributed import DistBackendError, DistNetworkError
 
 from raylava.errors import RunError
 from raylava.train.backend import COMPUTING, LOADING
-from raylava.train.ray_backend import Heartbeat, find_stalled_rank, is_peer_failure
+from raylava.train.ray.failures import is_device_failure, is_peer_failure
+from raylava.train.ray.monitor import Heartbeat, find_stalled_rank
 
 PEER_FAILURES = {
     "reset": RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45456: Connection reset by peer."),
@@ -13,6 +14,10 @@ PEER_FAILURES = {
     "nccl": DistBackendError(
         "NCCL error: ncclRemoteError: A call failed possibly due to a remote process exiting prematurely"
     ),
+    "link": DistBackendError(
+        "NCCL error: ncclSystemError: System call (e.g. socket, malloc) or external library failed"
+    ),
+    "watchdog": DistBackendError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"),
     "store": DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the server shutdown?"),
 }
 OWN_ERRORS = [
@@ -27,6 +32,25 @@ OWN_ERRORS = [
 @pytest.mark.parametrize("name", PEER_FAILURES)
 def test_collective_that_lost_its_peer_is_a_peer_failure(name: str) -> None:
     assert is_peer_failure(PEER_FAILURES[name])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: unspecified launch failure",
+        "NVML: GPU has fallen off the bus",
+        "CUDA-capable device(s) is/are busy or unavailable",
+    ],
+)
+def test_broken_gpu_is_told_apart_from_an_error_of_the_program(message: str) -> None:
+    assert is_device_failure(RuntimeError(message))
+    assert not is_device_failure(RunError(message))
+
+
+@pytest.mark.parametrize("error", [*OWN_ERRORS, RuntimeError("CUDA error: an illegal memory access was encountered")])
+def test_error_of_the_program_is_not_taken_for_a_broken_gpu(error: Exception) -> None:
+    assert not is_device_failure(error)
 
 
 @pytest.mark.parametrize("error", OWN_ERRORS, ids=str)
