@@ -254,7 +254,7 @@ class TrainingBenchmark:
             "managed_gradient_accumulation": True,
         }
         optimizer = torch.optim.AdamW(trainable, lr=self._training.lr)
-        engine = initialize(ReferenceLoss(llava), optimizer, settings, BackgroundWriter(set()))
+        engine = initialize(ReferenceLoss(llava), optimizer, settings, BackgroundWriter(set()), self._device)
         first_step = next(self._plan.from_step(0)).samples
         warmup_batches, timed_batches = (
             [

@@ -8,6 +8,7 @@ every rank's start: MLflow, for the autotuner, and torch's Inductor, which compi
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -88,16 +89,25 @@ class BackgroundWriter(CheckpointEngine):
 
 
 def initialize(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], writer: BackgroundWriter
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any],
+    writer: BackgroundWriter,
+    device: torch.device,
 ) -> Any:
-    """Return DeepSpeed's engine for the module; torch.distributed is initialized already.
+    """Return DeepSpeed's engine for the module on `device`; torch.distributed is initialized already.
+
+    DeepSpeed takes the GPU that LOCAL_RANK names, whatever the module's; Ray's numbers of GPUs may differ from it.
 
     DeepSpeed's shared-memory kernel for CPUs is disabled: only inference calls it, and compiling it takes half a minute
     and a C++ compiler. Checkpoints are written by `writer`.
     """
     deepspeed.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    local_rank = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
+    with environment_variable("LOCAL_RANK", local_rank):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    assert device.type == "cpu" or engine.device == device, f"DeepSpeed took {engine.device} instead of {device}"
     engine.checkpoint_engine = writer
     for state in inner_optimizer(engine).state.values():
         state["step"].zero_()  # stage 0 in bf16 takes a step at rate 0 to allocate Adam's moments

@@ -365,9 +365,11 @@ class Training(ConfigModel):
     shuffled as a whole; of a larger one, blocks are shuffled, and samples within windows of that size.
 
     `attn_implementation: varlen` attends within each sample of a pack; the other values name implementations of
-    transformers. `compile` compiles the model and its loss by torch.compile. `activation_checkpointing`,
-    `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is predicted to fit, chosen when
-    training starts. `deepspeed` is passed to DeepSpeed unchanged; keys that raylava sets itself are refused.
+    transformers. `compile` compiles each layer of the language model by torch.compile. With `deterministic`, a run on
+    the same number of GPUs of one type repeats bit by bit, at some cost of speed; on CPUs it always does.
+    `activation_checkpointing`, `max_tokens_per_pack` and `zero.stage` may be `auto`: the fastest combination that is
+    predicted to fit, chosen when training starts. `deepspeed` is passed to DeepSpeed unchanged; keys that raylava sets
+    itself are refused.
 
     A step with a non-finite loss or gradient is skipped; `max_consecutive_skips` of them in a row end the run.
     """
@@ -399,6 +401,7 @@ class Training(ConfigModel):
         "varlen"
     )
     compile: bool = not_fingerprinted(False)
+    deterministic: bool = not_fingerprinted(False)
     deepspeed: Annotated[dict[str, Any], AfterValidator(_refuse_reserved_keys)] = not_fingerprinted({})
     max_consecutive_skips: int = not_fingerprinted(5, ge=1)
     checkpoint: CheckpointConfig = not_fingerprinted(CheckpointConfig())
@@ -487,7 +490,7 @@ DEFAULT_CACHE_GB = 300.0
 
 
 class Resources(ConfigModel):
-    """The resources of each stage. `gpus_per_worker: 0` trains on CPUs with the same code.
+    """The resources of each stage. A worker trains on one GPU, or on CPUs with the same code (`gpus_per_worker: 0`).
 
     A corpus in a bucket is read through a cache of up to `cache_gb` per node, which should hold three shuffle windows.
     With `min_workers`, training starts with any number of workers from there to `workers` and continues with another
@@ -498,10 +501,17 @@ class Resources(ConfigModel):
     workers: int = Field(1, ge=1, le=100_000)
     min_workers: int | None = Field(None, ge=1)
     cpus_per_worker: int = Field(1, ge=1, le=10_000)
-    gpus_per_worker: int = Field(0, ge=0, le=100)
+    gpus_per_worker: int = Field(0, ge=0)
     cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0)
     train_node_labels: dict[str, str] = {}
     prepare_node_labels: dict[str, str] = {}
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _one_gpu_per_worker(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("a worker trains on one GPU; set it to 1, and workers to the number of GPUs")
+        return value
 
     @model_validator(mode="after")
     def _min_workers_within_workers(self) -> Self:

@@ -97,7 +97,9 @@ class Engine:
             enable_activation_checkpointing(llava)
         self._loss = PackLoss(llava)
         if training.compile:
-            self._loss.compile(dynamic=True)  # in place: names stay those of the plain module
+            for layer in llava.model.language_model.layers:
+                layer.compile(dynamic=True)  # in place: names stay those of the plain module
+        torch.use_deterministic_algorithms(training.deterministic)
         meta = None if checkpoint is None else loadable_meta(checkpoint, training)
         convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
         groups = list(parameter_groups(self._loss, training))
@@ -148,7 +150,8 @@ class Engine:
             "logits": self._loss.description(),
             "optimizer": f"{type(inner_optimizer(engine)).__name__}: {'; '.join(groups)}",
             "gradient clipping": f"norm {engine.gradient_clipping():g}" if engine.gradient_clipping() else "off",
-            "compile": "on" if is_compiled(self._loss) else "off",
+            "compile": "on" if all(map(is_compiled, llava.model.language_model.layers)) else "off",
+            "deterministic algorithms": "on" if torch.are_deterministic_algorithms_enabled() else "off",
             "activation checkpointing": "on" if llava.is_activation_checkpointing else "off",
             "ZeRO": f"stage {engine.zero_optimization_stage()}, {dist.get_world_size()} ranks",
             "offload": ", ".join(offloads) or "off",
@@ -328,7 +331,7 @@ def _initialize(
     trained = {name: weight.numel() for name, weight in module.named_parameters() if weight.requires_grad}
     config = deepspeed_config(training, sum(trained.values()), load_universal)
     writer = BackgroundWriter(set(trained))
-    return initialize(module, optimizer, config, writer), writer
+    return initialize(module, optimizer, config, writer, device), writer
 
 
 def parameter_groups(module: nn.Module, training: Training) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,7 @@ from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import CheckpointRef, Upload
 from raylava.train.checkpoints import read_checkpoint_meta
 from raylava.train.metrics import StepMetrics
+from raylava.train.process_environment import process_environment, set_process_environment
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
@@ -86,6 +87,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
     """
     ranks = rendezvous.ranks
     torch.set_num_threads(resources.cpus_per_worker)
+    set_process_environment(process_environment(spec.training))
     with process_group(rendezvous, use_gpu=resources.gpus_per_worker > 0) as device:
         backend = _TorchrunBackend(spec, ranks, device, progress)
         Trainer(spec, backend, 1e9 * resources.cache_gb).run()

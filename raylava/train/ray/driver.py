@@ -23,6 +23,7 @@ from raylava.config.recipe import Resources
 from raylava.errors import RunError, first_line
 from raylava.progress import ProgressBar, poll_in_background
 from raylava.storage import StoragePath, storage_path
+from raylava.train.process_environment import process_environment
 from raylava.train.ray.failures import RestartPolicy
 from raylava.train.ray.monitor import MonitorReport, RunMonitor
 from raylava.train.ray.worker import train_loop_per_worker
@@ -57,7 +58,9 @@ def build_trainer(
     spec: TrainSpec, resources: Resources, monitor: Any, avoided_nodes: Sequence[str] = ()
 ) -> "TorchTrainer":
     """Return Ray Train's trainer of a stage, whose workers report to a RunMonitor, on other nodes than the avoided."""
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raylava.train.ray.process_group import ProcessGroupConfig
 
     return TorchTrainer(
         train_loop_per_worker,
@@ -67,7 +70,9 @@ def build_trainer(
             "threads": resources.cpus_per_worker,
             "cache_bytes": 1e9 * resources.cache_gb,
         },
-        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=ProcessGroupConfig(
+            timeout_s=_COLLECTIVE_TIMEOUT_S, environment=process_environment(spec.training)
+        ),
         scaling_config=_scaling_config(resources, avoided_nodes),
         run_config=_run_config(spec, monitor, len(avoided_nodes)),
     )

@@ -50,10 +50,9 @@ class RestartPolicy(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Count the failure. Raises RunError with the first error that a worker recorded, or after the last attempt.
 
-        After the failure of a GPU the run ends, so that it
-        can continue on other nodes. A worker's error beside the death of another one is considered a consequence; an
-        independent error recurs. The death of a preempted worker is not counted; Ray Train reports it repeatedly until
-        the node is gone.
+        After the failure of a GPU the run ends, so that it can continue on other nodes. A worker's error beside the
+        death of another one is considered a consequence; an independent error recurs. The death of a preempted worker
+        is not counted; Ray Train reports it repeatedly until the node is gone.
         """
         deaths = {rank: _death(error) for rank, error in worker_exceptions.items()}
         lost = [f"worker {rank}" for rank, death in sorted(deaths.items()) if death]

@@ -249,6 +249,7 @@ TRAINING: dict[str, tuple[str, *tuple[Probe, ...]]] = {
     "activation_checkpointing": ("finetune.activation_checkpointing=true", training),
     "attn_implementation": ("finetune.attn_implementation=eager", training),
     "compile": ("finetune.compile=true", engine),
+    "deterministic": ("finetune.deterministic=true", engine),
     "deepspeed": ("finetune.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}", engine),
     "max_consecutive_skips": ("finetune.max_consecutive_skips=2", skipped_steps),
     "zero.stage": ("finetune.zero.stage=1", engine),

@@ -61,6 +61,7 @@ def test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step(spec:
         "optimizer",
         "gradient clipping",
         "compile",
+        "deterministic algorithms",
         "activation checkpointing",
         "ZeRO",
         "offload",

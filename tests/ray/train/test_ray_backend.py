@@ -1,8 +1,10 @@
 """Ray Train restarts a worker group that lost a worker, and ends a run whose worker raised an error."""
 
+import json
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from raylava.cluster.gauges import Gauges
+from raylava.config.recipe import Resources, Training
 from raylava.errors import RunError
+from raylava.models.registry import ResolvedModel
 from raylava.progress import NullProgressBar
 from raylava.train.backend import COMPUTING, LOADING
+from raylava.train.process_environment import process_environment
+from raylava.train.ray import driver
 from raylava.train.ray.driver import report_progress
 from raylava.train.ray.failures import RestartPolicy
 from raylava.train.ray.monitor import RunMonitor
 from raylava.train.ray.worker import record_errors
+from raylava.train.spec import TrainSpec
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -40,6 +47,11 @@ def fail_while_the_peer_waits(config: dict[str, Any]) -> None:
         if torch.distributed.get_rank() == 1:
             raise ValueError("sample 17 is broken\nits second line")
         torch.distributed.barrier()
+
+
+def record_environment(folder: Path, config: dict[str, Any]) -> None:
+    """Write the worker's environment."""
+    (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
 
 
 def die_without_a_checkpoint(config: dict[str, Any]) -> None:
@@ -84,6 +96,18 @@ def fit(loop: Any, folder: Path, workers: int, max_failures: int) -> Any:
     )
     trainer.fit()
     return monitor
+
+
+def test_workers_of_a_deterministic_run_have_its_environment(
+    resolved_model: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "train_loop_per_worker", partial(record_environment, tmp_path))
+    training = Training(deterministic=True)
+    spec = TrainSpec("finetune", resolved_model, training, 0, "", None, "pad", str(tmp_path / "finetune" / "f"))
+    driver.build_trainer(spec, Resources(), RunMonitor.remote()).fit()  # type: ignore[attr-defined]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert process_environment(training).items() <= environment.items()
+    assert "NCCL_ALGO" in environment
 
 
 def test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause(tmp_path: Path) -> None:

@@ -345,6 +345,8 @@ check recipe.yaml resources.min_workers=5
     recipe.yaml: resources: min_workers=5 is more than workers=2; lower it
 check recipe.yaml resources.gpus_per_worker=-1
     recipe.yaml: resources.gpus_per_worker=-1: Input should be greater than or
+check recipe.yaml resources.gpus_per_worker=2
+    recipe.yaml: resources.gpus_per_worker=2: a worker trains on one GPU; set it to
 check recipe.yaml resources.cpus_per_worker=0
     recipe.yaml: resources.cpus_per_worker=0: Input should be greater than or
 check recipe.yaml resources.cache_gb=.inf

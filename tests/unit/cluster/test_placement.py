@@ -75,5 +75,5 @@ def test_check_reports_requests_that_a_cluster_can_never_satisfy(capfd: pytest.C
     out, err = capfd.readouterr()
     assert "the cluster can run it" in out
     assert "8 × {CPU: 4, GPU: 1} on raylava.io/role=train" in " ".join(err.split())
-    assert main([*command, "resources.workers=8", "resources.gpus_per_worker=99"]) == 2
+    assert main([*command, "resources.workers=8", "resources.gpus_per_worker=1", "resources.cpus_per_worker=999"]) == 2
     assert "one worker does not fit on one node" in " ".join(capfd.readouterr().err.split())

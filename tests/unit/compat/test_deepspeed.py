@@ -1,8 +1,10 @@
 """The private parts of DeepSpeed that raylava uses exist and do what the feature that uses them needs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,3 +56,20 @@ def test_checkpoints_are_written_in_the_background_without_frozen_weights(tmp_pa
     writer.save({}, str(tmp_path / "no-such-folder" / "shard.pt"))
     with pytest.raises(RuntimeError, match="no-such-folder"):
         writer.wait()
+
+
+def test_engine_is_on_the_device_of_the_model_whatever_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed reads LOCAL_RANK. Ray numbers the GPUs of a node as strings: the eleventh comes before the third."""
+    from raylava.compat import deepspeed as compat
+
+    device = torch.device("cuda", 3)
+
+    def initialize(**_: object) -> tuple[SimpleNamespace]:
+        taken = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return (SimpleNamespace(device=taken, optimizer=SimpleNamespace(state={})),)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(compat.deepspeed, "initialize", initialize)
+    arguments = (torch.nn.Identity(), None, {}, compat.BackgroundWriter(set()))
+    assert compat.initialize(*arguments, device).device == device
+    assert os.environ["LOCAL_RANK"] == "1"
