@@ -35,19 +35,28 @@ def _device(name: str, teraflops: float, gigabytes: float, link: float, network:
 # device_from_cuda_name() returns the first entry whose words all occur in the reported name, so that a more specific
 # name ("H100 PCIe") must precede a more general one ("H100").
 DEVICES = {
+    "gb200": _device("GB200", 2500, 186, 900, 50),
     "b200": _device("B200", 2250, 180, 900, 50),
+    "gh200": _device("GH200", 989, 96, 450, 50),
     "h200": _device("H200", 989, 141, 450, 50),
     "h100-pcie": _device("H100 PCIe", 756, 80, 64, 25),
+    "h100-nvl": _device("H100 NVL", 835, 94, 300, 25),
     "h100": _device("H100", 989, 80, 450, 50),
+    "h800": _device("H800", 989, 80, 200, 50),
+    "h20": _device("H20", 148, 96, 450, 50),
     "a100-40": _device("A100 40GB", 312, 40, 300, 6.25),
     "a100": _device("A100", 312, 80, 300, 12.5),
     "a800": _device("A800", 312, 80, 200, 12.5),
     "l40s": _device("L40S", 362, 48, 32, 6.25),
+    "l40": _device("L40", 181, 48, 32, 6.25),
+    "a40": _device("A40", 150, 48, 32, 6.25),
     "l4": _device("L4", 121, 24, 16, 3.1),
     "a10g": _device("A10G", 70, 24, 16, 3.1),
     "a10": _device("A10", 125, 24, 16, 3.1),
     "v100": _device("V100", 125, 16, 150, 3.1),
     "t4": _device("T4", 65, 16, 8, 1.5),
+    "rtx-6000-ada": _device("RTX 6000 Ada", 364, 48, 32, 3.1),
+    "rtx-a6000": _device("RTX A6000", 155, 48, 32, 3.1),
     "rtx-4090": _device("RTX 4090", 165, 24, 16, 1.25),
 }
 

@@ -41,8 +41,17 @@ CPU_SPEED = DeviceSpeed(
     collective_latency_s=1e-4,
     source="order of magnitude of a CPU core",
 )
+_UNKNOWN_GPU_SPEED = DeviceSpeed(
+    flops_per_s=5e13,
+    s_per_pack=5e-3,
+    s_per_step=0.0,
+    s_per_parameter_update=1e-10,
+    collective_latency_s=5e-5,
+    source="order of magnitude of a GPU that is not in raylava's table",
+)
 HOST_MEMORY_FRACTION = 0.8  # of a host's free memory that workers may use
 _CPU_BANDWIDTH = 1e9  # bytes/s between two processes over loopback
+_UNKNOWN_GPU_BANDWIDTH = 1e10  # bytes/s between two GPUs over PCI Express
 _SAMPLED_STEPS = 8
 
 
@@ -96,7 +105,7 @@ class AutoResolver:
     def _rank(self, configs: Iterable[ExecutionConfig], training: Training) -> list[Candidate]:
         model, device = TrainableModel.of(self._shape, self._stage, training), _known_device(self._device)
         steps = SampledSteps(model, self._lengths, sample_steps(self._plan, _SAMPLED_STEPS), training.global_batch_size)
-        speed = nominal_speed(device) if device else CPU_SPEED
+        speed = nominal_speed(device) if device else _unlisted_speed(self._device)
         return rank_candidates(configs, model, steps.workload(self._budget.world_size), speed, self._budget)
 
     def _format_memory(self, candidate: Candidate) -> str:
@@ -132,6 +141,11 @@ def _known_device(device: torch.device) -> Device | None:
     return device_from_cuda_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
+def _unlisted_speed(device: torch.device) -> DeviceSpeed:
+    """Return the speed by which candidates are ranked on a CPU or on a GPU without an entry in the table."""
+    return _UNKNOWN_GPU_SPEED if device.type == "cuda" else CPU_SPEED
+
+
 def _smallest_budget(device: torch.device) -> DeviceBudget:
     """Return the smallest memory budget of all ranks. Collective."""
     world_size, known = dist.get_world_size(), _known_device(device)
@@ -141,5 +155,6 @@ def _smallest_budget(device: torch.device) -> DeviceBudget:
     smallest = torch.tensor([device_memory, host], dtype=torch.float64, device=device)
     dist.all_reduce(smallest, dist.ReduceOp.MIN)
     nodes = -(-world_size // local_world_size)
-    bandwidth = _CPU_BANDWIDTH if known is None else Cluster(nodes, local_world_size, known).bandwidth
+    unlisted = _UNKNOWN_GPU_BANDWIDTH if device.type == "cuda" else _CPU_BANDWIDTH
+    bandwidth = unlisted if known is None else Cluster(nodes, local_world_size, known).bandwidth
     return DeviceBudget(float(smallest[0]), float(smallest[1]), world_size, bandwidth)

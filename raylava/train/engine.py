@@ -68,7 +68,7 @@ def lr_multiplier(step: int, steps: int, training: Training) -> float:
 class Engine:
     """A LLaVA model in training on this rank. Every rank must call every method at the same point.
 
-    `first_step` is the step that the checkpoint continues with, 0 without one.
+    `first_step` is the step that the checkpoint continues with, 0 without one; `restore` loads the checkpoint.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Engine:
         device: torch.device,
         checkpoint: Path | None = None,
     ) -> None:
-        """Build the engine and restore the checkpoint in a folder, if one is given.
+        """Build the engine for the checkpoint in a folder, if one is given.
 
-        Raises RunError when the checkpoint does not fit the run, KeyError when it lacks a trained weight.
+        Raises RunError when the checkpoint does not fit the run.
         """
         self._training, self._steps, self._device = training, steps, device
         self._dtype = DTYPES[training.precision]
@@ -101,14 +101,12 @@ class Engine:
                 layer.compile(dynamic=True)  # in place: names stay those of the plain module
         torch.use_deterministic_algorithms(training.deterministic)
         meta = None if checkpoint is None else loadable_meta(checkpoint, training)
-        convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
+        self._convert = meta is not None and meta.world_size != dist.get_world_size() and meta.zero_stage != 0
         groups = list(parameter_groups(self._loss, training))
         self._group_labels = [_label(group) for group in groups]  # before DeepSpeed divides the parameters among ranks
-        self._engine, self._writer = _initialize(self._loss, groups, training, device, load_universal=convert)
-        self.first_step = 0
-        if checkpoint is not None and meta is not None:
-            self._restore(checkpoint, convert)
-            self.first_step = meta.step
+        self._engine, self._writer = _initialize(self._loss, groups, training, device, load_universal=self._convert)
+        self._checkpoint = checkpoint
+        self.first_step = 0 if meta is None else meta.step
 
     def prepare(self, pack: HostPack) -> LoadedPack:
         """Do what can be done for a pack before its step; called by the loader's threads."""
@@ -123,7 +121,7 @@ class Engine:
         """
         started = time.monotonic()
         self._set_lr(number)
-        totals = self._accumulate(packs, 1.0, request)
+        totals = self._accumulate(packs, request)
         finite, (loss, summed_request, _, *norm) = self._update(totals)
         return StepResult(
             loss=loss,
@@ -159,34 +157,39 @@ class Engine:
         }
 
     def memory_dry_run(self, packs: Sequence[LoadedPack], advice: str) -> None:
-        """Compute these packs without an update: the loss is made non-finite, so that the step is skipped.
+        """Compute these packs and an update at learning rate 0, then forget the optimizer's moments.
 
-        Raises RunError with `advice` when memory runs out.
+        No weight changes. To be called before `restore`. Raises RunError with `advice` when memory runs out.
         """
+        from raylava.compat.deepspeed import inner_optimizer
+
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = 0.0
         try:
-            totals = self._accumulate(packs, math.nan)
+            self._update(self._accumulate(packs))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise RunError(_out_of_memory(packs, error, advice)) from error
-        finite, _ = self._update(totals * math.nan)
-        assert not finite, "a dry run must not update"
+        for state in inner_optimizer(self._engine).state.values():
+            for value in state.values():
+                value.zero_()
 
     def _set_lr(self, number: int) -> None:
         factor = lr_multiplier(number, self._steps, self._training)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-    def _accumulate(self, packs: Sequence[LoadedPack], scale: float, request: int = 0) -> Tensor:
+    def _accumulate(self, packs: Sequence[LoadedPack], request: int = 0) -> Tensor:
         """Return the sums over ranks of the packs' loss, of `request` and of `_non_finite_values` (shape (3,), fp32).
 
-        DeepSpeed accumulates the gradients of `scale` times the loss.
+        DeepSpeed accumulates the gradients.
         """
         total = torch.zeros((), device=self._device)
         for pack in packs:
             loss = self._engine(**vars(pack.to(self._device, self._dtype)))
             total += loss.detach()
-            self._engine.backward(loss * (dist.get_world_size() * scale), scale_wrt_gas=False)
+            self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
         totals = torch.stack([total, torch.full_like(total, request), self._non_finite_values(total)])
         dist.all_reduce(totals)
         return totals
@@ -242,12 +245,17 @@ class Engine:
         """Wait until every saved file is on this node's disk. Raises the exception of a failed write."""
         self._writer.wait()
 
-    def _restore(self, folder: Path, convert: bool) -> None:
-        """Restore weights and optimizer; a checkpoint of another world size is converted first."""
-        if not convert:
-            self._load(folder)
+    def restore(self) -> None:
+        """Restore weights and optimizer, if there is a checkpoint; one of another world size is converted first.
+
+        Raises RunError when the checkpoint cannot be loaded, KeyError when it lacks a trained weight.
+        """
+        if self._checkpoint is None:
             return
-        with universal_checkpoint(folder) as converted:
+        if not self._convert:
+            self._load(self._checkpoint)
+            return
+        with universal_checkpoint(self._checkpoint) as converted:
             self._load_universal(converted)
 
     def _load_universal(self, folder: Path) -> None:

@@ -64,9 +64,10 @@ class Trainer:
             if checkpoint and read_checkpoint_meta(storage_path(checkpoint.folder)).step >= self._plan.steps:
                 checkpoint = None  # the state of another run that was, in steps, not shorter than this one
             self._build_engine(checkpoint)
+            dry_run = self._memory_dry_run()
+            self._engine.restore()
             self._resume(checkpoint)
         first_step = self._engine.first_step
-        dry_run = self._memory_dry_run()
         loader = self._build_loader(first_step)
         if self._backend.rank == 0:
             self._announce_mechanisms(loader, dry_run)
@@ -79,7 +80,7 @@ class Trainer:
         self._write_result()
 
     def _build_engine(self, checkpoint: CheckpointRef | None) -> None:
-        """Resolve the `auto` settings, and build the engine, with the checkpoint's state, and the throughput meter."""
+        """Resolve the `auto` settings, and build the engine, for the checkpoint's state, and the throughput meter."""
         spec, backend = self._spec, self._backend
         resolver = AutoResolver(spec.stage, self._shape, self._blocks.lengths, self._plan, backend.device)
         saved_zero_stage = read_checkpoint_meta(storage_path(checkpoint.folder)).zero_stage if checkpoint else None
@@ -106,7 +107,7 @@ class Trainer:
         logger.info("resumed at step %d", self._engine.first_step)
 
     def _memory_dry_run(self) -> str:
-        """Compute the worst-case packs once, so that a run that does not fit fails before its first step.
+        """Compute a step of the worst-case packs, so that a run that does not fit fails before its first step.
 
         Returns a description of the packs.
         """

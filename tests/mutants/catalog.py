@@ -120,9 +120,21 @@ MUTANTS = [
         ),
         (
             "the dry run computes its packs",
-            "            total = self._accumulate(packs, math.nan)\n",
-            "            total = self._accumulate([], math.nan)\n",
+            "self._update(self._accumulate(packs))",
+            "self._update(self._accumulate([]))",
             f"{MECHANISMS}::test_memory_dry_run_computes_the_worst_case_packs",
+        ),
+        (
+            "the dry run's update is forgotten",
+            "                value.zero_()\n",
+            "                pass\n",
+            "tests/ray/train/test_engine.py::test_memory_dry_run_does_not_change_training",
+        ),
+        (
+            "the dry run changes no weight",
+            '            group["lr"] = 0.0\n',
+            '            group["lr"] = 1e-4\n',
+            "tests/ray/train/test_engine.py::test_memory_dry_run_does_not_change_training",
         ),
     ),
     *_in(

@@ -7,7 +7,7 @@ training settings and the options of a run:
     epochs          of six steps; 1 by default
     checkpoint      a folder that is written after step 3
     resume          a checkpoint folder to resume from
-    memory_dry_run  compute a pack before the first step without an update
+    memory_dry_run  compute a pack and an update at rate 0 before the first step
     poison          a step in which the last rank's images are NaN
     moments         a file for Adam's first moments after the first step
     count_attention count the calls of attention in each step
@@ -99,6 +99,7 @@ class Run:
         first_step = self._engine.first_step
         if self._options.get("memory_dry_run"):
             self._engine.memory_dry_run([self._collator.collate([self._blocks[0], self._blocks[1]])], "")
+        self._engine.restore()
         for batch in self._mixed_batches() if self._options.get("mixed") else self._loader(first_step):
             yield self._step(batch)
 

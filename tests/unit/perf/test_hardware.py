@@ -15,6 +15,16 @@ from raylava.perf.hardware import Cluster, device_from_cuda_name, find_device, m
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H800", "H800"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA A40", "A40"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
     ],
 )
 def test_device_is_found_by_the_name_that_cuda_reports(cuda_name: str, name: str) -> None:
@@ -25,14 +35,20 @@ def test_device_is_found_by_the_name_that_cuda_reports(cuda_name: str, name: str
 
 @pytest.mark.parametrize(
     ("cuda_name", "peak"),
-    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("Tesla T4", 65e12), ("cpu", None)],
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("Tesla T4", 65e12),
+        ("Quadro RTX 6000", None),
+        ("cpu", None),
+    ],
 )
 def test_peak_flops_is_found_by_the_name_that_cuda_reports(cuda_name: str, peak: float | None) -> None:
     assert peak_flops(cuda_name) == peak
 
 
 def test_unknown_gpu_is_rejected_with_the_list_of_known_ones() -> None:
-    with pytest.raises(UserError, match="--gpu h1000: unknown GPU; choose one of: b200, "):
+    with pytest.raises(UserError, match="--gpu h1000: unknown GPU; choose one of: gb200, b200, "):
         find_device("h1000")
 
 
