@@ -26,6 +26,7 @@ from raylava.storage import StoragePath, storage_path
 from raylava.train.process_environment import process_environment
 from raylava.train.ray.failures import RestartPolicy
 from raylava.train.ray.monitor import MonitorReport, RunMonitor
+from raylava.train.ray.process_group import ProcessGroupConfig
 from raylava.train.ray.worker import train_loop_per_worker
 from raylava.train.spec import TrainSpec
 from raylava.train.step_log import CHECKPOINTS, SNAPSHOT, summarize_run
@@ -60,8 +61,6 @@ def build_trainer(
     """Return Ray Train's trainer of a stage, whose workers report to a RunMonitor, on other nodes than the avoided."""
     from ray.train.torch import TorchTrainer
 
-    from raylava.train.ray.process_group import ProcessGroupConfig
-
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -70,8 +69,10 @@ def build_trainer(
             "threads": resources.cpus_per_worker,
             "cache_bytes": 1e9 * resources.cache_gb,
         },
-        torch_config=ProcessGroupConfig(
-            timeout_s=_COLLECTIVE_TIMEOUT_S, environment=process_environment(spec.training)
+        torch_config=ProcessGroupConfig(  # type: ignore[arg-type]  # Ray Train asks for no more than a BackendConfig
+            backend="nccl" if resources.gpus_per_worker else "gloo",
+            timeout_s=_COLLECTIVE_TIMEOUT_S,
+            environment=process_environment(spec.training),
         ),
         scaling_config=_scaling_config(resources, avoided_nodes),
         run_config=_run_config(spec, monitor, len(avoided_nodes)),

@@ -19,9 +19,16 @@ import sys
 import raylava.train.ray.monitor
 assert not {"torch", "ray.train"} & set(sys.modules)
 """
+CONTROLLER = """
+import sys
+import raylava.train.ray.failures, raylava.train.ray.process_group
+assert "torch" not in sys.modules
+"""
 
 
-@pytest.mark.parametrize("script", [WORKER, PROGRESS_MONITOR], ids=["worker", "progress monitor"])
+@pytest.mark.parametrize(
+    "script", [WORKER, PROGRESS_MONITOR, CONTROLLER], ids=["worker", "progress monitor", "controller"]
+)
 def test_process_does_not_import_what_it_does_not_use(script: str) -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
