@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo ablation test test-unit test-ray test-chaos mutants check-vllm docs lint format clean
+.PHONY: install demo ablation test test-unit test-ray test-chaos test-extended mutants check-vllm docs lint format clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ test-ray: install
 
 test-chaos: install
 	$(PYTEST) tests/chaos
+
+# Further variants of tests that `make test` runs.
+test-extended: install
+	$(PYTEST) -m extended tests
 
 # Breaks the lines that carry promises, and expects a named test to notice each; see tests/mutants/run.py.
 mutants: install

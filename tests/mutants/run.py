@@ -138,7 +138,7 @@ def _failing_tests(tests: set[str]) -> set[str]:
 def _start_pytest(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":
     """Start pytest in the folder, whose sources come before those that are installed."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,

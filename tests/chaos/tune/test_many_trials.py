@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[3] / "jobs" / "bench" / "sweep.py"
 TRIALS = 20
 
 
-@pytest.mark.parametrize("kind", ["files", "bucket"])
+@pytest.mark.parametrize("kind", [pytest.param("files", marks=pytest.mark.extended), "bucket"])
 def test_no_trial_is_repeated_or_lost_when_the_driver_is_killed(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

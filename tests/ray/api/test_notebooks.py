@@ -5,6 +5,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import ray
 from nbclient import NotebookClient
 
 from raylava.artifacts import Artifact
@@ -45,6 +46,12 @@ def test_ablation_notebook_compares_two_levels(toy_assets: Artifact, tmp_path: P
     )
     assert "connector=pretrained" in values
     assert "Effect(" in values
+
+
+@pytest.fixture(autouse=True)
+def _running_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the notebooks join the tests' Ray cluster, which saves the start of one for each of their runs."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.name)

@@ -51,7 +51,13 @@ PAPER_MODE = [
 ]  # fmt: skip
 
 
-CASES = [("clip", 1), ("clip", 2), ("dinov2", 1), ("dinov2", 2)]
+extended = pytest.mark.extended
+CASES = [
+    pytest.param(("clip", 1), marks=extended),
+    ("clip", 2),
+    ("dinov2", 1),
+    pytest.param(("dinov2", 2), marks=extended),
+]
 
 
 @pytest.fixture(scope="module")
