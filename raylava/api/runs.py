@@ -14,7 +14,7 @@ from raylava.config.recipe import Recipe, Resources
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.evaluation.engines import validate_engine, validate_precision
+from raylava.evaluation.engines import validate_precision
 from raylava.evaluation.generation import ActorPool
 from raylava.evaluation.loading import load_named_benchmark
 from raylava.pipeline import runner
@@ -97,7 +97,6 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     judge: str = "",
-    engine: str = "transformers",
     precision: str = "auto",
     workers: int | None = None,
     gpus_per_worker: int = 0,
@@ -114,7 +113,6 @@ def evaluate(
 
     Raises UserError for a mistake in the arguments or files, RunError when the model cannot be run.
     """
-    validate_engine(engine)
     validate_precision(precision)
     named, loaded = load_named_benchmark(
         benchmark, data, images, metric, protocol, max_rows, max_new_tokens, batch_size
@@ -126,7 +124,6 @@ def evaluate(
         loaded,
         ActorPool(workers, gpus_per_actor=gpus_per_worker, node_labels=node_labels),
         judge=judge,
-        engine=engine,
         precision=precision,
     )
     return evaluate_model(request, writable(storage), reporter or Console(sys.stderr))

@@ -24,7 +24,6 @@ class _Options:
     max_new_tokens: int | None
     batch_size: int
     judge: str
-    engine: str
     precision: str
     workers: int | None
     gpus_per_worker: int
@@ -47,9 +46,6 @@ def command(
     judge: Annotated[
         str, typer.Option("--judge", metavar="COMMAND", help="for a judged benchmark: reads a prompt, prints a grade")
     ] = "",
-    engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="transformers, or vllm where it is installed")
-    ] = "transformers",
     precision: Annotated[
         str, typer.Option("--precision", metavar="NAME", help="fp32, bf16, fp16, or auto: that of the weights")
     ] = "auto",
@@ -63,7 +59,7 @@ def command(
 ) -> int:
     """Have a model answer a benchmark, and score it."""
     options = _Options(
-        model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, engine, precision,
+        model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, precision,
         workers, gpus_per_worker, transformers_version, storage,
     )  # fmt: skip
     return execute("evaluate", as_json, lambda console: _evaluate(options, console))

@@ -20,7 +20,7 @@ from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow
 from raylava.corpus.row_images import read_image_file
 from raylava.errors import RunError, UserError
-from raylava.evaluation.engines import GenerationEngine, load_engine
+from raylava.evaluation.engines import TransformersEngine
 from raylava.evaluation.prediction_store import PredictionStore
 from raylava.evaluation.questions import GeneratedAnswer, Question
 from raylava.models.registry import LlavaCheckpoint
@@ -46,7 +46,6 @@ class GenerationConfig:
     max_new_tokens: int = 32
     batch_size: int = 32
     blank_images: bool = False
-    engine: str = "transformers"
     precision: str = "auto"
 
 
@@ -178,8 +177,8 @@ class _GenerationActor:
         return storage_path(self._config.image_root)
 
     @functools.cached_property
-    def _engine(self) -> GenerationEngine:
-        return load_engine(self._config.engine, self._config.model, self._device, self._config.precision)
+    def _engine(self) -> TransformersEngine:
+        return TransformersEngine(self._config.model, self._device, self._config.precision)
 
     def _answer(self, questions: list[Question]) -> list[GeneratedAnswer]:
         """Answer a batch; a question whose image cannot be loaded gets a problem instead of a text."""

@@ -45,7 +45,7 @@ class EvaluationRequest:
     """Everything that defines one evaluation.
 
     `blank_images` replaces every image by the mean color; `judge` is the command that grades answers which no metric
-    can score; `engine` and `precision` select how the model runs, since rounding may change an answer.
+    can score; `precision` is the dtype in which the model runs, since rounding may change an answer.
     """
 
     model: ModelRef
@@ -54,7 +54,6 @@ class EvaluationRequest:
     actors: ActorPool
     blank_images: bool = False
     judge: str = ""
-    engine: str = "transformers"
     precision: str = "auto"
 
     @property
@@ -71,7 +70,6 @@ class EvaluationRequest:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.benchmark.batch_size,
             blank_images=self.blank_images,
-            engine=self.engine,
             precision=self.precision,
         )
 
@@ -84,8 +82,6 @@ class EvaluationRequest:
             "blank_images": self.blank_images,
             "scoring": SCORING_VERSION,
         }
-        if self.engine != "transformers":
-            fields["engine"] = self.engine
         if self.precision != "auto":
             fields["precision"] = self.precision
         return fields

@@ -661,10 +661,8 @@ evaluate someone/model --benchmark custom --data questions/good.jsonl
     someone/model@main: the hub cannot be reached and no copy is cached; use a
 evaluate gemma/weights-cut --benchmark nonsense --data questions/good.jsonl
     nonsense: unknown benchmark; choose one of: pope, gqa, vqav2, mme, mmvp,
-evaluate x --benchmark custom --data questions/good.jsonl --engine nonsense
-    --engine nonsense: unknown engine; choose one of: transformers, vllm
 evaluate x --benchmark custom --data questions/good.jsonl --engine vllm
-    --engine vllm: vllm is not installed; run pip install vllm, or omit --engine
+    No such option: --engine; see `raylava evaluate --help`
 evaluate x --benchmark custom --data questions/good.jsonl --precision fp8
     --precision fp8: unknown precision; choose one of: auto, fp32, bf16, fp16
 evaluate x --benchmark custom --data questions/good.jsonl --metric nonsense
