@@ -6,7 +6,7 @@ batch to reduce padding. Scoring is in `metrics`.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -81,15 +81,30 @@ def generate_answers(
     Answers that an earlier attempt left in `store` are reused; new ones are added to it. Raises UserError if the model
     is incomplete, RunError with the first line of the cause if it cannot be loaded or run.
     """
+    return collect_answers(questions, lambda unanswered: _generate_batches(unanswered, config, actors), progress, store)
+
+
+def collect_answers(
+    questions: list[Question],
+    generate: Callable[[list[Question]], Iterator[list[GeneratedAnswer]]],
+    progress: ProgressBar,
+    store: PredictionStore | None,
+) -> list[GeneratedAnswer]:
+    """Return one answer per question, in question order: from `store`, or from `generate`, which yields batches.
+
+    New answers are added to `store`, also those that come before `generate` fails.
+    """
     answers = {answer.question_id: answer for answer in store.predictions} if store else {}
     unanswered = [question for question in questions if question.question_id not in answers]
-    for batch in _generate_batches(unanswered, config, actors):
-        answers |= {answer.question_id: answer for answer in batch}
+    try:
+        for batch in generate(unanswered):
+            answers |= {answer.question_id: answer for answer in batch}
+            if store:
+                store.add(batch)
+            progress.update(len(answers), len(questions))
+    finally:
         if store:
-            store.add(batch)
-        progress.update(len(answers), len(questions))
-    if store:
-        store.flush()
+            store.flush()
     return [answers[question.question_id] for question in questions]
 
 
