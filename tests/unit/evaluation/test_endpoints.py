@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from raylava.evaluation.prediction_store import PredictionStore
 from raylava.evaluation.questions import GeneratedAnswer, Question
 from raylava.models.registry import LlavaCheckpoint
 from raylava.pipeline import evaluation
-from raylava.progress import NullProgressBar
+from raylava.progress import NullProgressBar, ProgressBar
 from raylava.storage import storage_path
-from tests.support.chat_server import ANSWER, ChatRequest, ChatServer, Failure
+from tests.support.chat_server import ANSWER, PATIENCE_S, ChatRequest, ChatServer, Failure
 
 KEY = "planted-endpoint-key"
 THREE_ATTEMPTS = RetryPolicy(attempts=3, first_delay_s=0.01)
 NO_MODEL = GenerationConfig(LlavaCheckpoint("unused"), "", max_new_tokens=7)
+NO_PROGRESS = NullProgressBar()
 StartServer = Callable[..., ChatServer]
 
 
@@ -56,9 +58,28 @@ def generate(
     concurrency: int = 1,
     config: GenerationConfig = NO_MODEL,
     store: PredictionStore | None = None,
+    progress: ProgressBar = NO_PROGRESS,
 ) -> list[GeneratedAnswer]:
     source = RemoteEndpoints("toy", concurrency, tuple(server.url for server in servers))
-    return generate_with_endpoints(questions, config, source, ActorPool(), NullProgressBar(), store, THREE_ATTEMPTS)
+    return generate_with_endpoints(questions, config, source, ActorPool(), progress, store, THREE_ATTEMPTS)
+
+
+class SenderCount(NullProgressBar):
+    """Counts the threads that send requests when the first result is reported."""
+
+    def __init__(self) -> None:
+        self._others = set(threading.enumerate())
+        self._reported = threading.Event()
+        self.at_first_result = 0
+
+    def update(self, done: float, total: float, **metrics: float) -> None:
+        if not self._reported.is_set():
+            new = set(threading.enumerate()) - self._others
+            self.at_first_result = sum(thread.name == "ask-endpoint" for thread in new)
+            self._reported.set()
+
+    def await_first_result(self) -> None:
+        assert self._reported.wait(PATIENCE_S)
 
 
 def repeat(request: ChatRequest) -> str:
@@ -112,9 +133,12 @@ def test_question_with_an_unreadable_image_is_not_sent(start: StartServer, tmp_p
 
 
 def test_as_many_requests_are_open_as_the_concurrency_allows(start: StartServer) -> None:
-    server = start(lambda request: server.await_open_requests(4) or ANSWER)
-    generate(make_questions(30), server, concurrency=4)
-    assert server.most_open == 4
+    """Each open request has a thread. All are running at the first result, that of a question without an image file."""
+    senders = SenderCount()
+    server = start(lambda request: senders.await_first_result() or server.await_open_requests(4) or ANSWER)
+    questions = [Question("unreadable", "absent.png", "What?", "all", ("x",)), *make_questions(30)]
+    generate(questions, server, concurrency=4, progress=senders)
+    assert (senders.at_first_result, server.most_open) == (4, 4)
 
 
 def test_idle_endpoint_takes_the_questions_of_a_slow_one(start: StartServer) -> None:
