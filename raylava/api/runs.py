@@ -14,7 +14,8 @@ from raylava.config.recipe import Recipe, Resources
 from raylava.console import Console
 from raylava.corpus.blocks import Blocks
 from raylava.errors import UserError
-from raylava.evaluation.engines import validate_engine, validate_precision
+from raylava.evaluation.endpoint_options import EndpointOptions
+from raylava.evaluation.engines import validate_precision
 from raylava.evaluation.generation import ActorPool
 from raylava.evaluation.loading import load_named_benchmark
 from raylava.pipeline import runner
@@ -97,11 +98,15 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     judge: str = "",
-    engine: str = "transformers",
     precision: str = "auto",
     workers: int | None = None,
     gpus_per_worker: int = 0,
     transformers_version: str | None = None,
+    blank_images: bool = False,
+    endpoints: Sequence[str] = (),
+    served_model: str | None = None,
+    concurrency: int | None = None,
+    start_vllm: bool = False,
     storage: str = DEFAULT_STORAGE,
     reporter: ProgressReporter | None = None,
 ) -> Artifact:
@@ -111,22 +116,32 @@ def evaluate(
     `custom`; `data` the folder of its official files, or the file of custom questions; `images` the folder of the
     images if it is another one. `metrics["scores"]` of the artifact has each metric's value with its 95 % interval,
     `metrics["headline"]` the name of the main one. `workers` is the number of model replicas (default: all that fit).
+    `blank_images` replaces every image by the mean color, for a baseline.
 
-    Raises UserError for a mistake in the arguments or files, RunError when the model cannot be run.
+    With `endpoints`, the URLs of OpenAI-compatible APIs, running servers answer, and `model` is what they serve, under
+    the name `served_model` (default: the only one that they list). Each has up to `concurrency` requests open (default:
+    16). `start_vllm` starts vLLM servers on the cluster instead, one for each of `workers` (default: 1), each with
+    `gpus_per_worker` GPUs. The environment variable RAYLAVA_ENDPOINT_KEY holds the API key of `endpoints`.
+
+    Raises UserError for a mistake in the arguments or files, RunError when the model cannot be run or no server
+    answers; a second call resumes it.
     """
-    validate_engine(engine)
+    options = EndpointOptions(tuple(endpoints), served_model, concurrency, start_vllm)
+    options.validate(precision, workers, gpus_per_worker)
     validate_precision(precision)
     named, loaded = load_named_benchmark(
         benchmark, data, images, metric, protocol, max_rows, max_new_tokens, batch_size
     )
     node_labels = node_labels_for(TRAIN, Resources())
+    reference = model_ref(model, transformers_version)
     request = EvaluationRequest(
-        model_ref(model, transformers_version),
+        reference,
         named,
         loaded,
         ActorPool(workers, gpus_per_actor=gpus_per_worker, node_labels=node_labels),
         judge=judge,
-        engine=engine,
+        blank_images=blank_images,
         precision=precision,
+        endpoints=options.find_endpoints(reference.checkpoint),
     )
     return evaluate_model(request, writable(storage), reporter or Console(sys.stderr))

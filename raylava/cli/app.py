@@ -73,7 +73,13 @@ _COMMANDS: dict[str, dict[str, _Entry]] = {
                 "torchrun --no-python --nproc-per-node 2 raylava train toy finetune",
             ),
         ),
-        "evaluate": _Entry(evaluate.command, ("raylava evaluate MODEL --benchmark pope --data DIR",)),
+        "evaluate": _Entry(
+            evaluate.command,
+            (
+                "raylava evaluate MODEL --benchmark pope --data DIR",
+                "raylava evaluate MODEL --benchmark pope --data DIR --endpoint URL",
+            ),
+        ),
         "score": _Entry(score.command, ("raylava score gqa --data DIR --answers answers.jsonl",)),
         "compare": _Entry(compare.command, ("raylava compare EVALUATION EVALUATION --html compare.html",)),
         "chat": _Entry(chat.command, ('raylava chat MODEL "What do you see?" --image photo.jpg',)),

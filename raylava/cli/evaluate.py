@@ -24,11 +24,15 @@ class _Options:
     max_new_tokens: int | None
     batch_size: int
     judge: str
-    engine: str
     precision: str
     workers: int | None
     gpus_per_worker: int
     transformers_version: str | None
+    blank_images: bool
+    endpoints: list[str]
+    served_model: str | None
+    concurrency: int | None
+    start_vllm: bool
     storage: str
 
 
@@ -47,9 +51,6 @@ def command(
     judge: Annotated[
         str, typer.Option("--judge", metavar="COMMAND", help="for a judged benchmark: reads a prompt, prints a grade")
     ] = "",
-    engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="transformers, or vllm where it is installed")
-    ] = "transformers",
     precision: Annotated[
         str, typer.Option("--precision", metavar="NAME", help="fp32, bf16, fp16, or auto: that of the weights")
     ] = "auto",
@@ -58,13 +59,33 @@ def command(
     ] = None,
     gpus_per_worker: Annotated[int, typer.Option("--gpus-per-worker", min=0, metavar="G", help="GPUs per replica")] = 0,
     transformers_version: TransformersVersion = None,
+    blank_images: Annotated[
+        bool, typer.Option("--blank-images", help="replace every image by the mean color, for a baseline")
+    ] = False,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--endpoint", metavar="URL", help="let the OpenAI-compatible API there answer; several share the questions"
+        ),
+    ] = None,
+    served_model: Annotated[
+        str | None,
+        typer.Option("--served-model", metavar="NAME", help="MODEL at the endpoints (default: the only one there)"),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", min=1, metavar="N", help="open requests per endpoint (default: 16)")
+    ] = None,
+    start_vllm: Annotated[
+        bool, typer.Option("--start-vllm", help="let vLLM answer, started on the cluster for this evaluation")
+    ] = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> int:
     """Have a model answer a benchmark, and score it."""
     options = _Options(
-        model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, engine, precision,
-        workers, gpus_per_worker, transformers_version, storage,
+        model, benchmark, data, images, metric, protocol, limit, max_new_tokens, batch_size, judge, precision,
+        workers, gpus_per_worker, transformers_version, blank_images, endpoint or [], served_model, concurrency,
+        start_vllm, storage,
     )  # fmt: skip
     return execute("evaluate", as_json, lambda console: _evaluate(options, console))
 

@@ -1,20 +1,18 @@
-"""Generation engines: a LLaVA model, loaded from a folder or a hub id, that answers questions about images."""
+"""The generation engine: a LLaVA model, loaded from a folder or a hub id, that answers questions about images."""
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 
 from raylava.errors import UserError, first_line
-from raylava.models.checkpoint import complete_processor, legacy_scale, load_converted
-from raylava.models.hub import is_folder, model_path
+from raylava.models.checkpoint import complete_processor, load_converted
+from raylava.models.hub import model_path
 from raylava.models.registry import LlavaCheckpoint
 
 History = tuple[tuple[str, str], ...]
-ENGINES = ("transformers", "vllm")
 PRECISIONS = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # auto: dtype of the checkpoint
 
 
@@ -34,43 +32,10 @@ def build_conversation(question: str, image: Image.Image | None, history: Histor
     return [Exchange(text, () if index else images, answer) for index, (text, answer) in enumerate(turns)]
 
 
-class GenerationEngine(Protocol):
-    """A loaded model."""
-
-    def answer(
-        self,
-        questions: list[str],
-        images: list[Image.Image | None],
-        max_new_tokens: int,
-        histories: list[History] | None = None,
-    ) -> list[str]:
-        """Return one greedily decoded answer per question. An image is RGB, or None for a question without an image.
-
-        `histories` holds the (question, answer) pairs that precede each question; the image belongs to the first turn
-        of the conversation.
-        """
-
-    def blank_image(self, image: Image.Image) -> Image.Image:
-        """Return an image of the same size in the mean color of the vision backbone."""
-
-
-def validate_engine(name: str) -> None:
-    """Raise UserError if the engine is unknown or not installed."""
-    if name not in ENGINES:
-        raise UserError(f"--engine {name}: unknown engine; choose one of: {', '.join(ENGINES)}")
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UserError("--engine vllm: vllm is not installed; run pip install vllm, or omit --engine")
-
-
 def validate_precision(name: str) -> None:
     """Raise UserError if the precision is unknown."""
     if name not in PRECISIONS:
         raise UserError(f"--precision {name}: unknown precision; choose one of: {', '.join(PRECISIONS)}")
-
-
-def load_engine(name: str, model: LlavaCheckpoint, device: torch.device, precision: str) -> GenerationEngine:
-    """Load a model with the engine of that name; vLLM chooses its device itself."""
-    return VllmEngine(model, precision) if name == "vllm" else TransformersEngine(model, device, precision)
 
 
 class PromptBuilder:
@@ -101,7 +66,7 @@ class PromptBuilder:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def blank_image(self, image: Image.Image) -> Image.Image:
-        """See GenerationEngine."""
+        """Return an image of the same size in the mean color of the vision backbone."""
         mean = tuple(int(channel * 255) for channel in self.processor.image_processor.image_mean)
         return Image.new("RGB", image.size, mean)
 
@@ -126,7 +91,11 @@ class TransformersEngine:
         max_new_tokens: int,
         histories: list[History] | None = None,
     ) -> list[str]:
-        """See GenerationEngine."""
+        """Return one greedily decoded answer per question. An image is RGB, or None for a question without an image.
+
+        `histories` holds the (question, answer) pairs that precede each question; the image belongs to the first turn
+        of the conversation.
+        """
         if not questions:
             return []
         return self._generate(
@@ -158,53 +127,5 @@ class TransformersEngine:
         return [text.strip() for text in self._processor.batch_decode(generated, skip_special_tokens=True)]
 
     def blank_image(self, image: Image.Image) -> Image.Image:
-        """See GenerationEngine."""
-        return self._prompt_builder.blank_image(image)
-
-
-class VllmEngine:
-    """Generates with vLLM, which forms its own batches.
-
-    vLLM needs a GPU, so the test suite does not cover this class.
-    """
-
-    def __init__(self, model: LlavaCheckpoint, precision: str) -> None:
-        """Raises UserError for a checkpoint of transformers before 5.4, which vLLM would load without converting it."""
-        from vllm import LLM
-
-        if legacy_scale(model) != 1.0:
-            raise UserError(f"--engine vllm: {model.name} was saved by an old transformers; omit --engine")
-        self._prompt_builder = PromptBuilder(model)
-        self._model: Any = LLM(
-            model_path(model.name),
-            revision=None if is_folder(model.name) else model.revision,
-            dtype=PRECISIONS[precision],
-            limit_mm_per_prompt={"image": 1},
-        )
-
-    def answer(
-        self,
-        questions: list[str],
-        images: list[Image.Image | None],
-        max_new_tokens: int,
-        histories: list[History] | None = None,
-    ) -> list[str]:
-        """See GenerationEngine."""
-        from vllm import SamplingParams
-
-        conversations = zip(questions, images, histories or [()] * len(questions), strict=True)
-        # Tokenize here: vLLM would put a second <bos> before that of the chat template.
-        tokenizer = self._prompt_builder.processor.tokenizer
-        prompts: list[dict[str, Any]] = []
-        for text, image, history in conversations:
-            prompt = self._prompt_builder.prompt(build_conversation(text, image, history))
-            prompts.append({"prompt_token_ids": tokenizer.encode(prompt, add_special_tokens=False)})
-            if image is not None:
-                prompts[-1]["multi_modal_data"] = {"image": image}
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        outputs = self._model.generate(prompts, sampling, use_tqdm=False)
-        return [output.outputs[0].text.strip() for output in outputs]
-
-    def blank_image(self, image: Image.Image) -> Image.Image:
-        """See GenerationEngine."""
+        """See PromptBuilder.blank_image."""
         return self._prompt_builder.blank_image(image)

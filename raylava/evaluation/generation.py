@@ -6,7 +6,7 @@ batch to reduce padding. Scoring is in `metrics`.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from raylava.corpus.images import decode_image
 from raylava.corpus.quarantine import BadRow
 from raylava.corpus.row_images import read_image_file
 from raylava.errors import RunError, UserError
-from raylava.evaluation.engines import GenerationEngine, load_engine
+from raylava.evaluation.engines import TransformersEngine
 from raylava.evaluation.prediction_store import PredictionStore
 from raylava.evaluation.questions import GeneratedAnswer, Question
 from raylava.models.registry import LlavaCheckpoint
@@ -46,7 +46,6 @@ class GenerationConfig:
     max_new_tokens: int = 32
     batch_size: int = 32
     blank_images: bool = False
-    engine: str = "transformers"
     precision: str = "auto"
 
 
@@ -82,15 +81,30 @@ def generate_answers(
     Answers that an earlier attempt left in `store` are reused; new ones are added to it. Raises UserError if the model
     is incomplete, RunError with the first line of the cause if it cannot be loaded or run.
     """
+    return collect_answers(questions, lambda unanswered: _generate_batches(unanswered, config, actors), progress, store)
+
+
+def collect_answers(
+    questions: list[Question],
+    generate: Callable[[list[Question]], Iterator[list[GeneratedAnswer]]],
+    progress: ProgressBar,
+    store: PredictionStore | None,
+) -> list[GeneratedAnswer]:
+    """Return one answer per question, in question order: from `store`, or from `generate`, which yields batches.
+
+    New answers are added to `store`, also those that come before `generate` fails.
+    """
     answers = {answer.question_id: answer for answer in store.predictions} if store else {}
     unanswered = [question for question in questions if question.question_id not in answers]
-    for batch in _generate_batches(unanswered, config, actors):
-        answers |= {answer.question_id: answer for answer in batch}
+    try:
+        for batch in generate(unanswered):
+            answers |= {answer.question_id: answer for answer in batch}
+            if store:
+                store.add(batch)
+            progress.update(len(answers), len(questions))
+    finally:
         if store:
-            store.add(batch)
-        progress.update(len(answers), len(questions))
-    if store:
-        store.flush()
+            store.flush()
     return [answers[question.question_id] for question in questions]
 
 
@@ -178,8 +192,8 @@ class _GenerationActor:
         return storage_path(self._config.image_root)
 
     @functools.cached_property
-    def _engine(self) -> GenerationEngine:
-        return load_engine(self._config.engine, self._config.model, self._device, self._config.precision)
+    def _engine(self) -> TransformersEngine:
+        return TransformersEngine(self._config.model, self._device, self._config.precision)
 
     def _answer(self, questions: list[Question]) -> list[GeneratedAnswer]:
         """Answer a batch; a question whose image cannot be loaded gets a problem instead of a text."""

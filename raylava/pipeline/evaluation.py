@@ -12,6 +12,8 @@ from raylava.cluster.session import ray_session
 from raylava.config.recipe import Benchmark, Resources
 from raylava.errors import UserError
 from raylava.evaluation.compare import ANSWERS_FILE, PER_QUESTION_SCORES, QUESTIONS_FILE
+from raylava.evaluation.endpoint_generation import generate_with_endpoints
+from raylava.evaluation.endpoints import EndpointSource
 from raylava.evaluation.generation import ActorPool, GenerationConfig, encode_answers, generate_answers
 from raylava.evaluation.judge import grade_answers
 from raylava.evaluation.loading import LoadedBenchmark
@@ -45,7 +47,8 @@ class EvaluationRequest:
     """Everything that defines one evaluation.
 
     `blank_images` replaces every image by the mean color; `judge` is the command that grades answers which no metric
-    can score; `engine` and `precision` select how the model runs, since rounding may change an answer.
+    can score; `precision` is the dtype in which the model runs, since rounding may change an answer.
+    With `endpoints`, servers of the model answer instead of actors that load it.
     """
 
     model: ModelRef
@@ -54,8 +57,8 @@ class EvaluationRequest:
     actors: ActorPool
     blank_images: bool = False
     judge: str = ""
-    engine: str = "transformers"
     precision: str = "auto"
+    endpoints: EndpointSource | None = None
 
     @property
     def max_new_tokens(self) -> int:
@@ -71,7 +74,6 @@ class EvaluationRequest:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.benchmark.batch_size,
             blank_images=self.blank_images,
-            engine=self.engine,
             precision=self.precision,
         )
 
@@ -84,10 +86,10 @@ class EvaluationRequest:
             "blank_images": self.blank_images,
             "scoring": SCORING_VERSION,
         }
-        if self.engine != "transformers":
-            fields["engine"] = self.engine
         if self.precision != "auto":
             fields["precision"] = self.precision
+        if self.endpoints:
+            fields["endpoint"] = self.endpoints.fingerprint_fields()
         return fields
 
 
@@ -113,7 +115,7 @@ class EvaluateStage(Stage):
         questions = request.loaded.questions
         answers_spec = ArtifactSpec(self.kind, request.answer_fields(), self.storage)  # shared by all judges
         store = PredictionStore(answers_spec.path)
-        answers = generate_answers(questions, request.generation_config(), request.actors, progress, store)
+        answers = _generate(request, progress, store)
         result = _score(request, answers, output, progress)
         _write_answers(request, answers, output)
         name = request.benchmark.name
@@ -128,6 +130,13 @@ class EvaluateStage(Stage):
         has_constant_answer = request.loaded.scoring.has_constant_answer
         majority = {"majority": majority_baseline(questions)} if has_constant_answer else {}
         return result.metrics() | majority | {"images": request.loaded.image_root}
+
+
+def _generate(request: EvaluationRequest, progress: ProgressBar, store: PredictionStore) -> list[GeneratedAnswer]:
+    questions, config, actors = request.loaded.questions, request.generation_config(), request.actors
+    if request.endpoints:
+        return generate_with_endpoints(questions, config, request.endpoints, actors, progress, store)
+    return generate_answers(questions, config, actors, progress, store)
 
 
 def _check_images(label: str, loaded: LoadedBenchmark) -> None:
@@ -165,11 +174,12 @@ def _write_answers(request: EvaluationRequest, answers: list[GeneratedAnswer], o
 
 
 def evaluate_model(request: EvaluationRequest, storage: StoragePath, reporter: ProgressReporter) -> Artifact:
-    """Evaluate any model, on the connected Ray cluster or a local one."""
+    """Evaluate any model, on the connected Ray cluster or a local one, or without Ray by endpoints that run already."""
     stage = EvaluateStage(f"evaluate {request.benchmark.name}", request, storage)
     actors = request.actors
     local_resources = Resources(workers=actors.max_actors or 1, cpus_per_worker=actors.cpus_per_actor)
-    with nullcontext() if stage.spec().find() else ray_session(local_resources):
+    needs_ray = request.endpoints is None or request.endpoints.needs_ray
+    with ray_session(local_resources) if needs_ray and not stage.spec().find() else nullcontext():
         return run_stage(stage, reporter)
 
 

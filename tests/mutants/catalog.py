@@ -15,6 +15,7 @@ OPERATORS = "tests/unit/corpus/test_operators.py"
 GROUPS = "tests/unit/train/test_loss_groups.py"
 CONNECTOR = "tests/unit/models/test_connector.py"
 STUDY = "tests/unit/tune/test_study.py"
+ENDPOINTS = "tests/unit/evaluation/test_endpoints.py"
 PAGES = "tests/unit/pipeline/test_run_report.py"
 
 
@@ -827,6 +828,30 @@ MUTANTS = [
             "unanswered = [question for question in questions if question.question_id not in answers]",
             "unanswered = questions",
             "tests/ray/evaluation/test_generation.py::test_interrupted_evaluation_answers_only_the_missing_questions",
+        ),
+    ),
+    *_in(
+        "raylava/evaluation/endpoint_generation.py",
+        (
+            "an endpoint's open requests are bounded",
+            "for _ in range(min(self._source.concurrency, count)):",
+            "for _ in range(count):",
+            f"{ENDPOINTS}::test_as_many_requests_are_open_as_the_concurrency_allows",
+        ),
+    ),
+    *_in(
+        "raylava/evaluation/endpoints.py",
+        (
+            "no message quotes the key of an endpoint",
+            'content = content.replace(self._key.encode(), b"[key]")',
+            "pass",
+            f"{ENDPOINTS}::test_key_is_sent_as_a_bearer_token_and_quoted_in_no_message",
+        ),
+        (
+            "endpoints see the exact pixels",
+            'image.save(buffer, "PNG", compress_level=1)',
+            'image.quantize(4).save(buffer, "PNG")',
+            f"{ENDPOINTS}::test_request_holds_the_pixels_of_the_image_and_the_conversation_before_the_question",
         ),
     ),
     *_in(

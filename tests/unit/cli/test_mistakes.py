@@ -663,10 +663,34 @@ evaluate someone/model --benchmark custom --data questions/good.jsonl
     someone/model@main: the hub cannot be reached and no copy is cached; use a
 evaluate gemma/weights-cut --benchmark nonsense --data questions/good.jsonl
     nonsense: unknown benchmark; choose one of: pope, gqa, vqav2, mme, mmvp,
-evaluate x --benchmark custom --data questions/good.jsonl --engine nonsense
-    --engine nonsense: unknown engine; choose one of: transformers, vllm
 evaluate x --benchmark custom --data questions/good.jsonl --engine vllm
-    --engine vllm: vllm is not installed; run pip install vllm, or omit --engine
+    No such option: --engine (Possible options: --endpoint); see `raylava
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint nonsense
+    --endpoint nonsense: not a URL; give one such as http://127.0.0.1:8000/v1
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://
+    --endpoint http://: not a URL; give one such as http://127.0.0.1:8000/v1
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://host:port/v1
+    --endpoint http://host:port/v1: not a URL; give one such as
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint ftp://host/v1
+    --endpoint ftp://host/v1: not a URL; give one such as
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://me:planted@host/v1
+    --endpoint http://…@host/v1: contains a user or password; remove it, and
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint 'http://host/v1?key=planted'
+    --endpoint http://host/v1: has a query or fragment; remove it, and give a key
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://host/v1 --start-vllm
+    --start-vllm: starts servers, and --endpoint names running ones; omit
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://host/v1 --workers 2
+    --workers, --gpus-per-worker: with --endpoint, no model is loaded; omit
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://host/v1 --precision fp32
+    --precision fp32: with --endpoint, the server determines it; omit the
+evaluate x --benchmark custom --data questions/good.jsonl --endpoint http://host/v1 --concurrency 0
+    Invalid value for '--concurrency': Input should be greater than or equal
+evaluate x --benchmark custom --data questions/good.jsonl --concurrency 4
+    --concurrency applies to servers only; add --endpoint URL or --start-vllm
+evaluate x --benchmark custom --data questions/good.jsonl --served-model toy
+    --served-model applies to running servers only; add --endpoint URL
+evaluate x --benchmark custom --data questions/good.jsonl --start-vllm
+    --start-vllm: vLLM needs a GPU; add --gpus-per-worker 1
 evaluate x --benchmark custom --data questions/good.jsonl --precision fp8
     --precision fp8: unknown precision; choose one of: auto, fp32, bf16, fp16
 evaluate x --benchmark custom --data questions/good.jsonl --metric nonsense

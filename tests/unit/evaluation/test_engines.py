@@ -1,4 +1,4 @@
-"""Engines answer each question independently of its batch; an unusable model or engine is reported."""
+"""Engines answer each question independently of its batch; an unusable model is reported."""
 
 from pathlib import Path
 
@@ -22,15 +22,11 @@ def test_batch_order_and_size_do_not_change_answers(untrained_llava: Path) -> No
     assert batched == reversed_batch == single
 
 
-def test_missing_model_and_unknown_engine_or_precision_are_reported(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_model_and_unknown_precision_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "a", "answer": "b"}\n')
     options = ["--benchmark", "custom", "--data", str(tmp_path / "q.jsonl"), "--storage", str(tmp_path)]
     assert main(["evaluate", str(tmp_path), *options]) == 2
     error = capfd.readouterr().err.replace("\n", " ")
     assert "(no config.json); give a finetune artifact or a Hugging Face folder" in error
-    assert main(["evaluate", str(tmp_path), *options, "--engine", "llamacpp"]) == 2
-    assert "--engine llamacpp: unknown engine; choose one of: transformers, vllm" in capfd.readouterr().err
     assert main(["evaluate", str(tmp_path), *options, "--precision", "int4"]) == 2
     assert "--precision int4: unknown precision; choose one of: auto, fp32, bf16, fp16" in capfd.readouterr().err
