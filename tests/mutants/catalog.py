@@ -115,8 +115,8 @@ MUTANTS = [
         ),
         (
             "DeepSpeed's own settings are passed on",
-            "user = training.deepspeed\n",
-            "user: dict[str, Any] = {}\n",
+            '"enabled": False}}} | training.deepspeed',
+            '"enabled": False}}}',
             f"{KEYS}[finetune.deepspeed]",
         ),
         (
@@ -607,7 +607,7 @@ MUTANTS = [
         ),
         (
             "varlen knows the samples",
-            '**({"cu_seqlens": cu_seqlens} if self._varlen else {}),',
+            "**(starts if self._varlen else {}),",
             "",
             f"{LLAVA}::test_packed_logits_equal_the_logits_of_each_sample_alone",
         ),
@@ -631,7 +631,7 @@ MUTANTS = [
         ),
         (
             "logits are computed at loss tokens",
-            "return hidden[0, target_positions]",
+            "return hidden[0, pack.target_positions]",
             "return hidden[0]",
             f"{LLAVA}::test_loss_from_logits_at_target_positions_equals_the_loss_from_the_logits_of_transformers",
         ),
@@ -652,6 +652,27 @@ MUTANTS = [
             "scale_last_layer(connector, 1.0 / factor)",
             "scale_last_layer(connector, 1.0)",
             "tests/unit/models/test_checkpoint.py::test_training_starts_from_a_legacy_checkpoint_as_it_was_trained",
+        ),
+    ),
+    *_in(
+        "raylava/models/attention.py",
+        (
+            "attention on a GPU is one call of the kernel",
+            "if has_varlen_kernel(query.device, query.dtype, query.shape[-1]):",
+            "if False:",
+            f"{ATTENTION}::test_decoder_layer_on_a_gpu_calls_the_kernel_once",
+        ),
+        (
+            "the kernel's attention is causal",
+            '"window_size": (-1, 0)',
+            '"window_size": (-1, -1)',
+            f"{ATTENTION}::test_arguments_of_the_kernel_describe_the_attention_of_the_loop",
+        ),
+        (
+            "heads are expanded for a kernel without grouped heads",
+            "key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))",
+            "pass",
+            f"{ATTENTION}::test_arguments_of_the_kernel_describe_the_attention_of_the_loop",
         ),
     ),
     *_in(

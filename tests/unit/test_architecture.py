@@ -53,6 +53,7 @@ SHORT_MODULES = {
     "evaluation/benchmarks/benchmark.py": "the type that every benchmark module fills in",
     "evaluation/benchmarks/gqa.py": "one benchmark",
     "evaluation/benchmarks/vqav2.py": "one benchmark",
+    "train/process_environment.py": "variables that both backends set",
     "__main__.py": "required by `python -m raylava`",
     "evaluation/published_scores.py": "the paper's table, as data",
     "evaluation/question_images.py": "one function, which two pages share",

@@ -606,7 +606,7 @@ stop recipe.yaml --storage /tmp/x --address http://127.0.0.1:1
 estimate nowhere.yaml
     nowhere.yaml: cannot read the recipe
 estimate recipe.yaml --gpu toaster
-    --gpu toaster: unknown GPU; choose one of: b200, h200, h100-pcie, h100,
+    --gpu toaster: unknown GPU; choose one of: gb200, b200, gh200, h200,
 estimate recipe.yaml --mfu 2
     Invalid value for '--mfu': 2 is not above 0 and at most 1; see `raylava
 estimate recipe.yaml --mfu x

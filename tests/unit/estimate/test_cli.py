@@ -32,7 +32,7 @@ def test_the_nodes_of_a_price_table_are_compared(tmp_path: Path, capfd: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "h1000"], "--gpu h1000: unknown GPU; choose one of: b200"),
+        (["--gpu", "h1000"], "--gpu h1000: unknown GPU; choose one of: gb200"),
         (["--rows", "captions=3"], "--rows captions=…: a recipe's corpora are alignment and instruction"),
         (["--rows", "alignment=many"], "--rows alignment=many: give a number above 0"),
         (["--corpus", "/nowhere"], "no prepared corpus there"),
