@@ -130,7 +130,7 @@ def _fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StorageP
             broken: dict[str, str] = ray.get(monitor.broken_nodes.remote())
             if len(broken) > len(avoided):
                 avoided = sorted(broken)
-                _check_other_nodes(spec.stage, resources, broken)
+                resources = _resources_elsewhere(spec.stage, resources, broken)
                 logger.warning("%s: %s; resuming on other nodes", spec.stage, "; ".join(broken.values()))
                 continue
             content = snapshot.read_bytes() if snapshot.exists() else b""
@@ -140,13 +140,19 @@ def _fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StorageP
             logger.warning("%s: lost a worker while the workers were starting; starting them again", spec.stage)
 
 
-def _check_other_nodes(stage: str, resources: Resources, broken: Mapping[str, str]) -> None:
-    """Raise RunError unless the stage's workers fit on other nodes, now or after autoscaling."""
+def _resources_elsewhere(stage: str, resources: Resources, broken: Mapping[str, str]) -> Resources:
+    """Return the resources with no more workers than fit on other nodes, now or after autoscaling.
+
+    Ray Train 2.60 counts all nodes when it chooses the number of workers, also those that the label selector excludes.
+    Raises RunError when the other nodes do not suffice.
+    """
     request = training_request((stage,), resources, _node_labels(resources, sorted(broken)))
     (placement,) = placements([request], live_nodes(), startable_node_types() if joins_running_cluster() else [])
     if placement.is_impossible:
         failures = "; ".join(broken.values())
         raise RunError(f"{stage} failed: {failures}; the other nodes do not suffice ({placement.reason})")
+    fits = placement.fits_now if placement.fits_eventually is None else placement.fits_eventually
+    return resources.model_copy(update={"workers": min(resources.workers, max(request.min_workers, fits))})
 
 
 @contextmanager
