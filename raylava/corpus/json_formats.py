@@ -6,7 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from raylava.corpus.row_format import LONGEST_MAGIC, Part, RowRef, check_encoding, parse_json, read_span, unreadable
+from raylava.corpus.row_format import (
+    LONGEST_MAGIC,
+    Part,
+    RowRef,
+    check_encoding,
+    limit_nesting,
+    parse_json,
+    read_span,
+    unreadable,
+)
 from raylava.errors import UserError
 from raylava.storage import READ_BYTES, StoragePath
 
@@ -89,6 +98,8 @@ class _JsonCursor:
         while True:
             try:
                 raw, end = self._decode_json(self._text, self._position)
+                brackets = sum(self._text.count(bracket, self._position, end) for bracket in "[{")
+                raw = limit_nesting(raw, brackets)
             except json.JSONDecodeError as error:
                 if self._may_be_incomplete(error) and self._read_chunk():
                     continue

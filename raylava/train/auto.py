@@ -5,7 +5,7 @@ Only settings that cannot change the result are resolved here; perf/search.py ra
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -57,11 +57,15 @@ _SAMPLED_STEPS = 8
 
 @dataclass(frozen=True)
 class ResolvedTraining:
-    """A stage's settings without `auto`, the candidate they correspond to, and advice for when memory runs out."""
+    """A stage's settings without `auto`, the candidate they correspond to, and advice for when memory runs out.
+
+    `has_smaller` tells whether the `auto` settings allow a candidate that needs less memory.
+    """
 
     training: Training
     candidate: Candidate
     advice: str
+    has_smaller: bool
 
 
 class AutoResolver:
@@ -78,14 +82,23 @@ class AutoResolver:
         self._stage, self._shape, self._lengths, self._plan, self._device = stage, shape, lengths, plan, device
         self._budget = _smallest_budget(device)
 
-    def resolve_auto(self, training: Training, saved_zero_stage: int | None = None) -> ResolvedTraining:
-        """Resolve the settings; the ZeRO stage of a checkpoint is kept, since no other stage can load it."""
+    def resolve_auto(
+        self,
+        training: Training,
+        saved_zero_stage: int | None = None,
+        rejected: Sequence[ExecutionConfig] = (),
+    ) -> ResolvedTraining:
+        """Resolve the settings to a candidate that needs less memory than each of the rejected.
+
+        The ZeRO stage of a checkpoint is kept, since no other stage can load it.
+        """
         if training.zero.stage == "auto" and saved_zero_stage is not None:
             training = training.model_copy(
                 update={"zero": training.zero.model_copy(update={"stage": saved_zero_stage})}
             )
         longest = int(self._lengths.length.max())
-        selected = self._broadcast_selection(self._rank(recipe_candidates(training, longest), training))
+        candidates = _smaller_than(rejected, self._rank(recipe_candidates(training, longest), training))
+        selected = self._broadcast_selection(candidates)
         logger.info("%s: %s; %s predicted", self._stage, selected.config.description, self._format_memory(selected))
         smaller = (
             candidate
@@ -93,7 +106,10 @@ class AutoResolver:
             if candidate.memory.peak < selected.memory.peak
         )
         return ResolvedTraining(
-            _apply_config(training, selected.config), selected, self._advice(fastest_feasible(smaller))
+            _apply_config(training, selected.config),
+            selected,
+            self._advice(fastest_feasible(smaller)),
+            has_smaller=any(candidate.memory.peak < selected.memory.peak for candidate in candidates),
         )
 
     def _broadcast_selection(self, candidates: list[Candidate]) -> Candidate:
@@ -125,6 +141,12 @@ class AutoResolver:
         }
         overrides = " ".join(f"{self._stage}.{key}={value}" for key, value in settings.items())
         return f"{overrides} should fit ({self._format_memory(smaller)} predicted)"
+
+
+def _smaller_than(rejected: Sequence[ExecutionConfig], candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates that are predicted to need less memory than each of those that ran out of it."""
+    peaks = [candidate.memory.peak for candidate in candidates if candidate.config in rejected]
+    return [candidate for candidate in candidates if candidate.memory.peak < min(peaks)] if peaks else candidates
 
 
 def _apply_config(training: Training, config: ExecutionConfig) -> Training:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from raylava.perf.memory import ExecutionConfig
 from raylava.storage import StoragePath
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class TrainBackend(Protocol):
 
     def report(self, metrics: "StepMetrics", steps: int) -> None:
         """Report the metrics of a completed step of `steps`. Only rank 0 calls it."""
+
+    def reject(self, config: ExecutionConfig) -> None:
+        """Note that the memory dry run of this configuration failed, and that the recipe allows a smaller one."""
 
     def announce(self, lines: Sequence[str]) -> None:
         """Log lines about the run before its first step. Only rank 0 calls it."""

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from raylava.compat.deepspeed import BackgroundWriter
 
 
+class DryRunOutOfMemoryError(RunError):
+    """Memory ran out in the memory dry run."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The result of one step over all ranks.
@@ -159,7 +163,8 @@ class Engine:
     def memory_dry_run(self, packs: Sequence[LoadedPack], advice: str) -> None:
         """Compute these packs and an update at learning rate 0, then forget the optimizer's moments.
 
-        No weight changes. To be called before `restore`. Raises RunError with `advice` when memory runs out.
+        No weight changes. To be called before `restore`. Raises DryRunOutOfMemoryError with `advice` where memory runs
+        out.
         """
         from raylava.compat.deepspeed import inner_optimizer
 
@@ -170,7 +175,7 @@ class Engine:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunError(_out_of_memory(packs, error, advice)) from error
+            raise DryRunOutOfMemoryError(_out_of_memory(packs, error, advice)) from error
         for state in inner_optimizer(self._engine).state.values():
             for value in state.values():
                 value.zero_()

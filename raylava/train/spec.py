@@ -11,6 +11,7 @@ from raylava.corpus.blocks import Blocks
 from raylava.corpus.shuffle import ShuffleWindows
 from raylava.models.registry import ResolvedModel, load_tokenizer
 from raylava.models.templates import IMAGE_TOKEN
+from raylava.perf.memory import ExecutionConfig
 from raylava.train.batch_plan import BatchPlan, plan_batches
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class TrainSpec:
 
     `connector` is the connector artifact that finetuning starts from; `image_aspect` goes into the exported processor.
     A run that has saved no checkpoint continues from `initial_state`, the final state of a shorter run; one with
-    `keep_final_state` leaves such a state in its artifact.
+    `keep_final_state` leaves such a state in its artifact. `rejected_configs` ran out of memory in this run's dry run,
+    so that `auto` settings need less than they did.
     """
 
     stage: StageName
@@ -37,6 +39,7 @@ class TrainSpec:
     tracking: Tracking = field(default_factory=Tracking)
     initial_state: str | None = None
     keep_final_state: bool = False
+    rejected_configs: tuple[ExecutionConfig, ...] = ()
 
 
 def build_batch_plan(training: Training, seed: int, blocks: Blocks) -> BatchPlan:

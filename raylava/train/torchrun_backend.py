@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from raylava.config.recipe import CheckpointConfig, Resources
 from raylava.errors import RunError
+from raylava.perf.memory import ExecutionConfig
 from raylava.progress import ProgressBar
 from raylava.storage import StoragePath, storage_path
 from raylava.train.backend import CheckpointRef, Upload
@@ -185,6 +186,9 @@ class _TorchrunBackend:
 
     def report(self, metrics: StepMetrics, steps: int) -> None:
         self._progress.update(metrics.step + 1, steps, **metrics.progress_metrics())
+
+    def reject(self, config: ExecutionConfig) -> None:
+        """Do nothing: the error names the settings that should fit; nothing here could start the processes again."""
 
     def announce(self, lines: Sequence[str]) -> None:
         for line in lines:

@@ -31,7 +31,7 @@ from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, Tra
 from raylava.train.batch_plan import worst_case_packs
 from raylava.train.checkpoints import CheckpointManager, checkpoint_weights, read_checkpoint_meta
 from raylava.train.data_loader import PackedDataLoader, StepBatch
-from raylava.train.engine import Engine, StepResult
+from raylava.train.engine import DryRunOutOfMemoryError, Engine, StepResult
 from raylava.train.metrics import MetricsLogger, ThroughputMeter
 from raylava.train.replay import dump_step
 from raylava.train.spec import TrainSpec, build_batch_plan, build_collator
@@ -84,8 +84,8 @@ class Trainer:
         spec, backend = self._spec, self._backend
         resolver = AutoResolver(spec.stage, self._shape, self._blocks.lengths, self._plan, backend.device)
         saved_zero_stage = read_checkpoint_meta(storage_path(checkpoint.folder)).zero_stage if checkpoint else None
-        resolved = resolver.resolve_auto(spec.training, saved_zero_stage)
-        self._advice, self._max_tokens_per_pack = resolved.advice, resolved.candidate.config.max_tokens_per_pack
+        self._resolved = resolved = resolver.resolve_auto(spec.training, saved_zero_stage, spec.rejected_configs)
+        self._max_tokens_per_pack = resolved.candidate.config.max_tokens_per_pack
         folder = checkpoint.folder if checkpoint else None
         self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device, folder)
         self._meter = ThroughputMeter(
@@ -109,12 +109,18 @@ class Trainer:
     def _memory_dry_run(self) -> str:
         """Compute a step of the worst-case packs, so that a run that does not fit fails before its first step.
 
-        Returns a description of the packs.
+        Returns a description of the packs. Raises DryRunOutOfMemoryError, after which a backend that can start the
+        workers again does so, if the recipe allows a configuration that needs less memory.
         """
         global_batch_size = self._spec.training.global_batch_size
         packs = worst_case_packs(self._blocks.lengths, self._max_tokens_per_pack, global_batch_size)
         tensors = [self._collator.collate([self._blocks[number] for number in pack]) for pack in packs]
-        self._engine.memory_dry_run(tensors, self._advice)
+        try:
+            self._engine.memory_dry_run(tensors, self._resolved.advice)
+        except DryRunOutOfMemoryError:
+            if self._resolved.has_smaller:
+                self._backend.reject(self._resolved.candidate.config)
+            raise
         return f"{len(tensors)} packs of up to {max(pack.input_ids.shape[1] for pack in tensors)} tokens"
 
     def _build_loader(self, first_step: int) -> PackedDataLoader:

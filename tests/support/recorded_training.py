@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from raylava.errors import RunError
+from raylava.perf.memory import ExecutionConfig
 from raylava.storage import storage_path
 from raylava.train.backend import CheckpointRef, Upload
 from raylava.train.metrics import StepMetrics
@@ -28,6 +29,7 @@ class RecordingBackend:
         self.saved_steps: list[int] = []
         self.metrics: list[StepMetrics] = []
         self.lines: list[str] = []
+        self.rejected: list[ExecutionConfig] = []
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[CheckpointRef | None]:
@@ -48,6 +50,9 @@ class RecordingBackend:
 
     def report(self, metrics: StepMetrics, steps: int) -> None:
         self.metrics.append(metrics)
+
+    def reject(self, config: ExecutionConfig) -> None:
+        self.rejected.append(config)
 
     def announce(self, lines: Sequence[str]) -> None:
         self.lines += lines

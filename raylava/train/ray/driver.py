@@ -7,6 +7,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +22,7 @@ from raylava.cluster.roles import TRAIN, node_labels_for
 from raylava.cluster.session import joins_running_cluster, on_driver_node
 from raylava.config.recipe import Resources
 from raylava.errors import RunError, first_line
+from raylava.perf.memory import ExecutionConfig
 from raylava.progress import ProgressBar, poll_in_background
 from raylava.storage import StoragePath, storage_path
 from raylava.train.process_environment import process_environment
@@ -117,7 +119,7 @@ def _fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StorageP
 
     Ray Train 2.60 retries neither a worker's death while it starts the training function nor its controller's: then it
     is started again here, up to eight times without a new checkpoint in its `snapshot`; so it is on other nodes once
-    the GPU of a node has failed.
+    the GPU of a node has failed, and with other `auto` settings once the memory dry run has failed.
     """
     failures, last_snapshot = 0, b""
     avoided: list[str] = []
@@ -132,6 +134,13 @@ def _fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StorageP
                 avoided = sorted(broken)
                 resources = _resources_elsewhere(spec.stage, resources, broken)
                 logger.warning("%s: %s; resuming on other nodes", spec.stage, "; ".join(broken.values()))
+                continue
+            rejected: list[ExecutionConfig] = ray.get(monitor.rejected_configs.remote())
+            if len(rejected) > len(spec.rejected_configs):
+                spec = replace(spec, rejected_configs=tuple(rejected))
+                logger.warning(
+                    "%s: out of memory with %s; starting again with less", spec.stage, rejected[-1].description
+                )
                 continue
             content = snapshot.read_bytes() if snapshot.exists() else b""
             failures, last_snapshot = (failures + 1 if content == last_snapshot else 1), content

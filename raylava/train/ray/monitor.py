@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import ray
 
+from raylava.perf.memory import ExecutionConfig
 from raylava.train.backend import COMPUTING, LOADING, SAVING
 
 StepUpdate = tuple[int, int, dict[str, float]]  # completed steps, total steps, metrics of the last completed step
@@ -57,6 +58,7 @@ class RunMonitor:
         self._losses: list[list[str]] = []
         self._first_error: str | None = None
         self._broken_nodes: dict[str, str] = {}
+        self._rejected_configs: list[ExecutionConfig] = []
 
     def report(self, rank: int, step: int, phase: str, seconds: float, updates: list[StepUpdate]) -> None:
         """Record that a rank entered a phase of a step `seconds` ago, and the steps completed since its last report."""
@@ -83,6 +85,15 @@ class RunMonitor:
     def broken_nodes(self) -> dict[str, str]:
         """Return the first message of each node with a failed GPU."""
         return self._broken_nodes
+
+    def reject_config(self, config: ExecutionConfig) -> None:
+        """Record that a configuration ran out of memory in the dry run, and that the recipe allows a smaller one."""
+        if config not in self._rejected_configs:
+            self._rejected_configs.append(config)
+
+    def rejected_configs(self) -> list[ExecutionConfig]:
+        """Return the configurations that ran out of memory."""
+        return self._rejected_configs
 
     def start_attempt(self) -> None:
         """Forget the ranks of an earlier group of workers, whose number may have been another."""

@@ -14,6 +14,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from raylava.cluster.gauges import Gauges
 from raylava.errors import first_line
+from raylava.perf.memory import ExecutionConfig
 from raylava.progress import poll_in_background
 from raylava.storage import storage_path
 from raylava.train.backend import COMPUTING, LOADING, CheckpointRef, Upload
@@ -144,6 +145,9 @@ class _RayBackend:
         self._updates.put((metrics.step + 1, steps, metrics.progress_metrics()))
         self._gauges.set(**asdict(metrics))
         self._gauges.set(worker_seconds=self.world_size * (time.monotonic() - self._started_at))
+
+    def reject(self, config: ExecutionConfig) -> None:
+        ray.get(self._monitor.reject_config.remote(config))
 
     def announce(self, lines: Sequence[str]) -> None:
         ray.get(self._monitor.announce.remote(list(lines)))

@@ -50,13 +50,16 @@ def test_json_list_reads_the_same_at_any_chunk_size(
         assert scan_and_read("llava_json", storage_path(file)) == rows
 
 
-DEEP = "[" * 3000 + "]" * 3000
+DEEP = "[" * 3000 + "]" * 3000  # more than Python 3.11 reads
+LESS_DEEP = "[" * 501 + "]" * 501
 
 
 @pytest.mark.parametrize("name", ["llava_json", "jsonl"])
 @pytest.mark.parametrize("chunk", [7, 8 << 20])
 @pytest.mark.parametrize(
-    "bad", ["9" * 5000, f'{{"a": {DEEP}, "b": "]\\"}},"}}', DEEP], ids=["digits", "row", "nesting"]
+    "bad",
+    ["9" * 5000, f'{{"a": {DEEP}, "b": "]\\"}},"}}', DEEP, LESS_DEEP],
+    ids=["digits", "row", "nesting", "less nesting"],
 )
 def test_value_that_python_cannot_read_is_one_bad_row(tmp_path: Path, name: str, chunk: int, bad: str) -> None:
     rows = [json.dumps({"conversations": TALK}), bad, json.dumps({"id": 2, "conversations": TALK})]
@@ -67,6 +70,13 @@ def test_value_that_python_cannot_read_is_one_bad_row(tmp_path: Path, name: str,
         read = scan_and_read(name, storage_path(file))
     assert (read[0], read[2]) == (json.loads(rows[0]), json.loads(rows[2]))
     assert read[1].startswith("JSON that cannot be read: ")
+
+
+def test_row_of_many_brackets_or_of_some_depth_is_read(tmp_path: Path) -> None:
+    row = {"conversations": TALK, "extra": [[] for _ in range(600)], "deep": json.loads("[" * 400 + "]" * 400)}
+    file = tmp_path / "rows"
+    file.write_text(json.dumps(row))
+    assert scan_and_read("jsonl", storage_path(file)) == [row]
 
 
 @pytest.mark.parametrize(
