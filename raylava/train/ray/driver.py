@@ -52,7 +52,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar) -> dict[st
     output = storage_path(spec.output)
     monitor = RunMonitor.options(scheduling_strategy=on_driver_node()).remote()  # type: ignore[attr-defined]
     with report_progress(monitor, progress, spec.stage, Gauges(output.name, spec.stage)):
-        _fit(spec, resources, monitor, output / CHECKPOINTS / SNAPSHOT)
+        fit(spec, resources, monitor, output / CHECKPOINTS / SNAPSHOT)
     (output / CHECKPOINTS).delete()
     return summarize_run(output)
 
@@ -114,7 +114,7 @@ def _node_labels(resources: Resources, avoided_nodes: Sequence[str]) -> dict[str
     return node_labels_for(TRAIN, resources) | avoided
 
 
-def _fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StoragePath) -> None:
+def fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StoragePath) -> None:
     """Train, while Ray Train restarts lost workers. Raises RunError with the reason when RestartPolicy ends the run.
 
     Ray Train 2.60 retries neither a worker's death while it starts the training function nor its controller's: then it

@@ -11,6 +11,7 @@ from raylava.config.recipe import CheckpointConfig, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.connector import CONNECTOR, CONNECTOR_FILE, TRAINED_CONNECTOR, connector_factor
 from raylava.models.registry import ResolvedModel
+from raylava.train.engine import DryRunOutOfMemoryError, Engine
 from raylava.train.spec import TrainSpec
 from tests.support.attention import AttentionCalls
 from tests.support.recorded_training import build_trainer, record_training
@@ -46,6 +47,41 @@ def test_memory_dry_run_computes_the_worst_case_packs(spec: TrainSpec) -> None:
         description = trainer._memory_dry_run()
     assert description.startswith("3 packs of up to ")
     assert calls.causal >= 3 * spec.model.language.shape.layers
+
+
+def test_auto_settings_that_run_out_of_memory_are_rejected_for_a_smaller_configuration(
+    spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dry run of each configuration fails, until the recipe allows none that needs less memory."""
+
+    def fail(*_: object) -> None:
+        raise DryRunOutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Engine, "memory_dry_run", fail)
+    auto = with_training(spec, zero=ZeroConfig(stage="auto"), activation_checkpointing="auto")
+    peaks = []
+    while True:
+        trainer, backend = build_trainer(auto)
+        with pytest.raises(DryRunOutOfMemoryError):
+            trainer.run()
+        peaks.append(trainer._resolved.candidate.memory.peak)
+        if not backend.rejected:
+            break
+        assert backend.rejected == [trainer._resolved.candidate.config]
+        auto = dataclasses.replace(auto, rejected_configs=(*auto.rejected_configs, *backend.rejected))
+    assert len(peaks) >= 2
+    assert peaks == sorted(set(peaks), reverse=True)
+
+
+def test_settings_without_auto_are_never_rejected(spec: TrainSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Engine, "_accumulate", fail)
+    trainer, backend = build_trainer(spec)
+    with pytest.raises(DryRunOutOfMemoryError, match="out of memory in the dry run of the worst-case packs"):
+        trainer.run()
+    assert not backend.rejected
 
 
 def test_run_reports_its_dry_run_and_every_mechanism_before_the_first_step(spec: TrainSpec) -> None:

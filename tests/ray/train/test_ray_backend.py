@@ -21,7 +21,9 @@ from raylava.cluster.gauges import Gauges
 from raylava.config.recipe import Resources, Training
 from raylava.errors import RunError
 from raylava.models.registry import ResolvedModel
+from raylava.perf.memory import ExecutionConfig
 from raylava.progress import NullProgressBar
+from raylava.storage import storage_path
 from raylava.train.backend import COMPUTING, LOADING
 from raylava.train.process_environment import process_environment
 from raylava.train.ray import driver
@@ -52,6 +54,14 @@ def fail_while_the_peer_waits(config: dict[str, Any]) -> None:
 def record_environment(folder: Path, config: dict[str, Any]) -> None:
     """Write the worker's environment."""
     (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
+
+
+def reject_the_first_configuration(config: dict[str, Any]) -> None:
+    """Fail as the Trainer does whose memory dry run failed, unless the run has rejected a configuration before."""
+    if not config["spec"].rejected_configs:
+        ray.get(config["monitor"].reject_config.remote(ExecutionConfig(0, False, False, False, 4096)))
+        raise RunError("out of memory")
+    (Path(config["spec"].output) / "rejected").write_text(config["spec"].rejected_configs[0].description)
 
 
 def die_without_a_checkpoint(config: dict[str, Any]) -> None:
@@ -108,6 +118,18 @@ def test_workers_of_a_deterministic_run_have_its_environment(
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert process_environment(training).items() <= environment.items()
     assert "NCCL_ALGO" in environment
+
+
+def test_run_whose_dry_run_fails_starts_again_with_less_memory(
+    resolved_model: ResolvedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(driver, "train_loop_per_worker", reject_the_first_configuration)
+    output = tmp_path / "finetune" / "f"
+    output.mkdir(parents=True)
+    spec = TrainSpec("finetune", resolved_model, Training(), 0, "", None, "pad", str(output))
+    driver.fit(spec, Resources(), RunMonitor.remote(), storage_path(output) / "none")  # type: ignore[attr-defined]
+    assert (output / "rejected").read_text() == "ZeRO 0, packs of 4,096"
+    assert "finetune: out of memory with ZeRO 0, packs of 4,096; starting again with less" in caplog.text
 
 
 def test_error_of_one_worker_ends_the_run_at_once_with_that_worker_as_the_cause(tmp_path: Path) -> None:

@@ -394,6 +394,14 @@ def test_image_contains_the_tools_that_the_launcher_of_ray_and_kuberay_call(dock
     )
 
 
+def test_containers_see_the_gpus_and_can_compile_kernels(dockerfile: str):
+    """Triton calls a C compiler at run time; NVIDIA's runtime hides all GPUs from an image without these variables."""
+    (environment,) = instructions(dockerfile, "ENV")
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= set(environment.split())
+    final_stage = dockerfile.rpartition("FROM ")[2]
+    assert {"gcc", "libc6-dev"} <= set(re.search(r"--no-install-recommends (.*?) \\", final_stage)[1].split())
+
+
 def test_all_files_that_the_image_copies_are_in_the_repository(dockerfile: str):
     for copied in instructions(dockerfile, "COPY"):
         if not copied.startswith("--from="):
