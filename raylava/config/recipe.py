@@ -415,6 +415,15 @@ class Training(ConfigModel):
         optional = {"deepspeed": deepspeed | quantized, "keep_best": keep_best}
         return super().fingerprint_fields() | {key: value for key, value in optional.items() if value}
 
+    @field_validator("attn_implementation")
+    @classmethod
+    def _attention_is_installed(cls, value: str) -> str:
+        if value == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                "flash-attn is not installed; pip install flash-attn, or use varlen, whose kernel torch has"
+            )
+        return value
+
     @model_validator(mode="after")
     def _groups_divide_the_batch(self) -> Self:
         size = self.loss_group_size

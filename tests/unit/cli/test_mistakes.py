@@ -337,6 +337,8 @@ check recipe.yaml finetune.enabled=false
     recipe.yaml: finetune.enabled=false: a recipe always finetunes; to train the
 check recipe.yaml finetune.compile=true finetune.zero.stage=3
     recipe.yaml: finetune: compile gives wrong losses beside ZeRO stage 3's
+check recipe.yaml finetune.attn_implementation=flash_attention_2
+    recipe.yaml: finetune.attn_implementation='flash_attention_2': flash-attn is
 check recipe.yaml resources.workers=0
     recipe.yaml: resources.workers=0: Input should be greater than or equal to 1
 check recipe.yaml resources.workers=100000000000000000000
