@@ -22,6 +22,7 @@ OTHER_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "cluster/README.md": "cluster-setup.md",
     "jobs/bench/README.md": "benchmark-details.md",
+    "docs/verification/README.md": "verification.md",
 }
 # Code, in which nothing is a link; or an inline link or image. A link's text may hold code spans and one image.
 LINK = re.compile(

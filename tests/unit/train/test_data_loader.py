@@ -10,9 +10,10 @@ from PIL import Image
 from raylava.config.recipe import Vision
 from raylava.corpus.blocks import Blocks, Sample
 from raylava.models.families import clip
+from raylava.models.packs import HostPack
 from raylava.models.registry import PixelRule, vision_spec
 from raylava.train.batch_plan import BatchPlan
-from raylava.train.data_loader import PackCollator, PackedDataLoader
+from raylava.train.data_loader import PackCollator, PackedDataLoader, StepBatch
 from tests.support.packs import on_cpu
 
 IMAGE, BOS = 99, 2
@@ -54,6 +55,29 @@ def test_pack_without_images_gets_a_blank_image_without_loss_tokens(samples: lis
     assert int((pack.input_ids == IMAGE).sum()) == VISION.image_tokens
     assert len(pack.labels) == len(samples)
     assert pack.position_ids[0, 3 * len(samples)] == 0
+
+
+def test_any_number_of_threads_gives_the_same_batches_in_order(
+    prepared_blocks: Blocks, pack_collator: PackCollator
+) -> None:
+    plan = BatchPlan(len(prepared_blocks), 8, epochs=2, seed=1)
+    names: set[str] = set()
+
+    def prepare(pack: HostPack) -> HostPack:
+        names.add(threading.current_thread().name)
+        return pack
+
+    def batches(threads: int) -> list[StepBatch]:
+        arguments = (prepared_blocks, plan, pack_collator, 0, 1, 384)
+        return list(PackedDataLoader(*arguments, prepare=prepare, threads=threads))
+
+    one, several = batches(1), batches(4)
+    assert len(names) > 2, "one of the first run, several of the second"
+    assert [batch.step.number for batch in several] == list(range(plan.steps))
+    for expected, batch in zip(one, several, strict=True):
+        for left, right in zip(expected.packs, batch.packs, strict=True):
+            assert torch.equal(left.input_ids, right.input_ids)
+            assert torch.equal(left.pixels, right.pixels)
 
 
 def test_batches_follow_the_plan_from_any_first_step(prepared_blocks: Blocks, pack_collator: PackCollator) -> None:
