@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from raylava.train.metrics import StepMetrics
 
 Upload = Callable[[Path, StoragePath], None]
-LOADING, COMPUTING, SAVING = "waiting for data", "computing", "saving"  # the phases that a rank reports
+# The phases that a rank reports, in their order within a run and a step.
+STARTING, LOADING, COMPUTING, SAVING = "loading the model", "waiting for data", "computing", "saving"
+PUBLISHING = "writing the result"
 
 
 @dataclass(frozen=True)

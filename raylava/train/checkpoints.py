@@ -205,20 +205,27 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
 def universal_checkpoint(folder: Path) -> Iterator[Path]:
     """Provide a checkpoint in DeepSpeed's universal format, which any world size can load.
 
-    The first rank of each node converts while the others wait. The conversion runs in a subprocess because it starts
-    workers and prints.
+    The first rank of each node converts, in a subprocess because DeepSpeed starts workers and prints. The others wait
+    for a file, since a conversion may take longer than collectives wait.
     """
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"raylava-universal-{name}"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    converts, converted = int(os.environ.get("LOCAL_RANK", "0")) == 0, target.with_suffix(".done")
+    if converts:
         shutil.rmtree(target, ignore_errors=True)
+        converted.unlink(missing_ok=True)
+    dist.barrier()  # from here on, the file is of this conversion
+    if converts:
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / CHECKPOINT_TAG), "--output_folder", str(target / CHECKPOINT_TAG)]
         conversion = subprocess.run(command, capture_output=True, text=True, check=False)
         if conversion.returncode:
             raise RunError(f"{folder}: cannot be converted to another world size: {conversion.stderr.strip()[-300:]}")
-    dist.barrier()
+        converted.touch()
+    while not converted.exists():
+        time.sleep(0.05)
     yield target
     dist.barrier()
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if converts:
         shutil.rmtree(target, ignore_errors=True)
+        converted.unlink()

@@ -35,22 +35,24 @@ from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
 
 _DECISION = "decision"  # key of the rendezvous store
+_CHECKPOINT_COPIES = 2  # as it is, and converted to another number of ranks
 _NO_TIMEOUT = timedelta(days=365)
 _DONE_FILE = "done-rank-{}.json"  # written after all other files of a rank
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The position of this process among those of the run."""
+    """The position of this process among those of the run; `node` is the number of its node."""
 
     rank: int
     world_size: int
     local_rank: int
+    node: int = 0
 
     @classmethod
     def from_environment(cls) -> "RankInfo":
         """Read torchrun's variables; without them this is the only rank."""
-        defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("GROUP_RANK", 0))
         return cls(*(int(os.environ.get(name, default)) for name, default in defaults))
 
 
@@ -74,8 +76,20 @@ class Rendezvous:
 
     def share(self, key: str, rank_0_computes: Callable[[], str]) -> str:
         """Return what rank 0 computes on every rank; `key` names it. Waits as `agree` does."""
-        if self.ranks.rank == 0:
-            self.store.set(key, rank_0_computes())
+        return self._share(key, self.ranks.rank == 0, rank_0_computes)
+
+    def share_on_node(self, key: str, first_rank_computes: Callable[[], str]) -> str:
+        """Return what the first rank of each node computes on every rank of that node. Waits as `agree` does."""
+        return self._share(f"{key}/{self.ranks.node}", self.ranks.local_rank == 0, first_rank_computes)
+
+    def wait_for_all(self, key: str) -> None:
+        """Wait until every rank has called this with the same key, for as long as it takes."""
+        self.store.set(f"{key}/{self.ranks.rank}", "")
+        self.store.wait([f"{key}/{rank}" for rank in range(self.ranks.world_size)], _NO_TIMEOUT)
+
+    def _share(self, key: str, computes_here: bool, compute: Callable[[], str]) -> str:
+        if computes_here:
+            self.store.set(key, compute())
         self.store.wait([key], _NO_TIMEOUT)
         text: str = self.store.get(key).decode()
         return text
@@ -90,7 +104,7 @@ def run(spec: TrainSpec, resources: Resources, progress: ProgressBar, rendezvous
     torch.set_num_threads(resources.cpus_per_worker)
     set_process_environment(process_environment(spec.training))
     with process_group(rendezvous, use_gpu=resources.gpus_per_worker > 0) as device:
-        backend = _TorchrunBackend(spec, ranks, device, progress)
+        backend = _TorchrunBackend(spec, rendezvous, device, progress)
         Trainer(spec, backend, 1e9 * resources.cache_gb).run()
         backend.finish()
         return summarize_run(storage_path(spec.output)) if ranks.rank == 0 else None
@@ -116,7 +130,8 @@ class _TorchrunBackend:
     preemption notice.
     """
 
-    def __init__(self, spec: TrainSpec, ranks: RankInfo, device: torch.device, progress: ProgressBar) -> None:
+    def __init__(self, spec: TrainSpec, rendezvous: Rendezvous, device: torch.device, progress: ProgressBar) -> None:
+        self._rendezvous, ranks = rendezvous, rendezvous.ranks
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, device
         self._config, self._progress = spec.training.checkpoint, progress
         self._folder = storage_path(spec.output) / CHECKPOINTS
@@ -130,20 +145,35 @@ class _TorchrunBackend:
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[CheckpointRef | None]:
-        """Provide the latest complete checkpoint. Rank 0 selects it, so that all ranks load the same."""
-        complete = _complete_checkpoints(self._folder) if self.rank == 0 else []
-        selected = [complete[-1].name if complete else None]
-        dist.broadcast_object_list(selected, device=self.device)
-        if selected[0] is None:
+        """Provide the latest complete checkpoint. Rank 0 selects it, so that all ranks load the same.
+
+        The first rank of each node downloads it for all of them.
+        """
+        selected = self._rendezvous.share("checkpoint", self._latest_checkpoint)
+        if not selected:
             yield None
             return
-        with _on_this_node(self._folder / selected[0]) as checkpoint:
-            yield checkpoint
+        checkpoint = self._folder / selected
+        if checkpoint.is_local:
+            yield CheckpointRef(Path(checkpoint.path), checkpoint.uri)
+            return
+        folder = Path(self._rendezvous.share_on_node("checkpoint-folder", lambda: str(_download(checkpoint))))
+        removes = self._rendezvous.ranks.local_rank == 0
+        try:
+            yield CheckpointRef(folder, checkpoint.uri)
+            self._rendezvous.wait_for_all("checkpoint-loaded")
+        finally:
+            if removes:
+                shutil.rmtree(folder)
+
+    def _latest_checkpoint(self) -> str:
+        complete = _complete_checkpoints(self._folder)
+        return complete[-1].name if complete else ""
 
     @contextmanager
     def best_checkpoint(self) -> Iterator[tuple[CheckpointRef, float] | None]:
         self._wait_for_upload()
-        dist.barrier()
+        self._rendezvous.wait_for_all("uploaded")
         complete = _complete_checkpoints(self._folder) if self.rank == 0 else []
         if not complete:
             yield None
@@ -197,20 +227,37 @@ class _TorchrunBackend:
     def finish(self) -> None:
         """Remove the checkpoints once the result is written."""
         self._wait_for_upload()
-        dist.barrier()
+        self._rendezvous.wait_for_all("finished")  # rank 0 may have published for longer than collectives wait
         if self.rank == 0:
             self._folder.delete()
 
 
 @contextmanager
 def _on_this_node(checkpoint: StoragePath) -> Iterator[CheckpointRef]:
-    """Provide a checkpoint's files in a local folder."""
+    """Provide a checkpoint's files in a local folder, for this rank alone."""
     if checkpoint.is_local:
         yield CheckpointRef(Path(checkpoint.path), checkpoint.uri)
         return
-    with tempfile.TemporaryDirectory(prefix="raylava-checkpoint-") as folder:
-        checkpoint.copy_to(Path(folder))
-        yield CheckpointRef(Path(folder), checkpoint.uri)
+    folder = _download(checkpoint)
+    try:
+        yield CheckpointRef(folder, checkpoint.uri)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _download(checkpoint: StoragePath) -> Path:
+    """Copy a checkpoint to a temporary folder. Raises RunError where the disk has no room for it and its conversion."""
+    size = sum(size for _, size in checkpoint.walk_files())
+    folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))
+    free = shutil.disk_usage(folder).free
+    if free < _CHECKPOINT_COPIES * size:
+        folder.rmdir()
+        raise RunError(
+            f"{checkpoint}: needs {_CHECKPOINT_COPIES * size / 1e9:.1f} GB in {folder.parent}, which has "
+            f"{free / 1e9:.1f} GB; free space there, or set TMPDIR to another disk"
+        )
+    checkpoint.copy_to(folder)
+    return folder
 
 
 def _recorded_loss(checkpoint: StoragePath) -> float:

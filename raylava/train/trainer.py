@@ -27,7 +27,7 @@ from raylava.models.export import export_model
 from raylava.models.llava import DTYPES, build_llava
 from raylava.storage import storage_path
 from raylava.train.auto import AutoResolver
-from raylava.train.backend import COMPUTING, LOADING, SAVING, CheckpointRef, TrainBackend
+from raylava.train.backend import COMPUTING, LOADING, PUBLISHING, SAVING, STARTING, CheckpointRef, TrainBackend
 from raylava.train.batch_plan import worst_case_packs
 from raylava.train.checkpoints import CheckpointManager, checkpoint_weights, read_checkpoint_meta
 from raylava.train.data_loader import PackedDataLoader, StepBatch
@@ -45,6 +45,7 @@ class Trainer:
 
     def __init__(self, spec: TrainSpec, backend: TrainBackend, cache_bytes: float) -> None:
         self._spec, self._backend = spec, backend
+        backend.heartbeat(0, STARTING)
         self._blocks = open_blocks(storage_path(spec.blocks), cache_bytes)
         self._plan = build_batch_plan(spec.training, spec.seed, self._blocks)
         self._collator = build_collator(spec)
@@ -77,6 +78,7 @@ class Trainer:
             metrics_logger.close()
         if self._spec.keep_final_state:
             self._checkpoints.keep_final(self._engine, self._step_log, storage_path(self._spec.output) / FINAL_STATE)
+        self._backend.heartbeat(self._plan.steps, PUBLISHING)
         self._write_result()
 
     def _build_engine(self, checkpoint: CheckpointRef | None) -> None:

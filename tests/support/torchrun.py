@@ -11,14 +11,22 @@ from raylava.config.recipe import Recipe
 from raylava.train.step_log import STEP_LOG
 
 
-def start_training(recipe: Recipe, storage: Path, processes: int, *overrides: str) -> "subprocess.Popen[str]":
-    """`raylava train` of the recipe's finetuning, under torchrun where there are several processes."""
-    file = storage / "recipe.yaml"
+def start_training(
+    recipe: Recipe, folder: Path, processes: int, *overrides: str, storage: str | None = None
+) -> "subprocess.Popen[str]":
+    """`raylava train` of the recipe's finetuning, under torchrun where there are several processes.
+
+    The recipe is written to `folder`, which is also the storage unless another one is given.
+    """
+    file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe.model_dump(mode="json")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*(torchrun if processes > 1 else [sys.executable, "-m"]), "raylava.cli", "train", str(file), "finetune"]
     return subprocess.Popen(
-        [*command, "--storage", str(storage), *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--storage", storage or str(folder), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

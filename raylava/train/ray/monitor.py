@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import ray
 
 from raylava.perf.memory import ExecutionConfig
-from raylava.train.backend import COMPUTING, LOADING, SAVING
+from raylava.train.backend import COMPUTING, LOADING, PUBLISHING, SAVING, STARTING
 
+_PHASES = (STARTING, LOADING, COMPUTING, SAVING, PUBLISHING)
 StepUpdate = tuple[int, int, dict[str, float]]  # completed steps, total steps, metrics of the last completed step
 
 
@@ -24,12 +25,14 @@ class Heartbeat:
 def find_stalled_rank(heartbeats: list[Heartbeat], now: float, timeout_s: float) -> str | None:
     """Describe the rank that blocks the others, once no rank has sent a heartbeat for `timeout_s` seconds.
 
-    Ranks wait for each other in every step, so the rank that is furthest behind is the cause.
+    Ranks wait for each other in every step, so the rank that is furthest behind is the cause. A rank that writes the
+    result blocks none of them, and loading a model may take five times as long.
     """
     if not heartbeats or any(now - heartbeat.time < timeout_s for heartbeat in heartbeats):
         return None
-    order = {LOADING: 0, COMPUTING: 1, SAVING: 2}
-    stalled = min(heartbeats, key=lambda heartbeat: (heartbeat.step, order[heartbeat.phase], heartbeat.time))
+    stalled = min(heartbeats, key=lambda heartbeat: (heartbeat.step, _PHASES.index(heartbeat.phase), heartbeat.time))
+    if stalled.phase == PUBLISHING or (stalled.phase == STARTING and now - stalled.time < 5 * timeout_s):
+        return None
     return f"rank {stalled.rank} has been {stalled.phase} in step {stalled.step} for {now - stalled.time:.0f} s"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -297,6 +298,25 @@ def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bitwise_identical(
     assert "stopped by SIGTERM" in finish_training(run, status=1)
     finish_training(start_training(recipe, interrupted, 1, *longer))
     assert read_training(interrupted) == read_training(undisturbed)
+
+
+def test_checkpoint_of_one_rank_in_a_bucket_is_converted_once_for_the_two_ranks_of_a_node(
+    recipe: Recipe, storage: Path, artifacts: dict[str, Artifact], s3: str, tmp_path: Path
+) -> None:
+    bucket = upload(copy_inputs(storage, tmp_path / "inputs"), f"{s3}/torchrun")
+    longer = ("finetune.global_batch_size=2", "finetune.epochs=12", "finetune.checkpoint.interval_steps=4")
+    run = start_training(recipe, tmp_path, 1, *longer, storage=bucket)
+    while not any(name.endswith("done-rank-0.json") for name, _ in (storage_path(bucket) / "finetune").walk_files()):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.terminate()
+    assert "stopped by SIGTERM" in finish_training(run, status=1)
+    finish_training(start_training(recipe, tmp_path, 2, *longer, storage=bucket))
+    (log,) = [name for name, _ in (storage_path(bucket) / "finetune").walk_files() if name.endswith("steps.jsonl")]
+    lines = [json.loads(line) for line in (storage_path(bucket) / "finetune" / log).read_bytes().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert [lines[0]["world_size"], lines[-1]["world_size"]] == [1, 2]
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_keep_best_exports_the_state_with_the_lowest_loss(

@@ -4,7 +4,7 @@ import pytest
 from torch.distributed import DistBackendError, DistNetworkError
 
 from raylava.errors import RunError
-from raylava.train.backend import COMPUTING, LOADING
+from raylava.train.backend import COMPUTING, LOADING, PUBLISHING, STARTING
 from raylava.train.ray.failures import is_device_failure, is_peer_failure
 from raylava.train.ray.monitor import Heartbeat, find_stalled_rank
 
@@ -75,3 +75,17 @@ def test_rank_that_is_furthest_behind_is_the_stalled_one() -> None:
     heartbeats[2] = Heartbeat(2, 7, COMPUTING, time=30.0)
     stalled = find_stalled_rank(heartbeats, now=100.0, timeout_s=60.0)
     assert stalled == "rank 2 has been computing in step 7 for 70 s"
+
+
+def test_rank_that_loads_the_model_is_the_stalled_one_before_the_first_step() -> None:
+    heartbeats = [Heartbeat(0, 0, LOADING, time=0.0), Heartbeat(1, 0, STARTING, time=5.0)]
+    assert find_stalled_rank(heartbeats, now=300.0, timeout_s=60.0) is None, "models take long to load"
+    stalled = find_stalled_rank(heartbeats, now=306.0, timeout_s=60.0)
+    assert stalled == "rank 1 has been loading the model in step 0 for 301 s"
+
+
+def test_no_rank_is_stalled_while_the_result_is_written() -> None:
+    heartbeats = [Heartbeat(rank, 72, PUBLISHING, time=0.0) for rank in range(2)]
+    assert find_stalled_rank(heartbeats, now=900.0, timeout_s=60.0) is None
+    heartbeats[1] = Heartbeat(1, 71, COMPUTING, time=0.0)
+    assert find_stalled_rank(heartbeats, now=900.0, timeout_s=60.0) == "rank 1 has been computing in step 71 for 900 s"
