@@ -96,6 +96,7 @@ class _Dispatcher:
         self._changed = threading.Condition()  # guards the two below and the states; its lock is reentrant
         self._waiting = deque(questions)
         self._unfinished = len(questions)
+        self._unanswered: set[str] = set()  # questions to which an endpoint that was given up has no answer
         self._results: queue.SimpleQueue[GeneratedAnswer | Exception] = queue.SimpleQueue()
 
     def run(self) -> Iterator[list[GeneratedAnswer]]:
@@ -145,12 +146,17 @@ class _Dispatcher:
         """Stop an endpoint that has failed, and leave the question to the others."""
         with self._changed:
             self._waiting.appendleft(question)
+            self._changed.notify_all()
             if state.stopped.is_set():
                 return  # another thread has given it up, or the evaluation has ended
             self._stop([state])
             others = [other for other in self._states if not other.stopped.is_set()]
+            failed_before = question.question_id in self._unanswered
+            self._unanswered.add(question.question_id)
         message = f"{state.endpoint.name}: no answer to question {question.question_id} ({problem})"
-        if others:
+        if others and failed_before:  # the question, not the endpoints
+            self._results.put(RunError(f"{message}; another endpoint gave none either"))
+        elif others:
             logger.warning("%s; the other endpoints answer its questions", message)
         else:
             self._results.put(RunError(f"{message}; start the server, and re-run the same command to resume"))

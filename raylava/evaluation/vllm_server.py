@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from raylava.cluster.session import error_summary, free_ports
 from raylava.errors import RunError, first_line
@@ -99,7 +99,12 @@ def _arguments(model: "LlavaCheckpoint", served_model: str, precision: str, gpus
 
 def _wait_until_ready(servers: Sequence[Any]) -> None:
     try:
-        problems = ray.get([server.start.remote() for server in servers])
+        problems = ray.get([server.start.remote() for server in servers], timeout=2 * _START_TIMEOUT_S)
+    except GetTimeoutError as error:
+        raise RunError(
+            f"not all of {len(servers)} vLLM servers could be started within {2 * _START_TIMEOUT_S:g} s; free GPUs for "
+            "them, or lower --workers"
+        ) from error
     except RayError as error:  # among others, of the environment's installation
         raise RunError(f"vLLM cannot be started ({first_line(error)})") from error
     for problem in filter(None, problems):
@@ -173,9 +178,9 @@ class _VllmServer:
         """End the server and its processes."""
         if self._process:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S / 2)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # its children may outlive it, with the GPU's memory
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 

@@ -18,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 VARLEN = "varlen"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _KERNEL_CAPABILITY = (8, 0)
-_MAX_KERNEL_HEAD_SIZE = 256
+# Multiples of 8 up to 256; some GPUs have no backward pass for more than 192 and up to 224.
+_KERNEL_HEAD_SIZES = [size for size in range(8, 257, 8) if not 192 < size <= 224]
 # Without cuDNN's attention, which compiles a plan for each new length.
 _LOOP_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -64,7 +65,7 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_size: int) 
     return (
         device.type == "cuda"
         and dtype in _KERNEL_DTYPES
-        and head_size <= _MAX_KERNEL_HEAD_SIZE
+        and head_size in _KERNEL_HEAD_SIZES
         and torch.cuda.get_device_capability(device) >= _KERNEL_CAPABILITY
     )
 

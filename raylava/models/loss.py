@@ -29,7 +29,7 @@ class LossHead(nn.Linear):
         input: Tensor,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
-        vocabulary: int | None = None,
+        vocabulary: int = 0,
     ) -> Tensor:
         """Return the logits of hidden states (…, width), or with `labels` the weighted sum of their cross-entropies.
 
@@ -38,13 +38,16 @@ class LossHead(nn.Linear):
         """
         if labels is None:
             return super().forward(input)
+        assert loss_weights is not None, "a loss needs weights"
         arguments = (input, self.weight, labels, loss_weights, vocabulary, torch.is_grad_enabled())
         return _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes gradients together with the loss. In half precision, logits and gradients are rounded to it as autograd
-    would; softmax and loss are computed in fp32.
+    """Computes gradients together with the loss; softmax and loss are computed in fp32.
+
+    In half precision, logits and their gradients are rounded to it, as by autograd. The weight's gradient is also
+    rounded after each chunk, as it is after each pack.
     """
 
     @staticmethod
@@ -71,6 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, used, out=hidden_gradient[rows])
             if weight_gradient is not None:
                 weight_gradient[:vocabulary].addmm_(gradient.T, hidden[rows])
+            del gradient  # before the next chunk's logits
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 

@@ -133,7 +133,8 @@ class PackedDataLoader:
     def threads(self) -> str:
         """Describe the threads that load a rank's packs ahead of training."""
         decoding = f"{self._threads} that decode{'' if self._threads > 1 else 's'}"
-        return f"{decoding}, {self._prefetch} steps ahead; {_FETCH_THREADS} that fetch blocks"
+        steps = self._prefetch + self._threads - 1
+        return f"{decoding}, up to {steps} steps ahead; {_FETCH_THREADS} that fetch blocks"
 
     def load(self, step: Step) -> StepBatch:
         """Return this rank's packs of one step, as tensors on the host."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class DryRunOutOfMemoryError(RunError):
-    """Memory ran out in the memory dry run."""
+    """Memory ran out before the first step: while the engine was built, or in the memory dry run."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Engine:
             group["lr"] = 0.0
         try:
             self._update(self._accumulate(packs))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise DryRunOutOfMemoryError(_out_of_memory(packs, error, advice)) from error
@@ -277,7 +277,8 @@ class Engine:
         for group, group_settings in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(group_settings)
         for state in inner_optimizer(self._engine).state.values():
-            state["step"] = torch.as_tensor(state["step"]).clone()
+            # The fused optimizer of GPUs reads the counter on the device; the file holds it on the host.
+            state["step"] = torch.as_tensor(state["step"]).to(state["exp_avg"].device, torch.float32, copy=True)
 
     def _load(self, folder: Path) -> None:
         loaded, _ = self._engine.load_checkpoint(

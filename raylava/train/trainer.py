@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from raylava.artifacts import publish_folder
+from raylava.compat.torch import is_out_of_memory
 from raylava.corpus.block_cache import open_blocks
-from raylava.errors import RunError
+from raylava.errors import RunError, first_line
 from raylava.models.connector import (
     CONNECTOR,
     CONNECTOR_FILE,
@@ -89,7 +90,14 @@ class Trainer:
         self._resolved = resolved = resolver.resolve_auto(spec.training, saved_zero_stage, spec.rejected_configs)
         self._max_tokens_per_pack = resolved.candidate.config.max_tokens_per_pack
         folder = checkpoint.folder if checkpoint else None
-        self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device, folder)
+        try:
+            self._engine = Engine(self._llava, spec.stage, resolved.training, self._plan.steps, backend.device, folder)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._reject_config()
+            problem = f"out of memory for the model and its optimizer: {resolved.advice} ({first_line(error)[:120]})"
+            raise DryRunOutOfMemoryError(problem) from error
         self._meter = ThroughputMeter(
             self._shape,
             self._blocks.lengths,
@@ -120,10 +128,13 @@ class Trainer:
         try:
             self._engine.memory_dry_run(tensors, self._resolved.advice)
         except DryRunOutOfMemoryError:
-            if self._resolved.has_smaller:
-                self._backend.reject(self._resolved.candidate.config)
+            self._reject_config()
             raise
         return f"{len(tensors)} packs of up to {max(pack.input_ids.shape[1] for pack in tensors)} tokens"
+
+    def _reject_config(self) -> None:
+        if self._resolved.has_smaller:
+            self._backend.reject(self._resolved.candidate.config)
 
     def _build_loader(self, first_step: int) -> PackedDataLoader:
         return PackedDataLoader(

@@ -132,12 +132,14 @@ def fit(spec: TrainSpec, resources: Resources, monitor: Any, snapshot: StoragePa
             broken: dict[str, str] = ray.get(monitor.broken_nodes.remote())
             if len(broken) > len(avoided):
                 avoided = sorted(broken)
+                ray.get(monitor.take_error.remote())  # of a peer, as a consequence
                 resources = _resources_elsewhere(spec.stage, resources, broken)
                 logger.warning("%s: %s; resuming on other nodes", spec.stage, "; ".join(broken.values()))
                 continue
             rejected: list[ExecutionConfig] = ray.get(monitor.rejected_configs.remote())
             if len(rejected) > len(spec.rejected_configs):
                 spec = replace(spec, rejected_configs=tuple(rejected))
+                ray.get(monitor.take_error.remote())  # of another rank that ran out of memory
                 logger.warning(
                     "%s: out of memory with %s; starting again with less", spec.stage, rejected[-1].description
                 )

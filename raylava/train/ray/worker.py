@@ -40,6 +40,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     with record_errors(config["monitor"]):
         backend = _RayBackend(config["spec"], config["monitor"])
+        if backend.device.type == "cuda":
+            torch.cuda.set_device(backend.device)  # per thread, and Ray Train runs this function in one of its own
         with poll_in_background(backend.send_report, _REPORT_INTERVAL_S):
             Trainer(config["spec"], backend, config["cache_bytes"]).run()
 

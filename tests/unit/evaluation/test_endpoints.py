@@ -194,6 +194,14 @@ def test_questions_of_an_endpoint_that_dies_go_to_the_others(
     assert warning.endswith("; the other endpoints answer its questions")
 
 
+def test_question_that_two_endpoints_do_not_answer_ends_the_run_while_others_are_left(start: StartServer) -> None:
+    """Otherwise one such question would use up all endpoints, and again in the next run."""
+    servers = [start(failures=(Failure(500),) * 9) for _ in range(3)]
+    questions = make_questions(1)
+    with pytest.raises(RunError, match=r"no answer to question 0 .*; another endpoint gave none either"):
+        generate(questions, *servers)
+
+
 def test_run_whose_endpoints_all_die_keeps_the_answers_and_resumes_with_the_missing_questions(
     start: StartServer, tmp_path: Path
 ) -> None:

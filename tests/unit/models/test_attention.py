@@ -42,6 +42,8 @@ def test_settings_that_are_not_in_force_are_accepted() -> None:
         ("cuda", torch.float32, 64, (9, 0), False),
         ("cuda", torch.float16, 64, (7, 5), False),
         ("cuda", torch.bfloat16, 288, (9, 0), False),
+        ("cuda", torch.bfloat16, 20, (9, 0), False),
+        ("cuda", torch.bfloat16, 208, (8, 6), False),
         ("cpu", torch.bfloat16, 64, (9, 0), False),
     ],
     ids=str,
