@@ -47,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes gradients together with the loss; softmax and loss are computed in fp32.
 
     In half precision, logits and their gradients are rounded to it, as by autograd. The weight's gradient is also
-    rounded after each chunk, as it is after each pack.
+    rounded after each chunk, and after each pack.
     """
 
     @staticmethod

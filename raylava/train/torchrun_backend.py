@@ -35,7 +35,7 @@ from raylava.train.step_log import CHECKPOINTS, summarize_run
 from raylava.train.trainer import Trainer
 
 _DECISION = "decision"  # key of the rendezvous store
-_CHECKPOINT_COPIES = 2  # as it is, and converted to another number of ranks
+_CHECKPOINT_COPIES = 2  # unchanged, and converted to another number of ranks
 _NO_TIMEOUT = timedelta(days=365)
 _DONE_FILE = "done-rank-{}.json"  # written after all other files of a rank
 
@@ -246,7 +246,7 @@ def _on_this_node(checkpoint: StoragePath) -> Iterator[CheckpointRef]:
 
 
 def _download(checkpoint: StoragePath) -> Path:
-    """Copy a checkpoint to a temporary folder. Raises RunError where the disk has no room for it and its conversion."""
+    """Copy a checkpoint to a temporary folder. Raises RunError when the disk cannot hold it and its conversion."""
     size = sum(size for _, size in checkpoint.walk_files())
     folder = Path(tempfile.mkdtemp(prefix="raylava-checkpoint-"))
     free = shutil.disk_usage(folder).free

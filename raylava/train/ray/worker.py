@@ -41,7 +41,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     with record_errors(config["monitor"]):
         backend = _RayBackend(config["spec"], config["monitor"])
         if backend.device.type == "cuda":
-            torch.cuda.set_device(backend.device)  # per thread, and Ray Train runs this function in one of its own
+            torch.cuda.set_device(backend.device)  # per thread; Ray Train runs this function in a new one
         with poll_in_background(backend.send_report, _REPORT_INTERVAL_S):
             Trainer(config["spec"], backend, config["cache_bytes"]).run()
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 
 ON_THE_HOST = ("loop_attention", "longest_sample")  # read the lengths of the pack's samples, which stay there
 INVALID_NORM = "utils.py:233 is_invalid_grad_norm"
-# Places in DeepSpeed 0.19.8, by ZeRO stage. Where the optimizer is called, torch's AdamW for CPUs reads its own step
-# counter; the fused one of GPUs does not.
+# Places in DeepSpeed 0.19.8, by ZeRO stage. torch's AdamW for CPUs reads its step counter in the line that calls it;
+# the fused one of GPUs does not.
 DEEPSPEED = {
     0: {
         "utils.py:293 has_overflow_serial",  # once per weight

@@ -1,4 +1,4 @@
-"""Errors of torch are told apart by their text where they have no type of their own."""
+"""Errors of torch without a separate type are distinguished by their text."""
 
 import pytest
 import torch
