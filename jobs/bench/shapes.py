@@ -4,6 +4,7 @@ The backbones are written as folders of transformers' own format, so that models
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,6 @@ BEGIN_TOKEN, IMAGE_TOKEN_ID = 2, 4  # among the special tokens of `write_backbon
 UNIQUE_IMAGES = 32  # samples cycle through them
 HEADS = 8
 GLOBAL_BATCH_SIZE: dict[StageName, int] = {"pretrain": 128, "finetune": 64}
-MICRO_BATCH_SIZE: dict[StageName, int] = {"pretrain": 32, "finetune": 16}  # of the reference, as in LLaVA's scripts
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Shape:
     """The dimensions of a LLaVA-Gemma model.
 
     Text is shortened by `text_divisor` relative to LLaVA's corpora, which preserves its share of a sample's tokens.
+    `micro_batch_size` is that of the reference.
     """
 
     width: int
@@ -55,6 +56,7 @@ class Shape:
     text_divisor: int
     precision: Literal["bf16", "fp32"]
     max_tokens_per_pack: int
+    micro_batch_size: Mapping[StageName, int]
 
     @property
     def image_tokens(self) -> int:
@@ -75,6 +77,7 @@ SHAPES = {
         text_divisor=9,
         precision="fp32",
         max_tokens_per_pack=1024,
+        micro_batch_size={"pretrain": 32, "finetune": 16},  # as in LLaVA's scripts
     ),
     "gemma-2b": Shape(
         width=2048,
@@ -88,6 +91,8 @@ SHAPES = {
         text_divisor=1,
         precision="bf16",
         max_tokens_per_pack=8192,
+        # As in LLaVA-Gemma's: logits of a vocabulary eight times as large fill the memory of LLaVA's.
+        micro_batch_size={"pretrain": 8, "finetune": 4},
     ),
 }
 

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from shapes import (
     GLOBAL_BATCH_SIZE,
-    MICRO_BATCH_SIZE,
     SHAPES,
     Shape,
     draw_samples,
@@ -40,6 +39,7 @@ from shapes import (
 )
 from torch import Tensor, nn
 
+from raylava.compat.torch import is_out_of_memory
 from raylava.config.recipe import StageName, Training, ZeroConfig
 from raylava.corpus.blocks import Blocks
 from raylava.models.attention import VARLEN
@@ -246,7 +246,7 @@ class TrainingBenchmark:
         if self._rung.activation_checkpointing:
             llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             llava.enable_input_require_grads()
-        batch_size, micro_batch_size = GLOBAL_BATCH_SIZE[stage], MICRO_BATCH_SIZE[stage]
+        batch_size, micro_batch_size = GLOBAL_BATCH_SIZE[stage], self._shape.micro_batch_size[stage]
         trainable = [weight for weight in llava.parameters() if weight.requires_grad]
         settings = deepspeed_config(self._training, sum(weight.numel() for weight in trainable)) | {
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -297,18 +297,23 @@ def _run_benchmark(rung: LadderRung, shape: str, stage: StageName, folder: Path,
 
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    sender.send(TrainingBenchmark(rung, SHAPES[shape], stage, folder, torch.device(device)).run())
+    try:
+        sender.send(TrainingBenchmark(rung, SHAPES[shape], stage, folder, torch.device(device)).run())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sender.send(None)
 
 
-def measure(rung: LadderRung, shape: str, stage: StageName, folder: Path, device: str) -> Measurement:
-    """Measure one configuration in a separate process."""
+def measure(rung: LadderRung, shape: str, stage: StageName, folder: Path, device: str) -> Measurement | None:
+    """Measure one configuration in a separate process. Return None if it runs out of memory."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
     process = context.Process(target=_run_benchmark, args=(rung, shape, stage, folder, device, sender))
     process.start()
     sender.close()
     try:
-        measurement: Measurement = receiver.recv()
+        measurement: Measurement | None = receiver.recv()
     except EOFError:
         sys.exit(f"{rung.name}: failed; see the error above")
     finally:
@@ -323,17 +328,20 @@ def print_results(stage: StageName, rounds: dict[str, list[Measurement]], shape:
     columns = ("configuration", "useful tokens/s", "of 1st", "of 2nd", "data wait", "peak GB", "model TFLOP/s", "MFU")
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
-    tokens_per_s = {name: _rate(measurements, "tokens") for name, measurements in rounds.items()}
-    first, second = (tokens_per_s[reference.name] for reference in REFERENCES)
+    tokens_per_s = {name: _rate(measurements, "tokens") for name, measurements in rounds.items() if measurements}
+    first, second = (tokens_per_s.get(reference.name) for reference in REFERENCES)
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     for name, measurements in rounds.items():
+        if not measurements:
+            table.add_row(name, "out of memory")
+            continue
         flops = _rate(measurements, "flops")
         is_reference = name in [reference.name for reference in REFERENCES]
         table.add_row(
             name,
             f"{tokens_per_s[name]:,.0f}",
-            f"{tokens_per_s[name] / first:.2f}",
-            f"{tokens_per_s[name] / second:.2f}",
+            f"{tokens_per_s[name] / first:.2f}" if first else "-",
+            f"{tokens_per_s[name] / second:.2f}" if second else "-",
             "-" if is_reference else f"{_rate(measurements, 'data_wait_s'):.1%}",
             f"{max(measurement.memory_gb for measurement in measurements):.2f}",
             f"{flops / 1e12:.3f}",
@@ -369,6 +377,8 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 for rung in rungs:
                     measurement = measure(rung, arguments.shape, stage, folder, arguments.device)
+                    if measurement is None:
+                        continue
                     rounds[rung.name].append(measurement)
                     line = {"stage": stage, "configuration": rung.name} | asdict(measurement)
                     sys.stderr.write(json.dumps(line) + "\n")
