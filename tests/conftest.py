@@ -92,8 +92,8 @@ def _start_ray() -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> Iterator[None]:
     """After a test that timed out, start a new Ray cluster: what it waited for would block the other tests as well.
 
-    Ray 2.60 can lose the notifications of its control store to a driver, which then waits for ever for actors that are
-    alive. Such a test runs once more (`--only-rerun` in pyproject.toml).
+    A driver of Ray 2.60 can lose the notifications of the control store, for instance when its process forks, and then
+    waits for ever for actors that are alive. Such a test runs once more (`--only-rerun` in pyproject.toml).
     """
     report = yield
     import ray

@@ -1,13 +1,10 @@
 """`raylava chat` in a terminal: mistakes and Ctrl-C lead back to the prompt, Ctrl-D and /quit end it."""
 
-import fcntl
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -21,10 +18,15 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "a red.png"
 
 
-def _take_terminal() -> None:
-    """Let Ctrl-C reach this process, also if the tests run in the background of a script, which ignores it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Takes the terminal, so that Ctrl-C reaches the process, also if the tests run in the background of a script, which
+# ignores it. Not a preexec_fn: with one, Python forks this process, and gRPC's handlers of a fork can lose a reply that
+# Ray's driver waits for, which then never learns that an actor is alive.
+TAKE_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Terminal:
@@ -33,12 +35,11 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self._master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", TAKE_TERMINAL, *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=_take_terminal,
         )
         os.close(slave)
         self._text = ""
