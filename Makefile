@@ -5,9 +5,10 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# Workers of pytest-xdist, each of which runs one test file at a time, in the order of collection.
+# Workers of pytest-xdist, each of which runs one test file at a time, in the order of collection. Ten failures end the
+# run: where Ray itself hangs, every further test would take its time-out.
 JOBS ?= 2
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --maxfail=10
 
 .PHONY: install demo ablation test test-unit test-ray test-chaos test-extended mutants check-vllm docs lint format clean
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
@@ -31,8 +30,6 @@ from tests.support.metadata_server import MetadataServer
 # A deadline would make a property test fail on a busy machine.
 hypothesis.settings.register_profile("raylava", deadline=None)
 hypothesis.settings.load_profile("raylava")
-
-_RAY = ExitStack()  # holds the session's Ray cluster
 
 SECRET = "planted-secret-that-must-stay-out-of-artifacts"
 
@@ -77,31 +74,10 @@ def default_ray_train_settings() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_cluster(s3: str) -> Iterator[None]:
     """One local Ray cluster for the session. It starts after the S3 server, whose environment its workers inherit."""
-    with _RAY:
-        _start_ray()
-        yield
-
-
-def _start_ray() -> None:
     from raylava.cluster.session import ray_session
 
-    _RAY.enter_context(ray_session(Resources(workers=2)))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> Iterator[None]:
-    """After a test that timed out, start a new Ray cluster: what it waited for would block the other tests as well.
-
-    A driver of Ray 2.60 can lose the notifications of the control store, for instance when its process forks, and then
-    waits for ever for actors that are alive. Such a test runs once more (`--only-rerun` in pyproject.toml).
-    """
-    report = yield
-    import ray
-
-    if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value) and ray.is_initialized():
-        _RAY.close()
-        _start_ray()
-    return report
+    with ray_session(Resources(workers=2)):
+        yield
 
 
 @pytest.fixture(scope="session")
