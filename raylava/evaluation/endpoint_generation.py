@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image
-
 from raylava.corpus.quarantine import BadRow
 from raylava.errors import RunError, UserError, first_line
 from raylava.evaluation.endpoints import Endpoint, EndpointSource, EndpointUnavailable, chat_request, complete_chat
 from raylava.evaluation.engines import PromptBuilder, build_conversation
-from raylava.evaluation.generation import ActorPool, GenerationConfig, collect_answers, read_rgb_image
+from raylava.evaluation.generation import ActorPool, GenerationConfig, collect_answers, load_image
 from raylava.evaluation.prediction_store import PredictionStore
 from raylava.evaluation.questions import GeneratedAnswer, Question
 from raylava.progress import ProgressBar
@@ -91,7 +89,7 @@ class _Dispatcher:
     ) -> None:
         self._config, self._source, self._retry = config, source, retry
         self._image_root = storage_path(config.image_root)
-        self._prompt_builder = PromptBuilder(config.model) if config.blank_images else None
+        self._blank_image = PromptBuilder(config.model).blank_image if config.blank_images else None
         self._states = [_EndpointState(endpoint) for endpoint in endpoints]
         self._changed = threading.Condition()  # guards the two below and the states; its lock is reentrant
         self._waiting = deque(questions)
@@ -170,7 +168,7 @@ class _Dispatcher:
     def _answer(self, state: _EndpointState, question: Question) -> GeneratedAnswer:
         """Answer a question; one whose image cannot be loaded gets a problem instead of a text."""
         prompt = question.text + self._config.prompt_suffix
-        image = self._load_image(question)
+        image = load_image(self._image_root, question, self._blank_image)
         if isinstance(image, BadRow):
             return GeneratedAnswer(question.question_id, prompt, None, str(image))
         conversation = build_conversation(prompt, image, question.history)
@@ -186,13 +184,3 @@ class _Dispatcher:
                 if state.stopped.wait(self._retry.delay(attempt, problem.retry_after_s)):
                     raise
         return complete_chat(state.endpoint, body)
-
-    def _load_image(self, question: Question) -> Image.Image | BadRow | None:
-        """Return the image to show, None for a question without one, or why it cannot be loaded."""
-        if question.image is None:
-            return None
-        try:
-            image = read_rgb_image(self._image_root, question.image)
-        except BadRow as problem:
-            return problem
-        return self._prompt_builder.blank_image(image) if self._prompt_builder else image

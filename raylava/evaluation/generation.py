@@ -165,6 +165,22 @@ def _question_from_json(fields: dict[str, Any]) -> Question:
     return Question(**fields | {"history": history, "references": tuple(fields["references"])})
 
 
+def load_image(
+    root: StoragePath, question: Question, blank_image: Callable[[Image.Image], Image.Image] | None
+) -> Image.Image | BadRow | None:
+    """Return a question's image, what `blank_image` makes of it if it is given, or why the image cannot be loaded.
+
+    None for a question without an image.
+    """
+    if question.image is None:
+        return None
+    try:
+        image = read_rgb_image(root, question.image)
+    except BadRow as problem:
+        return problem
+    return blank_image(image) if blank_image else image
+
+
 def read_rgb_image(folder: StoragePath, name: str) -> Image.Image:
     """Read an image below a folder. Raises BadRow when it is unusable, OSError when the folder is missing."""
     return Image.fromarray(decode_image(read_image_file(folder, name, _MAX_IMAGE_BYTES), _MAX_PIXELS))
@@ -197,7 +213,8 @@ class _GenerationActor:
 
     def _answer(self, questions: list[Question]) -> list[GeneratedAnswer]:
         """Answer a batch; a question whose image cannot be loaded gets a problem instead of a text."""
-        loaded = [self._load_image(question) for question in questions]
+        blank_image = self._engine.blank_image if self._config.blank_images else None
+        loaded = [load_image(self._image_root, question, blank_image) for question in questions]
         images = {index: image for index, image in enumerate(loaded) if not isinstance(image, BadRow)}
         prompts = [question.text + self._config.prompt_suffix for question in questions]
         generated = self._engine.answer(
@@ -216,13 +233,3 @@ class _GenerationActor:
             )
             for index, question in enumerate(questions)
         ]
-
-    def _load_image(self, question: Question) -> Image.Image | BadRow | None:
-        """Return the image to show, None for a question without one, or why it cannot be loaded."""
-        if question.image is None:
-            return None
-        try:
-            image = read_rgb_image(self._image_root, question.image)
-        except BadRow as problem:
-            return problem
-        return self._engine.blank_image(image) if self._config.blank_images else image

@@ -1,6 +1,6 @@
 """A pack of samples on the host and on the training device: what the collator builds, and what the model receives."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,9 +37,14 @@ class PackTensors:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PackTensors":
         """Copy the tensors to the device, and cast pixels to the model's dtype."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        pixel_values = self.pixel_values.to(device, dtype, non_blocking=True)
-        return PackTensors(**moved | {"pixel_values": pixel_values, "cu_seqlens": self.cu_seqlens})
+        stay_or_cast = {
+            "cu_seqlens": self.cu_seqlens,
+            "pixel_values": self.pixel_values.to(device, dtype, non_blocking=True),
+        }
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name not in stay_or_cast
+        }
+        return PackTensors(**moved, **stay_or_cast)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ class TrainStage(Stage):
         )
 
     def run(self, progress: ProgressBar) -> dict[str, Any]:
-        from raylava.train.ray import driver  # imports torch
+        from raylava.train.ray import driver  # imports Ray Train
 
         if self.prefix is None:
             return driver.run(self.train_spec(), self._resources, progress)

@@ -215,25 +215,16 @@ class Engine:
         Returns whether it was updated, and `totals` followed by the norm of the gradients if DeepSpeed has it. They are
         read from the device at once, which is the only time in a step that this class waits for the device.
         """
-        if self._training.zero.stage == 0:
-            values: list[float] = totals.tolist()
-            if values[2] or not math.isfinite(values[0]):
-                self._engine.zero_grad()
-                return False, values
-            self._engine.step()
-            return bool(self._engine.was_step_applied()), values + self._grad_norm_on_host()
+        values: list[float] | None = totals.tolist() if self._training.zero.stage == 0 else None
+        if values and (values[2] or not math.isfinite(values[0])):
+            self._engine.zero_grad()
+            return False, values
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        if isinstance(norm, Tensor):
-            values = torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
-        else:
-            values = totals.tolist() + self._grad_norm_on_host()
-        return bool(self._engine.was_step_applied()), values
-
-    def _grad_norm_on_host(self) -> list[float]:
-        """Return the norm in a list, where DeepSpeed has read it itself; an empty list if it has none."""
-        norm = self._engine.get_global_grad_norm()
-        return [] if norm is None else [float(norm)]
+        updated, norm = bool(self._engine.was_step_applied()), self._engine.get_global_grad_norm()
+        if values is None and isinstance(norm, Tensor):
+            return updated, torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
+        values = values or totals.tolist()
+        return updated, values if norm is None else [*values, float(norm)]
 
     def save(self, folder: Path, next_step: int) -> None:
         """Copy this rank's shard to host memory and write it to `folder` in the background; see `wait_for_save`.
